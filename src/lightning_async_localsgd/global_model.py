@@ -1,0 +1,194 @@
+"""The global model: one flat fp32 vector, its version, and the outer optimizer that moves it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_async_localsgd.outer.base import OuterOptimizer, check_named, chunks
+
+if TYPE_CHECKING:
+    from lightning_async_localsgd.layout import Layout
+
+
+@dataclass(frozen=True)
+class PushNorm:
+    """What one read-only pass over a push found.
+
+    Args:
+        finite: no element is infinite or not a number, buffers included.
+        norm: of the pseudo-gradient (parameters only); not a number if it is not finite.
+        momentum_cosine: between the pseudo-gradient and the outer momentum; None if either is zero or not there.
+
+    """
+
+    finite: bool
+    norm: float
+    momentum_cosine: float | None
+
+
+class GlobalModel:
+    """The model that belongs to all workers. It knows neither threads nor peers: one thread owns it.
+
+    Args:
+        layout: of the model.
+        rule: the outer optimizer; this object takes it over.
+        workers: live workers, >= 1.
+
+    Attributes:
+        theta: the model, flat fp32, all zeros until :meth:`load`.
+        version: pushes applied so far.
+
+    Raises:
+        ValueError: the rule's hyper-parameters don't fit ``workers``.
+
+    Example::
+
+        >>> from lightning_async_localsgd.layout import Layout
+        >>> from lightning_async_localsgd.outer import DelayedNesterov
+        >>> model = GlobalModel(Layout.of(torch.nn.Linear(1, 1)), DelayedNesterov(lr=1.0, momentum=0.0), workers=2)
+        >>> model.load(torch.tensor([1.0, 2.0]))
+        >>> model.apply(torch.tensor([1.0, 0.0]))
+        >>> model.theta, model.version
+        (tensor([0.5000, 2.0000]), 1)
+
+    """
+
+    def __init__(self, layout: Layout, rule: OuterOptimizer, workers: int) -> None:
+        self.layout = layout
+        self.rule = rule
+        self.theta = torch.zeros(layout.numel, dtype=torch.float32)
+        self.version = 0
+        self._workers = workers
+        self._parameters = self.theta[: layout.parameter_numel]
+        self._buffers = self.theta[layout.parameter_numel :]
+        rule.setup(self._parameters, layout.views(self.theta, "parameter"), workers)
+
+    @property
+    def workers(self) -> int:
+        """Live workers that the rule counts on."""
+        return self._workers
+
+    def set_workers(self, workers: int) -> None:
+        """Membership has changed to ``workers`` live workers. May change the model, but is not a new version."""
+        if workers < 1:
+            raise ValueError(f"workers must be >= 1, got {workers}")
+        self.rule.set_workers(workers)
+        self._workers = workers
+
+    def load(self, flat: Tensor) -> None:
+        """Copies ``flat`` into the model. Version and the rule's state stay as they are."""
+        self.theta.copy_(self._checked(flat))
+
+    def copy_to(self, out: Tensor) -> None:
+        """Copies the model into ``out``."""
+        self._checked(out).copy_(self.theta)
+
+    def inspect(self, gradient: Tensor) -> PushNorm:
+        """Looks at a push without changing anything, in one pass and with no temporary larger than a chunk."""
+        squares = momentum_squares = product = 0.0
+        parameters, buffers = self._split(gradient)
+        momentum = self.rule.momentum_buffer
+        for (chunk,) in chunks(buffers):
+            if not math.isfinite(_square_sum(chunk)):
+                return PushNorm(finite=False, norm=math.nan, momentum_cosine=None)
+        # Without a momentum the gradient stands in for it; the cosine is dropped below.
+        for chunk, part in chunks(parameters, parameters if momentum is None else momentum):
+            square = _square_sum(chunk)
+            if not math.isfinite(square):
+                return PushNorm(finite=False, norm=math.nan, momentum_cosine=None)
+            squares += square
+            if momentum is not None:
+                product += float(torch.dot(chunk, part))
+                momentum_squares += _square_sum(part)
+        norm = math.sqrt(squares)
+        scale = norm * math.sqrt(momentum_squares) if math.isfinite(momentum_squares) else 0.0
+        # A cosine is for monitoring: where fp32 could not hold the products there is none.
+        cosine = max(-1.0, min(1.0, product / scale)) if scale > 0.0 and math.isfinite(product) else None
+        return PushNorm(finite=True, norm=norm, momentum_cosine=cosine)
+
+    def apply(self, gradient: Tensor, result: Tensor | None = None) -> None:
+        """Applies one push; ``gradient`` is only read.
+
+        Parameters follow the outer optimizer. Buffers (running statistics) move by 1/workers of the way towards the
+        worker's own values, which the buffer part of a push holds: never outside the range of what workers have
+        measured, however stale the push, so that a variance stays positive; buffers equal everywhere stay bit for bit.
+
+        Args:
+            gradient: flat vector as :meth:`.layout.Binding.subtract_from` forms it; finite.
+            result: the worker's whole local model, where it is the only one and :attr:`.OuterOptimizer.replaces_model`
+                holds. The outcome is then that very model, without the rounding of two subtractions.
+
+        Raises:
+            ValueError: ``result`` was given, but the rule does more than replace the model, or there are more workers.
+
+        """
+        if result is not None and not (self.rule.replaces_model and self._workers == 1):
+            raise ValueError(f"{self.rule} with {self._workers} workers does not replace the model by a local one")
+        parameters, buffers = self._split(gradient)
+        self.rule.step(parameters, self.layout.views(parameters, "parameter"))
+        self._buffers.lerp_(buffers, 1.0 / self._workers)
+        if result is not None:
+            self.load(result)
+        self.version += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copies of everything that training needs to continue; tensors by name, readable with ``weights_only``."""
+        return {
+            "version": self.version,
+            "rule": type(self.rule).__name__,
+            "theta": {name: view.clone() for name, view in self.layout.views(self.theta).items()},
+            "outer": self.rule.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from ``state``. Without ``"theta"`` in it, the present model is kept.
+
+        Raises:
+            ValueError: ``state`` is of another outer optimizer or another model; the text names what does not fit.
+                The model may have been changed by then.
+
+        """
+        missing = [key for key in ("version", "rule", "outer") if key not in state]
+        if missing:
+            raise ValueError(f"the saved state of the global model lacks {missing}")
+        rule = type(self.rule).__name__
+        if state["rule"] != rule:
+            raise ValueError(
+                f"the checkpoint was written with outer_optimizer={state['rule']}, this run has {rule}; use the same,"
+                " or start from the checkpoint's weights only"
+            )
+        theta = state.get("theta")
+        if theta is not None:
+            views = self.layout.views(self.theta)
+            check_named("the saved global model", theta, views)
+            for name, view in views.items():
+                view.copy_(theta[name])
+        self.rule.load_state_dict(state["outer"])
+        self.version = int(state["version"])
+
+    def _split(self, flat: Tensor) -> tuple[Tensor, Tensor]:
+        """Parameter part and buffer part."""
+        flat = self._checked(flat)
+        return flat[: self.layout.parameter_numel], flat[self.layout.parameter_numel :]
+
+    def _checked(self, flat: Tensor) -> Tensor:
+        if flat.dtype != torch.float32 or flat.shape != self.theta.shape:
+            raise ValueError(
+                f"expected a flat fp32 vector of {self.layout.numel} elements, got {flat.dtype} {list(flat.shape)}"
+            )
+        return flat
+
+
+def _square_sum(chunk: Tensor) -> float:
+    """Sum of squares; infinite or not a number if and only if an element is."""
+    total = float(torch.dot(chunk, chunk))
+    if math.isfinite(total):
+        return total
+    # Squares of large but finite elements overflow in fp32: look again in fp64.
+    return float(torch.linalg.vector_norm(chunk, dtype=torch.float64)) ** 2

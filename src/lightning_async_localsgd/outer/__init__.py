@@ -1,0 +1,39 @@
+"""Outer optimizers: the rules by which pseudo-gradients change the global model."""
+
+from __future__ import annotations
+
+import copy
+
+from torch.optim import Optimizer
+
+from lightning_async_localsgd.outer.base import OuterOptimizer
+from lightning_async_localsgd.outer.delayed_nesterov import DelayedNesterov
+from lightning_async_localsgd.outer.torch_optimizer import TorchOptimizer
+
+__all__ = ["DelayedNesterov", "OuterOptimizer", "TorchOptimizer", "resolve_outer_optimizer"]
+
+
+def resolve_outer_optimizer(value: object) -> OuterOptimizer:
+    """The rule that an ``outer_optimizer`` option means; always an object of its own.
+
+    Args:
+        value: None for :class:`DelayedNesterov` with its defaults, an :class:`OuterOptimizer`, a torch optimizer's
+            class, or a callable that makes a torch optimizer from parameters (``functools.partial``).
+
+    Raises:
+        TypeError: ``value`` is something else.
+        ValueError: a torch optimizer refuses to be used as outer optimizer.
+
+    """
+    if value is None:
+        return DelayedNesterov()
+    if isinstance(value, OuterOptimizer):
+        return copy.deepcopy(value)
+    is_rule_class = isinstance(value, type) and issubclass(value, OuterOptimizer)
+    if is_rule_class or isinstance(value, Optimizer) or not callable(value):
+        shown = f"object {type(value).__name__}(...)" if isinstance(value, Optimizer) else repr(value)
+        raise TypeError(
+            f"unknown outer optimizer {shown}; use an instance such as DelayedNesterov(lr=0.7), a"
+            " torch.optim.Optimizer class, or functools.partial(torch.optim.SGD, lr=0.7)"
+        )
+    return TorchOptimizer(value)

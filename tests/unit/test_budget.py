@@ -1,0 +1,220 @@
+from __future__ import annotations
+
+import heapq
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_async_localsgd.budget import Budget
+from lightning_async_localsgd.grace import GraceWindow, Pending
+from lightning_async_localsgd.pacing import SpeedAwareSteps
+
+NO_SPEEDS: dict[int, float | None] = {}
+
+
+def test_plain_grants_until_nothing_is_left() -> None:
+    budget = Budget(100)
+    assert [budget.grant(worker, 40, 0.0, NO_SPEEDS) for worker in range(4)] == [40, 40, 20, 0]
+    assert budget.exhausted
+    assert not budget.finished
+    for worker, steps in enumerate([40, 40, 20]):
+        budget.settle(worker, steps)
+    assert budget.done == 100
+    assert budget.finished
+
+
+def test_no_end() -> None:
+    budget = Budget(None, done=5)
+    assert budget.grant(0, 50, 0.0, {0: 1.0}) == 50
+    budget.settle(0, 50)
+    assert budget.done == 55
+    assert not budget.exhausted
+    assert not budget.finished
+    budget.stop()
+    assert budget.grant(0, 50, 0.0, {0: 1.0}) == 0
+    assert budget.finished
+
+
+def test_partial_and_longer_rounds_count_truly() -> None:
+    budget = Budget(100)
+    budget.grant(0, 50, 0.0, NO_SPEEDS)
+    budget.settle(0, 20)
+    assert budget.done == 20
+    assert budget.grant(0, 100, 0.0, NO_SPEEDS) == 80
+    budget.settle(0, 85)
+    assert budget.done == 105
+    assert budget.finished
+    assert budget.progress(0.0, NO_SPEEDS) == 100.0
+
+
+def test_a_dead_worker_s_steps_are_free_again() -> None:
+    budget = Budget(50)
+    assert budget.grant(0, 50, 0.0, NO_SPEEDS) == 50
+    assert budget.grant(1, 50, 0.0, NO_SPEEDS) == 0
+    budget.release(0)
+    budget.release(7)
+    assert not budget.exhausted
+    assert budget.grant(1, 50, 0.0, NO_SPEEDS) == 50
+
+
+def test_a_new_grant_replaces_the_older() -> None:
+    budget = Budget(60)
+    assert budget.grant(0, 50, 0.0, NO_SPEEDS) == 50
+    assert budget.grant(0, 50, 0.0, NO_SPEEDS) == 50
+
+
+def test_stop_waits_for_rounds_in_flight() -> None:
+    budget = Budget(100)
+    budget.grant(0, 10, 0.0, NO_SPEEDS)
+    budget.stop()
+    assert budget.exhausted
+    assert not budget.finished
+    budget.settle(0, 3)
+    assert budget.finished
+    assert budget.done == 3
+
+
+def test_the_last_steps_are_shared_by_speed() -> None:
+    speeds: dict[int, float | None] = {0: 4.0, 1: 2.0, 2: 1.0, 3: 1.0}
+    budget = Budget(80)
+    assert [budget.grant(worker, 50, 0.0, speeds) for worker in range(4)] == [40, 20, 10, 10]
+    # With plenty left everybody gets whole rounds.
+    assert Budget(10_000).grant(3, 50, 0.0, speeds) == 50
+
+
+def test_unknown_speeds_count_as_the_mean() -> None:
+    assert Budget(40).grant(1, 50, 0.0, {0: 3.0, 1: None, 2: 1.0}) == 14
+    assert Budget(40).grant(1, 50, 0.0, {0: None, 1: None}) == 40
+    assert Budget(40).grant(9, 50, 0.0, {0: 1.0}) == 40
+
+
+def test_progress_grows_with_time_up_to_what_was_granted() -> None:
+    budget = Budget(100)
+    speeds: dict[int, float | None] = {0: 2.0, 1: None}
+    budget.grant(0, 10, 0.0, speeds)
+    budget.grant(1, 10, 1.0, speeds)
+    assert [budget.progress(now, speeds) for now in (0.0, 1.0, 3.0, 100.0)] == [0.0, 2.0, 10.0, 20.0]
+    assert budget.progress(100.0, {0: None, 1: None}) == 0.0
+    assert Budget(None, done=7).progress(1.0, speeds) == 7.0
+
+
+def test_saved_and_restored() -> None:
+    budget = Budget(100)
+    budget.grant(0, 30, 0.0, NO_SPEEDS)
+    budget.settle(0, 30)
+    budget.grant(0, 50, 0.0, NO_SPEEDS)
+    other = Budget(120)
+    other.load_state_dict(json.loads(json.dumps(budget.state_dict())))
+    assert other.done == 30
+    assert other.grant(0, 200, 0.0, NO_SPEEDS) == 90
+
+
+def test_bad_values_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"total must be >= 0.*got -1"):
+        Budget(-1)
+    with pytest.raises(ValueError, match="done steps must be >= 0, got -1"):
+        Budget(5, done=-1)
+    with pytest.raises(ValueError, match="at least one step, got 0"):
+        Budget(5).grant(0, 0, 0.0, NO_SPEEDS)
+    with pytest.raises(ValueError, match="-1 steps"):
+        Budget(5).settle(0, -1)
+    assert Budget(0).finished
+
+
+events = st.lists(
+    st.tuples(
+        st.sampled_from(["grant", "settle", "partial", "release"]),
+        st.integers(0, 3),
+        st.integers(1, 60),
+        st.floats(0, 9),
+    ),
+    max_size=60,
+)
+
+
+@given(st.integers(0, 300), events, st.dictionaries(st.integers(0, 3), st.none() | st.floats(0.01, 100.0)))
+def test_never_more_than_the_total(
+    total: int, history: list[tuple[str, int, int, float]], speeds: dict[int, float | None]
+) -> None:
+    budget = Budget(total)
+    granted: dict[int, int] = {}
+    now = 0.0
+    for event, worker, steps, passed in history:
+        now += passed
+        if event == "grant":
+            given = budget.grant(worker, steps, now, speeds)
+            granted.pop(worker, None)
+            assert 0 <= given <= steps
+            assert (given == 0) == (total - budget.done - sum(granted.values()) <= 0)
+            if given:
+                granted[worker] = given
+        elif event == "release":
+            budget.release(worker)
+            granted.pop(worker, None)
+        elif worker in granted:
+            most = granted.pop(worker)
+            budget.settle(worker, most if event == "settle" else most // 2)
+        assert budget.done + sum(granted.values()) <= total
+        assert budget.exhausted == (budget.done + sum(granted.values()) == total)
+        assert budget.finished == (budget.exhausted and not granted)
+        assert budget.done <= budget.progress(now, speeds) <= total
+
+
+def emulate(seconds_per_step: list[float], local_steps: int, total: int) -> tuple[float, list[float], list[int], int]:
+    """A run in virtual time under pacing, grace and budget; end, last hand-in of each worker, steps, rounds."""
+    pacing, grace, budget = SpeedAwareSteps(local_steps), GraceWindow(), Budget(total)
+    live = range(len(seconds_per_step))
+    computing: dict[int, tuple[float, int]] = {}
+    arrivals: list[tuple[float, int]] = []
+    waiting, last, taken = list(live), [0.0 for _ in live], [0 for _ in live]
+    now, rounds = 0.0, 0
+    plan = None
+    while True:
+        speeds = {worker: pacing.speed(worker) for worker in live}
+        if waiting and (plan is None or now >= plan.deadline or not plan.expected & computing.keys()):
+            for worker in waiting:
+                steps = budget.grant(worker, pacing.steps_for(worker, live), now, speeds)
+                if steps:
+                    computing[worker] = (now, steps)
+                    heapq.heappush(arrivals, (now + steps * seconds_per_step[worker], worker))
+            waiting, plan = [], None
+        if not arrivals:
+            assert budget.finished
+            return now, last, taken, rounds
+        if plan is not None and waiting and plan.deadline < arrivals[0][0]:
+            now = plan.deadline
+            continue
+        now, worker = heapq.heappop(arrivals)
+        since, steps = computing.pop(worker)
+        budget.settle(worker, steps)
+        pacing.observe(worker, steps, now - since)
+        waiting.append(worker)
+        last[worker] = now
+        taken[worker] += steps
+        rounds += 1
+        if plan is None:
+            pending = [
+                Pending(other, at, None if (speed := pacing.speed(other)) is None else count / speed)
+                for other, (at, count) in computing.items()
+            ]
+            plan = grace.plan(now, now - since, pending)
+
+
+def test_the_paper_s_devices_end_together() -> None:
+    seconds_per_step = [0.58, 0.75, 1.51, 3.33]
+    end, last, taken, rounds = emulate(seconds_per_step, 50, 8000)
+    ceiling = sum(1 / each for each in seconds_per_step)
+    assert sum(taken) == 8000
+    assert 8000 / end >= 0.93 * ceiling
+    # The last hand-ins lie within two of the slowest worker's steps.
+    assert max(last) - min(last) <= 2 * 3.33
+    assert rounds <= 8000 / (50 + 38 + 19 + 8) * 4 + 16
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.floats(0.1, 3.0), min_size=1, max_size=6), st.integers(1, 30), st.integers(1, 2000))
+def test_every_run_ends_with_all_steps_taken(seconds_per_step: list[float], local_steps: int, total: int) -> None:
+    _, _, taken, _ = emulate(seconds_per_step, local_steps, total)
+    assert sum(taken) == total

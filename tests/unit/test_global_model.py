@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+import io
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_async_localsgd.global_model import GlobalModel
+from lightning_async_localsgd.layout import Binding, Layout
+from lightning_async_localsgd.outer import DelayedNesterov, OuterOptimizer, TorchOptimizer
+from lightning_async_localsgd.outer.base import CHUNK
+
+
+def make(rule: OuterOptimizer | None = None, workers: int = 2, module: nn.Module | None = None) -> GlobalModel:
+    module = module or nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    model = GlobalModel(Layout.of(module), rule or DelayedNesterov(), workers)
+    model.load(torch.randn(model.layout.numel))
+    return model
+
+
+def push(model: GlobalModel) -> torch.Tensor:
+    return torch.randn(model.layout.numel)
+
+
+def test_parameters_follow_the_rule_and_buffers_move_their_share() -> None:
+    model = make(DelayedNesterov(lr=1.0, momentum=0.0), workers=4)
+    split = model.layout.parameter_numel
+    before, gradient = model.theta.clone(), push(model)
+    kept = gradient.clone()
+    model.apply(gradient)
+    assert model.version == 1
+    assert torch.equal(gradient, kept)
+    torch.testing.assert_close(model.theta[:split], before[:split] - gradient[:split] / 4)
+    torch.testing.assert_close(model.theta[split:], before[split:] * 0.75 + gradient[split:] / 4)
+
+
+def test_stale_statistics_never_make_a_variance_negative() -> None:
+    module = nn.BatchNorm1d(1)
+    model = make(workers=4, module=module)
+    binding = Binding(model.layout, module)
+    base = torch.ones(model.layout.numel)
+    model.load(base)
+    # Nine stale pushes, each from a worker that measured 0.01 where it had been sent 1.0.
+    binding.load(base)
+    module.running_var.fill_(0.01)
+    gradient = torch.empty_like(base)
+    binding.subtract_from(base, gradient)
+    for _ in range(9):
+        model.apply(gradient)
+    assert 0.01 <= float(model.layout.views(model.theta)["running_var"]) < 0.1
+
+
+def test_buffers_equal_everywhere_stay_bit_for_bit() -> None:
+    model = make(workers=3)
+    split = model.layout.parameter_numel
+    before, gradient = model.theta.clone(), push(model)
+    gradient[split:] = before[split:]
+    for _ in range(5):
+        model.apply(gradient)
+    assert torch.equal(model.theta[split:], before[split:])
+
+
+def test_single_worker_keeps_its_weights_bit_for_bit() -> None:
+    model = make(TorchOptimizer(torch.optim.SGD, lr=1.0), workers=1)
+    local = torch.randn(model.layout.numel) * 1e-3
+    model.apply(model.theta - local, result=local)
+    assert torch.equal(model.theta, local)
+    model.set_workers(2)
+    with pytest.raises(ValueError, match="does not replace the model"):
+        model.apply(push(model), result=local)
+    with pytest.raises(ValueError, match="does not replace the model"):
+        make(workers=1).apply(push(model), result=local)
+
+
+def test_inspect_measures_without_changing() -> None:
+    model = make(DelayedNesterov(period=1), workers=1)
+    split = model.layout.parameter_numel
+    first, second = push(model), push(model)
+    assert model.inspect(first).momentum_cosine is None
+    model.apply(first)
+    theta, kept = model.theta.clone(), second.clone()
+    seen = model.inspect(second)
+    assert seen.finite
+    assert seen.norm == pytest.approx(float(second[:split].norm()), rel=1e-6)
+    cosine = torch.nn.functional.cosine_similarity(first[:split], second[:split], dim=0)
+    assert seen.momentum_cosine == pytest.approx(float(cosine), rel=1e-4, abs=1e-6)
+    assert torch.equal(model.theta, theta)
+    assert torch.equal(second, kept)
+    assert model.version == 1
+    assert make(TorchOptimizer(torch.optim.SGD, lr=1.0)).inspect(second).momentum_cosine is None
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("index", [0, CHUNK, -1])
+def test_a_single_bad_element_is_found(bad: float, index: int) -> None:
+    module = nn.Module()
+    module.weight = nn.Parameter(torch.zeros(CHUNK + 3))
+    module.register_buffer("mean", torch.zeros(2))
+    model = make(module=module)
+    gradient = torch.zeros(model.layout.numel)
+    gradient[index] = bad
+    seen = model.inspect(gradient)
+    assert not seen.finite
+    assert math.isnan(seen.norm)
+
+
+def test_huge_but_finite_elements_are_finite() -> None:
+    model = make()
+    gradient = torch.full((model.layout.numel,), 3e38)
+    seen = model.inspect(gradient)
+    assert seen.finite
+    assert seen.norm == pytest.approx(3e38 * math.sqrt(model.layout.parameter_numel), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        DelayedNesterov(period=3, activation=0.1),
+        TorchOptimizer(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True),
+        TorchOptimizer(torch.optim.AdamW, lr=0.1),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("pushes_before", [0, 4])
+def test_save_restore_continue_is_never_having_stopped(rule: OuterOptimizer, pushes_before: int) -> None:
+    import copy
+
+    module = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    steady = make(copy.deepcopy(rule), module=module)
+    pushes = [push(steady) for _ in range(9)]
+    for gradient in pushes[:pushes_before]:
+        steady.apply(gradient)
+
+    file = io.BytesIO()
+    torch.save(steady.state_dict(), file)
+    file.seek(0)
+    restored = make(copy.deepcopy(rule), module=module)
+    restored.apply(push(restored))
+    restored.load_state_dict(torch.load(file, weights_only=True))
+
+    for gradient in pushes[pushes_before:]:
+        steady.apply(gradient)
+        restored.apply(gradient)
+    assert torch.equal(steady.theta, restored.theta)
+    assert restored.version == len(pushes)
+
+
+def test_state_is_a_copy_and_compact() -> None:
+    model = make()
+    state = model.state_dict()
+    kept = {name: tensor.clone() for name, tensor in state["theta"].items()}
+    for tensor in state["theta"].values():
+        assert tensor.untyped_storage().nbytes() == tensor.numel() * 4
+    for _ in range(3):
+        model.apply(push(model))
+    assert all(torch.equal(kept[name], tensor) for name, tensor in state["theta"].items())
+    assert state["version"] == 0
+
+
+def test_state_without_theta_keeps_the_present_model() -> None:
+    model, other = make(), make()
+    model.apply(push(model))
+    state = model.state_dict()
+    del state["theta"]
+    theta = other.theta.clone()
+    other.load_state_dict(state)
+    assert torch.equal(other.theta, theta)
+    assert other.version == 1
+
+
+def broken(change: str) -> dict[str, Any]:
+    state = make().state_dict()
+    if change == "missing":
+        del state["theta"]["0.weight"]
+    elif change == "unknown":
+        state["theta"]["extra"] = torch.zeros(1)
+    elif change == "shape":
+        state["theta"]["0.weight"] = torch.zeros(3, 2)
+    elif change == "momentum":
+        del state["outer"]["momentum"]["0.bias"]
+    elif change == "kind":
+        state["theta"]["0.weight"] = 3
+    else:
+        del state[change]
+    return state
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("missing", r"global model is of another model: it lacks \['0.weight'\]"),
+        ("unknown", r"has unknown \['extra'\]"),
+        ("shape", r"'0.weight' is \[3, 2\], expected \[2, 3\]"),
+        ("kind", "'0.weight' is int"),
+        ("momentum", r"'momentum' of DelayedNesterov is of another model: it lacks \['0.bias'\]"),
+        ("version", "lacks.*version"),
+        ("outer", "lacks.*outer"),
+    ],
+)
+def test_foreign_states_are_refused_by_name(change: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make().load_state_dict(broken(change))
+
+
+def test_state_of_another_rule_is_refused() -> None:
+    sgd = TorchOptimizer(torch.optim.SGD, lr=1.0)
+    with pytest.raises(ValueError, match="outer_optimizer=DelayedNesterov, this run has TorchOptimizer"):
+        make(sgd).load_state_dict(make().state_dict())
+    adam = make(TorchOptimizer(torch.optim.Adam, lr=1.0))
+    with pytest.raises(ValueError, match="outer optimizer Adam, this run has SGD"):
+        make(sgd).load_state_dict(adam.state_dict())
+
+
+@pytest.mark.parametrize("flat", [torch.zeros(3), torch.zeros(12, dtype=torch.float64), torch.zeros(2, 6)])
+def test_only_flat_fp32_vectors_of_the_right_length(flat: torch.Tensor) -> None:
+    model = make()
+    assert model.layout.numel == 16
+    for method in (model.load, model.copy_to, model.inspect, model.apply):
+        with pytest.raises(ValueError, match="flat fp32 vector of 16 elements"):
+            method(flat)
+
+
+def test_workers_must_be_positive() -> None:
+    with pytest.raises(ValueError, match="workers must be >= 1, got 0"):
+        make().set_workers(0)
+    with pytest.raises(ValueError, match="workers must be >= 1, got 0"):
+        make(workers=0)

@@ -1,0 +1,240 @@
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from lightning_async_localsgd.layout import Binding, Layout
+
+
+class Mixed(nn.Module):
+    """Tied, frozen and scalar parameters, tensors of four dtypes, buffers of every kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0))
+        self.embedding = nn.Embedding(5, 3)
+        self.norm = nn.BatchNorm1d(3)
+        self.head = nn.Linear(3, 5, bias=False)
+        self.head.weight = self.embedding.weight
+        self.frozen = nn.Parameter(torch.randn(2, 2), requires_grad=False)
+        self.fp16 = nn.Parameter(torch.randn(7).half())
+        self.bf16 = nn.Parameter(torch.randn(3, 2).bfloat16())
+        self.fp64 = nn.Parameter(torch.randn(4).double())
+        self.register_buffer("scratch", torch.ones(3), persistent=False)
+        self.register_buffer("count", torch.zeros(2, dtype=torch.int64))
+        self.register_buffer("table", torch.randn(2, 2))
+        self.register_buffer("nothing", None)
+
+
+def test_order_is_parameters_then_persistent_floating_buffers() -> None:
+    module = Mixed()
+    layout = Layout.of(module)
+
+    parameters = [name for name, _ in module.named_parameters()]
+    assert [entry.name for entry in layout.entries if entry.kind == "parameter"] == parameters
+    assert [entry.name for entry in layout.entries if entry.kind == "buffer"] == [
+        "table",
+        "norm.running_mean",
+        "norm.running_var",
+    ]
+    assert layout.parameter_numel == sum(parameter.numel() for parameter in module.parameters())
+    assert layout.numel == layout.parameter_numel + 4 + 3 + 3
+    assert [entry.offset for entry in layout.entries] == [
+        sum(entry.numel for entry in layout.entries[:index]) for index in range(len(layout.entries))
+    ]
+    assert layout.entries[0].shape == ()
+
+
+def test_views_share_memory_and_check_the_length() -> None:
+    layout = Layout.of(nn.BatchNorm1d(2))
+    flat = torch.arange(8.0)
+    views = layout.views(flat)
+    assert [view.tolist() for view in views.values()] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    views["bias"].zero_()
+    assert flat[2:4].tolist() == [0, 0]
+    assert list(layout.views(flat, "buffer")) == ["running_mean", "running_var"]
+    assert list(layout.views(flat[:4], "parameter")) == ["weight", "bias"]
+    with pytest.raises(ValueError, match="4 elements, the layout 8"):
+        layout.views(flat[:4])
+
+
+def test_fingerprint_follows_name_shape_dtype_and_kind() -> None:
+    layout = Layout.of(nn.Linear(2, 3))
+    assert layout.fingerprint == Layout.of(nn.Linear(2, 3)).fingerprint
+    others = [nn.Linear(3, 2), nn.Linear(2, 3, bias=False), nn.Linear(2, 3).half(), nn.Sequential(nn.Linear(2, 3))]
+    assert len({layout.fingerprint, *(Layout.of(other).fingerprint for other in others)}) == 5
+
+
+def test_description_survives_json() -> None:
+    layout = Layout.of(Mixed())
+    copied = Layout.from_description(json.loads(json.dumps(layout.describe())))
+    assert copied.entries == layout.entries
+    assert copied.fingerprint == layout.fingerprint
+    assert layout.difference(copied) == ""
+
+
+GOOD = ["w", [2], "torch.float32", "parameter"]
+
+
+@pytest.mark.parametrize(
+    "description",
+    [
+        None,
+        {"w": [2]},
+        [[1]],
+        ["wtfp"],
+        [["w", [-1], "torch.float32", "parameter"]],
+        [["w", [2.0], "torch.float32", "parameter"]],
+        [["w", [True], "torch.float32", "parameter"]],
+        [["w", 2, "torch.float32", "parameter"]],
+        [[1, [2], "torch.float32", "parameter"]],
+        [["w", [2], "torch.int8", "parameter"]],
+        [["w", [2], ["torch.float32"], "parameter"]],
+        [["w", [2], "torch.float32", "gradient"]],
+        [["w", [2], "torch.float32", ["parameter"]]],
+        [["w", [2**40, 2**40], "torch.float32", "parameter"]],
+        [GOOD, GOOD],
+        [["b", [1], "torch.float32", "buffer"], GOOD],
+    ],
+)
+def test_bad_descriptions_are_refused(description: object) -> None:
+    with pytest.raises(ValueError, match=r"layout|parameters come first"):
+        Layout.from_description(description)
+
+
+def test_difference_shows_the_first_five() -> None:
+    here = Layout.of(nn.Sequential(*(nn.Linear(2, 2) for _ in range(4))))
+    there = Layout.of(nn.Sequential(*(nn.Linear(3, 3, dtype=torch.float64) for _ in range(3)), nn.BatchNorm1d(2)))
+    lines = here.difference(there).splitlines()
+    assert lines[0] == "parameter 0: '0.weight' float32 [2, 2] here, '0.weight' float64 [3, 3] there"
+    assert len(lines) == 6
+    assert lines[-1] == "and 4 more"
+    missing = Layout.of(nn.Linear(2, 2)).difference(Layout.of(nn.Linear(2, 2, bias=False)))
+    assert missing == "parameter 1: 'bias' float32 [2] here, nothing there"
+
+
+def with_parameter(tensor: torch.Tensor) -> nn.Module:
+    module = nn.Linear(1, 1)
+    module.odd = nn.Parameter(tensor, requires_grad=tensor.is_floating_point() or tensor.is_complex())
+    return module
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (nn.Linear(2, 2).requires_grad_(False), "Linear has no trainable parameter"),
+        (nn.Identity(), "no trainable parameter"),
+        (nn.Conv2d(4, 4, 3).to(memory_format=torch.channels_last), r"'weight'.*not contiguous.*\.contiguous\(\)"),
+        (with_parameter(torch.ones(2, 3).t()), "'odd'.*not contiguous"),
+        (with_parameter(torch.ones(2, dtype=torch.complex64)), "'odd' is complex"),
+        (with_parameter(torch.ones(2, 2).to_sparse()), "'odd' is sparse"),
+        (with_parameter(torch.ones(2).to(torch.float8_e5m2)), "'odd' is torch.float8_e5m2"),
+        (nn.Linear(2, 2, device="meta"), "'weight' is on the meta device"),
+        (nn.LazyLinear(2), "'weight' is not initialised"),
+    ],
+)
+def test_what_cannot_be_exchanged_is_named(module: nn.Module, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Layout.of(module)
+
+
+def test_sharded_parameters_are_refused() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_tensor
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        module = nn.Linear(2, 2)
+        module.weight = nn.Parameter(distribute_tensor(module.weight.detach(), init_device_mesh("cpu", (1,))))
+        with pytest.raises(ValueError, match=r"'weight' is sharded.*FSDP"):
+            Layout.of(module)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_integer_parameters_stay_where_they_are() -> None:
+    assert "odd" not in Layout.of(with_parameter(torch.ones(2, dtype=torch.int8))).views(torch.zeros(2))
+
+
+def test_load_then_read_gives_what_was_loaded_after_rounding() -> None:
+    module = Mixed()
+    layout = Layout.of(module)
+    binding = Binding(layout, module)
+    flat = torch.randn(layout.numel)
+    sent = flat.clone()
+    binding.load(flat)
+
+    read = torch.empty_like(flat)
+    binding.read(read)
+    assert torch.equal(read, flat)
+    rounded = layout.views(flat)
+    for name, view in layout.views(sent).items():
+        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(name, torch.float32)
+        assert torch.equal(rounded[name], view.to(dtype).float()), name
+    assert torch.equal(module.head.weight, rounded["embedding.weight"])
+
+
+def test_push_of_an_untouched_module_is_exactly_zero() -> None:
+    module = Mixed()
+    layout = Layout.of(module)
+    binding = Binding(layout, module)
+    base = torch.randn(layout.numel)
+    binding.load(base)
+    out = torch.full_like(base, torch.nan)
+    binding.subtract_from(base, out)
+    assert not out[: layout.parameter_numel].any()
+    assert torch.equal(out[layout.parameter_numel :], base[layout.parameter_numel :])
+
+
+def test_push_holds_differences_of_parameters_and_values_of_buffers() -> None:
+    module = Mixed()
+    layout = Layout.of(module)
+    binding = Binding(layout, module)
+    base = torch.randn(layout.numel)
+    binding.load(base)
+    with torch.no_grad():
+        for tensor in [*module.parameters(), module.norm.running_mean]:
+            tensor.add_(torch.randn_like(tensor))
+    local, out = torch.empty_like(base), torch.empty_like(base)
+    binding.read(local)
+    binding.subtract_from(base, out)
+    split = layout.parameter_numel
+    assert torch.equal(out[:split], (base - local)[:split])
+    assert torch.equal(out[split:], local[split:])
+
+
+def test_an_autograd_graph_notices_that_weights_were_replaced() -> None:
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    layout = Layout.of(module)
+    loss = module(torch.ones(1, 2)).sum()
+    Binding(layout, module).load(torch.zeros(layout.numel))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_replaced_buffer_is_found_and_a_reshaped_one_is_named() -> None:
+    module = nn.BatchNorm1d(2)
+    layout = Layout.of(module)
+    binding = Binding(layout, module)
+    module.running_mean = torch.tensor([3.0, 4.0])
+    flat = torch.empty(layout.numel)
+    binding.read(flat)
+    assert layout.views(flat)["running_mean"].tolist() == [3.0, 4.0]
+    module.running_mean = torch.zeros(3)
+    with pytest.raises(RuntimeError, match=r"buffer 'running_mean' has become \[3\], it was \[2\]"):
+        binding.read(flat)
+
+
+def test_binding_refuses_another_module() -> None:
+    with pytest.raises(ValueError, match="parameter 0: 'weight'"):
+        Binding(Layout.of(nn.Linear(2, 2)), nn.Linear(3, 2))
+
+
+def test_layout_of_a_copy_is_the_same() -> None:
+    module = Mixed()
+    assert Layout.of(module).difference(Layout.of(copy.deepcopy(module))) == ""
