@@ -136,9 +136,12 @@ class Budget:
     def _fair_share(self, worker: int, now: float, speeds: Mapping[int, float | None]) -> float:
         """Steps that the worker can take until everything is done, if all live workers share what is left."""
         known = _filled(speeds)
-        if self.total is None or worker not in known:
+        if self.total is None or worker not in speeds:
             return math.inf
         left = self._unreserved()
+        if not known:  # Nobody has been measured yet: as if all were equally fast and about to begin.
+            left += sum(reservation.steps for reservation in self._reservations.values())
+            return max(1, math.ceil(left / len(speeds)))
         for other, reservation in self._reservations.items():
             if other in known:
                 left += reservation.steps - _taken(reservation, now, known[other])

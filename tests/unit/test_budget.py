@@ -86,7 +86,7 @@ def test_the_last_steps_are_shared_by_speed() -> None:
 
 def test_unknown_speeds_count_as_the_mean() -> None:
     assert Budget(40).grant(1, 50, 0.0, {0: 3.0, 1: None, 2: 1.0}) == 14
-    assert Budget(40).grant(1, 50, 0.0, {0: None, 1: None}) == 40
+    assert Budget(40).grant(1, 50, 0.0, {0: None, 1: None}) == 20
     assert Budget(40).grant(9, 50, 0.0, {0: 1.0}) == 40
 
 

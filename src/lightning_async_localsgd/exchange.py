@@ -1,0 +1,76 @@
+"""How a worker reaches the server: one interface, whether the server is in the same process or across a network."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lightning_async_localsgd.messages import Hello, Push, Reply
+
+
+class ExchangeError(RuntimeError):
+    """The server cannot be reached any more, or has refused this worker for good. The text says what to do."""
+
+
+class Exchange(ABC):
+    """A worker's end of the exchange. Used by one thread; every call blocks until it is answered.
+
+    Attributes:
+        bytes_sent: bytes that have left this worker so far, headers and heartbeats included (0 within a process).
+        bytes_received: bytes that have reached this worker so far.
+
+    """
+
+    bytes_sent: int = 0
+    bytes_received: int = 0
+
+    @abstractmethod
+    def join(self, hello: Hello, model: Tensor) -> Reply:
+        """Introduces this worker and waits for its first dispatch.
+
+        Args:
+            hello: who this worker is.
+            model: flat fp32 tensor that receives the global model.
+
+        Raises:
+            ExchangeError: the server refused this worker, or cannot be reached.
+
+        """
+
+    @abstractmethod
+    def push(self, push: Push, gradient: Tensor, model: Tensor) -> Reply:
+        """Hands in a pseudo-gradient and waits for the next dispatch.
+
+        A push that the server refuses is no error: the reply says so in ``refused`` and brings a fresh model.
+
+        Args:
+            push: the header.
+            gradient: flat fp32 pseudo-gradient; not changed, and free again when this returns. With ``push.steps``
+                of 0 its contents are not looked at.
+            model: flat fp32 tensor that receives the global model; must not share memory with ``gradient``.
+
+        Raises:
+            ExchangeError: the server cannot be reached any more, or this session was superseded.
+
+        """
+
+    @property
+    @abstractmethod
+    def stop_requested(self) -> bool:
+        """The server asks every worker to end its round at the next step and hand it in."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Cheap look at the connection, made at every local step.
+
+        Raises:
+            ExchangeError: the server has been silent or gone for too long.
+
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Says goodbye and frees everything; may be called twice, and after an error."""

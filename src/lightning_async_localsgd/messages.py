@@ -1,0 +1,164 @@
+"""The words that workers and the server exchange.
+
+Plain values only: no tensor, no socket and no clock is known here, so that the live server, the wire and a simulated
+cluster use the very same ones. A message crosses the wire as a JSON object; whoever receives one decodes it with
+:meth:`Message.decode`, which refuses anything that is not exactly the message it claims to be.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+_M = TypeVar("_M", bound="Message")
+
+PROTOCOL_VERSION = 1
+"""Raised whenever a peer of the version before would misread a message."""
+
+MAX_HEADER_BYTES = 64 * 1024
+"""No message header is larger; a longer one is refused before it is parsed."""
+
+MAX_TEXT = 4096
+"""No text inside a message is longer, in characters."""
+
+
+class MessageError(ValueError):
+    """What arrived is not the message it claims to be. The text says what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """Base of all messages: frozen dataclasses of ``int``, ``float``, ``bool``, ``str`` and ``str | None``."""
+
+    def encode(self) -> bytes:
+        """The message as a JSON object in UTF-8."""
+        return json.dumps(dataclasses.asdict(self), separators=(",", ":"), allow_nan=False).encode()
+
+    @classmethod
+    def decode(cls: type[_M], data: bytes) -> _M:
+        """The message in ``data``.
+
+        Raises:
+            MessageError: ``data`` is too long, no JSON object, or its fields are not exactly this message's.
+
+        """
+        if len(data) > MAX_HEADER_BYTES:
+            raise MessageError(f"{cls.__name__} of {len(data)} bytes; at most {MAX_HEADER_BYTES} are read")
+        try:
+            values = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise MessageError(f"{cls.__name__} is not JSON: {error}") from None
+        fields = {field.name: field.type for field in dataclasses.fields(cls)}
+        if not isinstance(values, dict) or values.keys() != fields.keys():
+            raise MessageError(f"{cls.__name__} must have exactly the fields {sorted(fields)}")
+        for name, kind in fields.items():
+            values[name] = _checked(cls.__name__, name, str(kind), values[name])
+        return cls(**values)
+
+
+def _checked(message: str, name: str, kind: str, value: Any) -> Any:
+    """``value`` if it is of the annotated ``kind``, within the bounds that keep later arithmetic safe."""
+    good = False
+    if kind == "int":
+        good = type(value) is int and abs(value) < 2**53
+    elif kind == "bool":
+        good = type(value) is bool
+    elif kind == "float":
+        good = type(value) in (int, float) and abs(value) < 2**53 and math.isfinite(value)
+        value = float(value) if good else value
+    elif kind == "str":
+        good = type(value) is str and len(value) <= MAX_TEXT
+    elif kind == "str | None":
+        good = value is None or (type(value) is str and len(value) <= MAX_TEXT)
+    if not good:
+        raise MessageError(f"{message}.{name} must be {kind}, got {str(value)[:80]!r}")
+    return value
+
+
+@dataclass(frozen=True)
+class Hello(Message):
+    """A worker's first words.
+
+    Args:
+        protocol: the sender's :data:`PROTOCOL_VERSION`.
+        worker: the worker's number (its global rank).
+        session: random name of this life of the worker; a restarted worker has another one.
+        fingerprint: of the ordered (name, shape, dtype) list of everything exchanged.
+        rejoining: the session goes on over a new connection, because the old one broke before a push was answered:
+            that push follows, and no model is wanted before it.
+
+    """
+
+    protocol: int
+    worker: int
+    session: str
+    fingerprint: str
+    rejoining: bool = False
+
+
+@dataclass(frozen=True)
+class Push(Message):
+    """Header of a pseudo-gradient (theta_dispatched - theta_local).
+
+    Args:
+        worker: the worker's number.
+        session: the worker's session, as in its :class:`Hello`.
+        sequence: counts this session's pushes from 1; a push that is sent again keeps its number.
+        incarnation: of the server that dispatched the base model.
+        base_version: version of the dispatched model that the round started from.
+        steps: real local optimizer steps in the round; 0 is allowed in a last push and applies nothing.
+        samples: samples (rows of batches) taken in the round.
+        timed_steps: how many of the steps ``compute_seconds`` covers (first steps, and steps interrupted by
+            validation or a checkpoint, are left out of both).
+        compute_seconds: seconds of computing for ``timed_steps`` steps.
+        exchange_seconds: seconds that this worker's previous exchange took, waiting for the window excluded.
+        final: this worker hands in its last round and waits for the final model.
+        stop: this worker asks that training end for everybody (``trainer.should_stop``).
+
+    """
+
+    worker: int
+    session: str
+    sequence: int
+    incarnation: str
+    base_version: int
+    steps: int
+    samples: int
+    timed_steps: int
+    compute_seconds: float
+    exchange_seconds: float
+    final: bool
+    stop: bool
+
+
+@dataclass(frozen=True)
+class Reply(Message):
+    """Header of a dispatch: the global model and what to do with it.
+
+    Args:
+        incarnation: random name of this start of the server.
+        sequence: of the push that is answered; 0 answers a :class:`Hello`.
+        version: of the global model that follows (pushes applied so far).
+        staleness: of the push that is answered: versions between its base and its application; 0 for a hello.
+        local_steps: optimizer steps to take in the next round; 0 if and only if ``stop``.
+        progress: local steps of all workers together that the server expects to be done by now.
+        pace: how many local steps of all workers together go by for one step of this worker (>= 1).
+        wait_seconds: seconds between the push's application and this dispatch (grace window, or end of the budget).
+        stop: training is over; the model that follows is the final one.
+        refused: why the push was not applied, in one line; None if it was.
+
+    """
+
+    incarnation: str
+    sequence: int
+    version: int
+    staleness: int
+    local_steps: int
+    progress: float
+    pace: float
+    wait_seconds: float
+    stop: bool
+    refused: str | None

@@ -1,0 +1,396 @@
+"""The server in rank 0: one thread owns the global model; everybody else talks to it through a queue of events.
+
+Receiving, sending and saving happen outside the owner thread (the wire has its own), into buffers of a bounded pool.
+The owner applies a push when its private buffer is complete, and copies the model once for all the workers that it
+dispatches together. Rank 0's own worker uses :class:`LocalExchange`: the same path without the wire.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from lightning_async_localsgd.coordinator import Coordinator, View, WorkerTotals
+from lightning_async_localsgd.exchange import Exchange, ExchangeError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lightning_async_localsgd.buffers import BufferLease, BufferPool
+    from lightning_async_localsgd.layout import Layout
+    from lightning_async_localsgd.messages import Hello, Push, Reply
+    from lightning_async_localsgd.wire.protocol import Outlet
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+_RETRY_SECONDS = 0.005
+"""How soon the owner asks again for a buffer when it has something to dispatch and none is free."""
+
+
+class Server:
+    """Runs a :class:`~lightning_async_localsgd.coordinator.Coordinator` in a thread of its own.
+
+    All methods may be called from any thread and none blocks for longer than it takes to apply a push, except
+    :meth:`ask` and :meth:`close`, which wait for the owner.
+
+    Args:
+        coordinator: the decisions; from now on only the owner thread touches it.
+        buffers: for uploads and snapshots.
+        threaded: False runs every event at once in the caller's thread, for a world of one.
+        clock: seconds, monotonic.
+
+    """
+
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        buffers: BufferPool,
+        threaded: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.incarnation = coordinator.incarnation
+        self.buffers = buffers
+        self._coordinator = coordinator
+        self._clock = clock
+        self._outlets: dict[int, Outlet | _LocalOutlet] = {}
+        self._spare: BufferLease | None = None
+        self._retry = False
+        self._view = coordinator.view()
+        self._failure: BaseException | None = None
+        self._closed = False
+        self._events: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        if threaded:
+            self._thread = threading.Thread(target=self._run, name="async_localsgd-server", daemon=True)
+            self._thread.start()
+
+    # --------------------------------------------------- for the wire and local
+
+    @property
+    def layout(self) -> Layout:
+        """What is exchanged."""
+        return self._coordinator.model.layout
+
+    @property
+    def stop_requested(self) -> bool:
+        """Workers are to hand in what they have (heartbeats carry this to them)."""
+        return self._coordinator.stopping or self._failure is not None
+
+    def join(self, hello: Hello, outlet: Outlet) -> None:
+        """A worker introduces itself; the answer comes through ``outlet``."""
+        self._submit(lambda: self._on_join(hello, outlet))
+
+    def push(self, push: Push, lease: BufferLease | None, outlet: Outlet) -> None:
+        """A push has arrived completely; the lease is the server's from now on."""
+
+        def event() -> None:
+            try:
+                self._on_push(push, None if lease is None else lease.tensor, outlet)
+            finally:
+                if lease is not None:
+                    self._keep_or_release(lease)
+
+        self._submit(event)
+
+    def lost(self, worker: int, session: str, reason: str) -> None:
+        """A worker is gone."""
+        self._submit(lambda: self._on_lost(worker, session, reason))
+
+    # ------------------------------------------------------------- for the host
+
+    @property
+    def view(self) -> View:
+        """The run at a glance, as of the last event."""
+        return self._view
+
+    @property
+    def finished(self) -> bool:
+        """Everybody has been handed the final model."""
+        return self._coordinator.finished
+
+    @property
+    def missing(self) -> list[int]:
+        """The workers of the first cohort that have not joined yet."""
+        return self.ask(lambda coordinator: coordinator.missing)
+
+    def pause(self, worker: int) -> None:
+        """Nobody waits for ``worker`` until :meth:`resume`."""
+        self._submit(lambda: self._coordinator.pause(worker, self._clock()))
+
+    def resume(self, worker: int) -> None:
+        """``worker`` computes again."""
+        self._submit(lambda: self._coordinator.resume(worker, self._clock()))
+
+    def leave(self, worker: int, reason: str) -> None:
+        """``worker`` is known to be gone, whatever session it had (its process ended)."""
+
+        def event() -> None:
+            member = self._coordinator.session_of(worker)
+            if member is not None:
+                self._on_lost(worker, member, reason)
+
+        self._submit(event)
+
+    def ask(self, question: Callable[[Coordinator], _T]) -> _T:
+        """Runs ``question`` in the owner thread, between two events, and returns its answer.
+
+        Raises:
+            RuntimeError: the server has failed or is closed.
+
+        """
+        answer: Future[_T] = Future()
+
+        def event() -> None:
+            try:
+                answer.set_result(question(self._coordinator))
+            except BaseException as error:
+                answer.set_exception(error)
+
+        self._submit(event)
+        while True:
+            try:
+                return answer.result(timeout=0.5)
+            except TimeoutError:
+                self.raise_failure()
+
+    def copy_model(self, out: Tensor) -> int:
+        """Copies the global model of one moment to ``out`` (flat fp32) and returns its version."""
+
+        def copy(coordinator: Coordinator) -> int:
+            coordinator.model.copy_to(out)
+            return coordinator.model.version
+
+        return self.ask(copy)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The server's whole state of one moment; its tensors are copies."""
+        return self.ask(lambda coordinator: coordinator.state_dict())
+
+    def totals(self) -> dict[int, WorkerTotals]:
+        """What each worker has done so far."""
+        return self.ask(lambda coordinator: {n: WorkerTotals(**vars(t)) for n, t in coordinator.totals.items()})
+
+    def stop(self) -> None:
+        """Training ends as soon as everybody has handed in what they have."""
+        self._submit(self._coordinator.stop)
+
+    def raise_failure(self) -> None:
+        """Raises what stopped the owner thread, if anything did.
+
+        Raises:
+            RuntimeError: the server has failed or is closed.
+
+        """
+        if self._failure is not None:
+            raise RuntimeError(f"the server of the asynchronous run failed: {self._failure}") from self._failure
+        if self._closed:
+            raise RuntimeError("the server of the asynchronous run is closed")
+
+    def close(self, reason: str | None = None) -> None:
+        """Ends the owner thread. Workers that still wait are refused with ``reason``. May be called twice."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._thread is not None:
+            self._events.put(None)
+            if self._thread is not threading.current_thread():
+                self._thread.join()
+        for outlet in self._outlets.values():
+            outlet.refuse(reason or "training has ended")
+        self._outlets.clear()
+        if self._spare is not None:
+            self._spare.release()
+            self._spare = None
+
+    # ------------------------------------------------------------ owner thread
+
+    def _submit(self, event: Callable[[], None]) -> None:
+        if self._thread is None:
+            event()
+            self._flush()
+        else:
+            self._events.put(event)
+
+    def _run(self) -> None:
+        while True:
+            try:
+                event = self._events.get(timeout=self._patience())
+            except queue.Empty:
+                event = _nothing
+            if event is None:
+                return
+            try:
+                event()
+                self._flush()
+            except BaseException as error:
+                _log.exception("the server of the asynchronous run failed")
+                self._failure = error
+                for outlet in self._outlets.values():
+                    outlet.refuse(f"the server failed: {error}")
+                self._outlets.clear()
+
+    def _patience(self) -> float | None:
+        if self._retry:
+            return _RETRY_SECONDS
+        deadline = self._coordinator.deadline()
+        return None if deadline is None else max(0.0, deadline - self._clock())
+
+    def _on_join(self, hello: Hello, outlet: Outlet | _LocalOutlet) -> None:
+        if self._failure is not None:
+            outlet.refuse(f"the server failed: {self._failure}")
+            return
+        older = self._coordinator.session_of(hello.worker)
+        refused = self._coordinator.join(hello, self._clock())
+        if refused is not None:
+            outlet.refuse(refused)
+            return
+        if older is not None and older != hello.session:
+            self._outlets[hello.worker].refuse(f"a newer session of worker {hello.worker} has taken this one's place")
+        self._outlets[hello.worker] = outlet
+
+    def _on_push(
+        self, push: Push, gradient: Tensor | None, outlet: Outlet | _LocalOutlet, result: Tensor | None = None
+    ) -> None:
+        if self._failure is not None:
+            outlet.refuse(f"the server failed: {self._failure}")
+            return
+        refused = self._coordinator.push(push, gradient, self._clock(), result)
+        if refused is not None:
+            outlet.refuse(refused)
+            return
+        self._outlets[push.worker] = outlet
+
+    def _on_lost(self, worker: int, session: str, reason: str) -> None:
+        if self._coordinator.leave(worker, session, self._clock(), reason):
+            outlet = self._outlets.pop(worker, None)
+            if outlet is not None:
+                outlet.refuse(f"the server gave this worker up: {reason}")
+
+    def _keep_or_release(self, lease: BufferLease) -> None:
+        # The buffer of a push that has just been applied is the natural place for the next snapshot: with it at hand
+        # a dispatch never waits for memory that uploads hold.
+        if self._spare is None:
+            self._spare = lease
+        else:
+            lease.release()
+
+    def _flush(self) -> None:
+        """Dispatches whoever is due."""
+        self._retry = False
+        now = self._clock()
+        if self._coordinator.ready(now):
+            remote = any(not isinstance(outlet, _LocalOutlet) for outlet in self._outlets.values())
+            if remote and self._spare is None:
+                self._spare = self.buffers.try_acquire()
+                if self._spare is None:
+                    self._retry = True
+                    return
+            self._dispatch(self._coordinator.dispatch(now))
+        if self._spare is not None and self._coordinator.deadline() is None:
+            self._spare.release()
+            self._spare = None
+        self._view = self._coordinator.view()
+
+    def _dispatch(self, replies: dict[int, Reply]) -> None:
+        model = self._coordinator.model
+        distant = []
+        for worker, reply in replies.items():
+            outlet = self._outlets[worker]
+            if isinstance(outlet, _LocalOutlet):
+                outlet.answer(reply, model.copy_to)
+            else:
+                distant.append((outlet, reply))
+        if not distant:
+            return
+        lease, self._spare = self._spare, None
+        assert lease is not None
+        model.copy_to(lease.tensor)
+        lease.touch()
+        lease.share(len(distant) - 1)
+        for outlet, reply in distant:
+            outlet.dispatch(reply, lease)
+
+
+def _nothing() -> None:
+    """The event of a deadline that has passed: looking again is all there is to do."""
+
+
+class _LocalOutlet:
+    """Hands a dispatch to the worker in the server's own process: the model is copied straight to where it wants it."""
+
+    def __init__(self, out: Tensor) -> None:
+        self._out = out
+        self._answered = threading.Event()
+        self._reply: Reply | None = None
+        self._refused: str | None = None
+
+    def answer(self, reply: Reply, copy: Callable[[Tensor], None]) -> None:
+        if not self._answered.is_set():
+            copy(self._out)
+            self._reply = reply
+            self._answered.set()
+
+    def refuse(self, reason: str) -> None:
+        if not self._answered.is_set():
+            self._refused = reason
+            self._answered.set()
+
+    def wait(self, server: Server) -> Reply:
+        while not self._answered.wait(timeout=0.5):
+            server.raise_failure()
+        if self._reply is None:
+            raise ExchangeError(self._refused)
+        return self._reply
+
+
+class LocalExchange(Exchange):
+    """The exchange of the worker in the server's own process: no wire, no copy of the pseudo-gradient.
+
+    Args:
+        server: the server.
+        result: where a single worker's outer step is plain ``theta - g`` (see
+            :attr:`~lightning_async_localsgd.outer.OuterOptimizer.replaces_model`): writes the local weights to the
+            tensor it is given, which then become the global model as they are, free of the rounding of two
+            subtractions.
+
+    """
+
+    def __init__(self, server: Server, result: Callable[[Tensor], None] | None = None) -> None:
+        self._server = server
+        self._result = result
+
+    def join(self, hello: Hello, model: Tensor) -> Reply:
+        """See :meth:`Exchange.join`."""
+        outlet = _LocalOutlet(model)
+        self._server._submit(lambda: self._server._on_join(hello, outlet))
+        return outlet.wait(self._server)
+
+    def push(self, push: Push, gradient: Tensor, model: Tensor) -> Reply:
+        """See :meth:`Exchange.push`."""
+        outlet = _LocalOutlet(model)
+        result = None
+        if self._result is not None and push.steps > 0:
+            result = model
+            self._result(result)
+        self._server._submit(
+            lambda: self._server._on_push(push, gradient if push.steps > 0 else None, outlet, result)
+        )
+        return outlet.wait(self._server)
+
+    @property
+    def stop_requested(self) -> bool:
+        """See :attr:`Exchange.stop_requested`."""
+        return self._server.stop_requested
+
+    def check(self) -> None:
+        """See :meth:`Exchange.check`."""
+        self._server.raise_failure()
+
+    def close(self) -> None:
+        """Nothing to close: the server is its owner's."""

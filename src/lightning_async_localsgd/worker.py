@@ -1,0 +1,160 @@
+"""One rank's part: count local steps, form the pseudo-gradient, exchange it for the global model, adopt that.
+
+The optimizer's state stays with the worker and is never reset. The pseudo-gradient is relative to the model that the
+worker really got (rounded to its parameters' dtype), so that no rounding error is pushed back as if it were progress.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from lightning_async_localsgd.messages import PROTOCOL_VERSION, Hello, Push, Reply
+
+if TYPE_CHECKING:
+    from lightning_async_localsgd.exchange import Exchange
+    from lightning_async_localsgd.layout import Binding
+
+_log = logging.getLogger(__name__)
+
+
+class Worker:
+    """The rounds of one rank.
+
+    Two flat fp32 buffers are kept: the model of the last dispatch, and the pseudo-gradient.
+
+    Args:
+        number: the worker's number (global rank).
+        binding: the module's tensors.
+        exchange: the way to the server.
+        clock: seconds, monotonic.
+
+    Attributes:
+        reply: header of the last dispatch.
+        round_steps: real optimizer steps since then.
+        total_steps: real optimizer steps of this worker since it joined.
+        stopped: the final model has been adopted; there is nothing more to do.
+
+    """
+
+    def __init__(
+        self, number: int, binding: Binding, exchange: Exchange, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.number = number
+        self.session = uuid.uuid4().hex
+        self.exchange = exchange
+        self.round_steps = 0
+        self.total_steps = 0
+        self.stopped = False
+        self.reply: Reply | None = None
+        self._binding = binding
+        self._clock = clock
+        size = binding.layout.numel
+        self._model = torch.zeros(size, dtype=torch.float32)
+        self._gradient = torch.zeros(size, dtype=torch.float32)
+        self._sequence = 0
+        self._samples = 0
+        self._stepped = False
+        self._timed_steps = 0
+        self._compute_seconds = 0.0
+        self._exchange_seconds = 0.0
+        self._mark: float | None = None
+
+    def join(self) -> Reply:
+        """Takes part: waits for the first dispatch and adopts it.
+
+        Raises:
+            ExchangeError: the server refused this worker or cannot be reached.
+
+        """
+        hello = Hello(PROTOCOL_VERSION, self.number, self.session, self._binding.layout.fingerprint)
+        self._adopt(self.exchange.join(hello, self._model))
+        assert self.reply is not None
+        return self.reply
+
+    def count_step(self) -> None:
+        """An optimizer step has been taken; called by the optimizer itself, so that skipped steps don't count."""
+        self.round_steps += 1
+        self.total_steps += 1
+        self._stepped = True
+
+    def end_step(self, samples: int) -> None:
+        """The loop has come to the end of an optimizer step, taken or skipped, and of its ``samples`` samples."""
+        now = self._clock()
+        if self._mark is not None:
+            # A skipped step is time spent computing all the same. The first step (compilation, warm caches) and
+            # interrupted ones have no mark, and so are left out of the speed.
+            self._compute_seconds += now - self._mark
+            self._timed_steps += self._stepped
+        self._samples += samples
+        self._stepped = False
+        self._mark = now
+
+    def interrupt(self) -> None:
+        """Something other than training takes time (validation, saving): the step around it is not timed."""
+        self._mark = None
+
+    @property
+    def due(self) -> bool:
+        """Whether the round is over: all its steps are taken, or the server asks for what there is."""
+        assert self.reply is not None
+        if self.stopped:
+            return False
+        return self.round_steps >= self.reply.local_steps or self.exchange.stop_requested
+
+    def end_round(self, *, final: bool = False, stop: bool = False) -> Reply:
+        """Hands the round in and adopts the global model that comes back.
+
+        Args:
+            final: this worker takes no more steps; the call returns with the final model when everybody is done.
+            stop: asks the same of everybody.
+
+        Returns:
+            The new dispatch.
+
+        Raises:
+            ExchangeError: the server cannot be reached any more.
+
+        """
+        assert self.reply is not None
+        assert not self.stopped
+        began = self._clock()
+        self._sequence += 1
+        push = Push(
+            worker=self.number,
+            session=self.session,
+            sequence=self._sequence,
+            incarnation=self.reply.incarnation,
+            base_version=self.reply.version,
+            steps=self.round_steps,
+            samples=self._samples,
+            timed_steps=self._timed_steps,
+            compute_seconds=self._compute_seconds,
+            exchange_seconds=self._exchange_seconds,
+            final=final,
+            stop=stop,
+        )
+        if self.round_steps > 0:
+            self._binding.subtract_from(self._model, self._gradient)
+        reply = self.exchange.push(push, self._gradient, self._model)
+        self._adopt(reply)
+        if reply.refused is not None:
+            _log.warning("worker %d: push %d was refused: %s", self.number, push.sequence, reply.refused)
+        self._exchange_seconds = max(0.0, self._clock() - began - reply.wait_seconds)
+        return reply
+
+    def _adopt(self, reply: Reply) -> None:
+        self._binding.load(self._model)
+        self.reply = reply
+        self.stopped = reply.stop
+        self.round_steps = 0
+        self._samples = 0
+        self._timed_steps = 0
+        self._compute_seconds = 0.0
+        # The time of an exchange is not computing. The step after it starts here, the first of all is not timed.
+        self._mark = self._clock() if self._sequence > 0 else None

@@ -1,0 +1,373 @@
+"""Membership, order, windows and the end of the budget, with time passed in and no thread anywhere."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_async_localsgd.budget import Budget
+from lightning_async_localsgd.coordinator import ALREADY_APPLIED, Coordinator
+from lightning_async_localsgd.global_model import GlobalModel
+from lightning_async_localsgd.grace import GraceWindow
+from lightning_async_localsgd.layout import Layout
+from lightning_async_localsgd.messages import PROTOCOL_VERSION, Hello, Push, Reply
+from lightning_async_localsgd.outer import DelayedNesterov, OuterOptimizer, TorchOptimizer
+from lightning_async_localsgd.pacing import SpeedAwareSteps
+
+LAYOUT = Layout.of(torch.nn.Linear(3, 2))
+
+
+def make(
+    workers: int = 2,
+    total: int | None = 1000,
+    grace: float | str = 0.0,
+    local_steps: int = 10,
+    rule: OuterOptimizer | None = None,
+    dynamic: bool = True,
+) -> Coordinator:
+    model = GlobalModel(LAYOUT, rule or DelayedNesterov(), workers)
+    return Coordinator(
+        model,
+        SpeedAwareSteps(local_steps, dynamic),
+        GraceWindow(grace),
+        Budget(total),
+        cohort=workers,
+        incarnation="this",
+    )
+
+
+def hello(worker: int, session: str | None = None, **changes: object) -> Hello:
+    return dataclasses.replace(
+        Hello(PROTOCOL_VERSION, worker, session or f"s{worker}", LAYOUT.fingerprint), **changes
+    )
+
+
+class Player:
+    """Plays workers against a coordinator and remembers their last replies."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        self.coordinator = coordinator
+        self.replies: dict[int, Reply] = {}
+        self.sequences: dict[int, int] = {}
+
+    def join_all(self, workers: int, now: float = 0.0) -> None:
+        for worker in range(workers):
+            assert self.coordinator.join(hello(worker), now) is None
+        self.flush(now)
+
+    def flush(self, now: float) -> dict[int, Reply]:
+        given_out: dict[int, Reply] = {}
+        while self.coordinator.ready(now):
+            given_out.update(self.coordinator.dispatch(now))
+        self.replies.update(given_out)
+        return given_out
+
+    def push(self, worker: int, now: float, gradient: torch.Tensor | None = None, **changes: object) -> Push:
+        reply = self.replies[worker]
+        self.sequences[worker] = self.sequences.get(worker, 0) + 1
+        push = Push(
+            worker=worker,
+            session=f"s{worker}",
+            sequence=self.sequences[worker],
+            incarnation=reply.incarnation,
+            base_version=reply.version,
+            steps=reply.local_steps,
+            samples=reply.local_steps,
+            timed_steps=0,
+            compute_seconds=0.0,
+            exchange_seconds=0.0,
+            final=False,
+            stop=False,
+        )
+        push = dataclasses.replace(push, **changes)
+        self.refused = self.coordinator.push(push, torch.ones(LAYOUT.numel) if gradient is None else gradient, now)
+        return push
+
+
+def test_nobody_is_dispatched_before_the_cohort_is_complete() -> None:
+    coordinator = make(workers=3)
+    player = Player(coordinator)
+    coordinator.join(hello(0), 0.0)
+    coordinator.join(hello(2), 0.0)
+    assert coordinator.missing == [1]
+    assert player.flush(0.0) == {}
+    coordinator.join(hello(1), 1.0)
+    assert coordinator.missing == []
+    assert {worker: reply.version for worker, reply in player.flush(1.0).items()} == {0: 0, 1: 0, 2: 0}
+
+
+def test_staleness_is_the_number_of_versions_since_the_dispatch() -> None:
+    player = Player(make(workers=2))
+    player.join_all(2)
+    for expected in (0, 0, 0):
+        player.push(0, 1.0)
+        assert player.flush(1.0)[0].staleness == expected
+    player.push(1, 2.0)
+    reply = player.flush(2.0)[1]
+    assert (reply.staleness, reply.version) == (3, 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"incarnation": "another"}, "incarnation"),
+        ({"base_version": 7}, "version 7"),
+        ({"steps": -1}, "-1 steps"),
+    ],
+)
+def test_a_push_that_does_not_fit_is_refused_and_its_worker_goes_on(changes: dict[str, object], reason: str) -> None:
+    coordinator = make()
+    player = Player(coordinator)
+    player.join_all(2)
+    before = coordinator.model.theta.clone()
+    player.push(0, 1.0, **changes)
+    assert player.refused is None
+    reply = player.flush(1.0)[0]
+    assert reply.refused is not None
+    assert reason in reply.refused
+    assert reply.local_steps == 10
+    assert torch.equal(coordinator.model.theta, before)
+    assert sum(coordinator.refusals.values()) == 1
+    assert coordinator.budget.done == 0
+    player.push(0, 2.0)
+    assert player.flush(2.0)[0].refused is None
+    assert coordinator.model.version == 1
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
+def test_a_push_that_is_not_finite_never_reaches_the_model(poison: float) -> None:
+    coordinator = make()
+    player = Player(coordinator)
+    player.join_all(2)
+    gradient = torch.zeros(LAYOUT.numel)
+    gradient[3] = poison
+    player.push(0, 1.0, gradient)
+    assert "NaN" in (player.flush(1.0)[0].refused or "")
+    assert torch.isfinite(coordinator.model.theta).all()
+    assert coordinator.model.version == 0
+
+
+def test_a_push_of_another_size_is_refused() -> None:
+    coordinator = make()
+    player = Player(coordinator)
+    player.join_all(2)
+    player.push(0, 1.0, torch.ones(3))
+    assert "3 elements" in (player.flush(1.0)[0].refused or "")
+    assert coordinator.model.version == 0
+
+
+def test_a_push_sent_again_is_applied_once_and_answered_twice() -> None:
+    coordinator = make()
+    player = Player(coordinator)
+    player.join_all(2)
+    push = player.push(0, 1.0)
+    first = player.flush(1.0)[0]
+    theta = coordinator.model.theta.clone()
+    assert coordinator.push(push, torch.ones(LAYOUT.numel), 1.5) is None
+    again = player.flush(1.5)[0]
+    assert torch.equal(coordinator.model.theta, theta)
+    assert (again.version, again.sequence, again.refused) == (first.version, 1, ALREADY_APPLIED)
+    assert coordinator.totals[0].rounds == 1
+
+
+def test_a_newer_session_supersedes_and_the_older_is_told() -> None:
+    coordinator = make()
+    player = Player(coordinator)
+    player.join_all(2)
+    assert coordinator.join(hello(0, "newer"), 1.0) is None
+    assert coordinator.session_of(0) == "newer"
+    player.push(0, 2.0)
+    assert "newer session" in (player.refused or "")
+    assert coordinator.model.version == 0
+
+
+def test_a_wrong_protocol_and_a_late_comer_are_refused_with_the_way_out() -> None:
+    coordinator = make()
+    assert "same version" in (coordinator.join(hello(0, protocol=99), 0.0) or "")
+    player = Player(make(workers=1, total=1, local_steps=1))
+    player.join_all(1)
+    player.push(0, 1.0)
+    assert player.flush(1.0)[0].stop
+    assert "too late" in (player.coordinator.join(hello(5), 2.0) or "")
+
+
+def test_the_window_dispatches_its_workers_together() -> None:
+    player = Player(make(grace=5.0))
+    player.join_all(2)
+    player.push(0, 10.0)
+    assert player.flush(10.0) == {}
+    assert player.coordinator.deadline() == 15.0
+    player.push(1, 12.0)
+    replies = player.flush(12.0)
+    assert {worker: reply.version for worker, reply in replies.items()} == {0: 2, 1: 2}
+    assert replies[0].wait_seconds == 2.0
+    assert replies[1].wait_seconds == 0.0
+
+
+def test_a_window_closes_at_its_deadline_and_for_the_dead() -> None:
+    player = Player(make(workers=3, grace=5.0))
+    player.join_all(3)
+    player.push(0, 10.0)
+    assert player.flush(14.9) == {}
+    assert set(player.flush(15.0)) == {0}
+    player.push(0, 20.0)
+    player.push(1, 20.5)
+    assert player.flush(20.5) == {}
+    player.coordinator.leave(2, "s2", 21.0, "killed")
+    assert set(player.flush(21.0)) == {0, 1}
+
+
+def test_nobody_waits_for_a_paused_worker() -> None:
+    player = Player(make(grace=5.0))
+    player.join_all(2)
+    player.coordinator.pause(1, 1.0)
+    player.push(0, 2.0)
+    assert set(player.flush(2.0)) == {0}
+    player.coordinator.resume(1, 3.0)
+    player.push(0, 4.0)
+    assert player.flush(4.0) == {}
+
+
+def test_the_budget_ends_for_all_at_once_with_one_final_model() -> None:
+    coordinator = make(workers=2, total=25)
+    player = Player(coordinator)
+    player.join_all(2)
+    player.push(0, 1.0)
+    assert player.flush(1.0)[0].local_steps == 5  # 25 - 10 - 10 that worker 1 has in hand
+    player.push(0, 1.5)
+    assert player.flush(1.5) == {}  # Nothing left: worker 0 rests until worker 1 is in.
+    player.push(1, 3.0)
+    replies = player.flush(3.0)
+    assert {worker: (reply.stop, reply.version) for worker, reply in replies.items()} == {0: (True, 3), 1: (True, 3)}
+    assert coordinator.finished
+    assert coordinator.budget.done == 25
+
+
+def test_the_steps_of_a_dead_worker_go_to_those_who_rest() -> None:
+    coordinator = make(workers=2, total=20)
+    player = Player(coordinator)
+    player.join_all(2)
+    player.push(0, 1.0)
+    assert player.flush(1.0) == {}
+    coordinator.leave(1, "s1", 2.0, "killed")
+    assert player.flush(2.0)[0].local_steps == 10
+    player.push(0, 3.0)
+    assert player.flush(3.0)[0].stop
+    assert coordinator.budget.done == 20
+
+
+def test_stop_collects_partial_rounds_and_ends() -> None:
+    coordinator = make(workers=2, total=None)
+    player = Player(coordinator)
+    player.join_all(2)
+    player.push(0, 1.0, steps=4, final=True, stop=True)
+    assert player.flush(1.0) == {}
+    assert coordinator.stopping
+    player.push(1, 2.0, steps=0)
+    replies = player.flush(2.0)
+    assert all(reply.stop and reply.version == 1 for reply in replies.values())
+    assert coordinator.budget.done == 4
+
+
+def test_local_steps_follow_the_measured_speeds() -> None:
+    player = Player(make(workers=2, local_steps=50))
+    player.join_all(2)
+    player.push(0, 29.0, timed_steps=49, compute_seconds=49 * 0.58)
+    player.flush(29.0)
+    player.push(1, 166.5, timed_steps=49, compute_seconds=49 * 3.33)
+    reply = player.flush(166.5)[1]
+    assert reply.local_steps == 8
+    assert reply.pace == pytest.approx((1 / 0.58 + 1 / 3.33) * 3.33)
+
+
+def test_state_goes_on_in_another_coordinator() -> None:
+    first = make(workers=2, total=100)
+    player = Player(first)
+    player.join_all(2)
+    for turn in range(3):
+        player.push(turn % 2, float(turn), torch.randn(LAYOUT.numel, generator=torch.Generator().manual_seed(turn)))
+        player.flush(float(turn))
+    second = make(workers=2, total=100)
+    second.load_state_dict(first.state_dict())
+    gradient = torch.randn(LAYOUT.numel)
+    first.model.apply(gradient)
+    second.model.apply(gradient)
+    assert torch.equal(first.model.theta, second.model.theta)
+    assert second.model.version == 4
+    assert second.budget.done == first.budget.done == 30
+    assert second.totals[0] == first.totals[0]
+
+
+EVENT = st.tuples(
+    st.sampled_from(["push", "push", "push", "partial", "again", "poison", "leave", "rejoin", "pause", "resume"]),
+    st.integers(0, 3),
+    st.floats(0.01, 3.0),
+    st.integers(0, 2**31),
+)
+
+
+def play(events: list[tuple[str, int, float, int]], rule: OuterOptimizer, grace: float | str) -> Coordinator:
+    """Plays any sequence of events and checks after each what must always hold."""
+    coordinator = make(workers=4, total=300, grace=grace, rule=rule, local_steps=8)
+    player = Player(coordinator)
+    player.join_all(4)
+    now, applied, steps = 0.0, 0, 0
+    last: dict[int, Push] = {}
+    for number, (kind, worker, seconds, seed) in enumerate(events):
+        now += seconds
+        session = coordinator.session_of(worker)
+        computing = session is not None and coordinator._members[worker].state == "computing"
+        gradient = torch.randn(LAYOUT.numel, generator=torch.Generator().manual_seed(seed))
+        version = coordinator.model.version
+        if kind in ("push", "partial", "poison") and computing:
+            if kind == "poison":
+                gradient[0] = float("nan")
+            taken = player.replies[worker].local_steps if kind != "partial" else 1
+            last[worker] = player.push(
+                worker, now, gradient, session=session, steps=taken, timed_steps=taken, compute_seconds=taken * seconds
+            )
+            if kind != "poison":
+                applied += 1
+                steps += taken
+        elif kind == "again" and session is not None and worker in last:
+            coordinator.push(dataclasses.replace(last[worker], session=session), gradient, now)
+            assert coordinator.model.version == version
+        elif kind == "leave" and session is not None and len(coordinator.live) > 1:
+            coordinator.leave(worker, session, now, "test")
+        elif kind == "rejoin" and session is None:
+            coordinator.join(hello(worker, f"s{worker}.{number}"), now)
+            player.sequences[worker] = 0
+            last.pop(worker, None)
+        elif kind == "pause":
+            coordinator.pause(worker, now)
+        elif kind == "resume":
+            coordinator.resume(worker, now)
+        player.flush(now)
+        assert coordinator.model.version == applied
+        assert coordinator.budget.done == steps <= 300
+        assert torch.isfinite(coordinator.model.theta).all()
+        assert coordinator.deadline() is None or coordinator.deadline() >= now
+    return coordinator
+
+
+@settings(max_examples=60, deadline=None)
+@given(events=st.lists(EVENT, max_size=60), grace=st.sampled_from([0.0, 1.0, "auto"]))
+def test_the_same_events_give_the_same_bits_and_each_push_counts_once(
+    events: list[tuple[str, int, float, int]], grace: float | str
+) -> None:
+    first = play(events, DelayedNesterov(activation=0.1), grace)
+    second = play(events, DelayedNesterov(activation=0.1), grace)
+    assert torch.equal(first.model.theta, second.model.theta)
+    assert first.totals == second.totals
+
+
+@settings(max_examples=20, deadline=None)
+@given(events=st.lists(EVENT, max_size=40))
+def test_any_events_with_a_torch_optimizer(events: list[tuple[str, int, float, int]]) -> None:
+    rule = TorchOptimizer(torch.optim.SGD, lr=0.3, momentum=0.9, nesterov=True)
+    again = TorchOptimizer(torch.optim.SGD, lr=0.3, momentum=0.9, nesterov=True)
+    assert torch.equal(play(events, rule, "auto").model.theta, play(events, again, "auto").model.theta)

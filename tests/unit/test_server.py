@@ -1,0 +1,218 @@
+"""The owner thread with real workers in other threads of one process."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from lightning_async_localsgd.budget import Budget
+from lightning_async_localsgd.buffers import BufferLease, BufferPool
+from lightning_async_localsgd.coordinator import Coordinator
+from lightning_async_localsgd.global_model import GlobalModel
+from lightning_async_localsgd.grace import GraceWindow
+from lightning_async_localsgd.layout import Binding, Layout
+from lightning_async_localsgd.messages import PROTOCOL_VERSION, Hello, Push, Reply
+from lightning_async_localsgd.outer import DelayedNesterov, OuterOptimizer
+from lightning_async_localsgd.pacing import SpeedAwareSteps
+from lightning_async_localsgd.server import LocalExchange, Server
+from lightning_async_localsgd.worker import Worker
+
+
+def build(workers: int, total: int | None, threaded: bool = True, rule: OuterOptimizer | None = None) -> Server:
+    module = torch.nn.Linear(4, 3)
+    layout = Layout.of(module)
+    model = GlobalModel(layout, rule or DelayedNesterov(), workers)
+    Binding(layout, module).read(model.theta)
+    coordinator = Coordinator(model, SpeedAwareSteps(5), GraceWindow("auto"), Budget(total), workers, "this")
+    return Server(coordinator, BufferPool(layout.numel), threaded=threaded)
+
+
+@pytest.fixture
+def servers() -> Iterator[list[Server]]:
+    opened: list[Server] = []
+    yield opened
+    for server in opened:
+        server.close()
+    assert not [t for t in threading.enumerate() if t.name.startswith("async_localsgd")]
+
+
+def train(worker: Worker, module: torch.nn.Module, seconds: float) -> None:
+    """What a rank's loop does, without Lightning."""
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+    generator = torch.Generator().manual_seed(worker.number)
+    worker.join()
+    while not worker.stopped:
+        inputs = torch.randn(8, 4, generator=generator)
+        optimizer.zero_grad()
+        (module(inputs) - inputs[:, :3]).square().mean().backward()
+        optimizer.step()
+        time.sleep(seconds)
+        worker.count_step()
+        worker.end_step(samples=8)
+        if worker.due:
+            worker.end_round()
+
+
+def run_all(server: Server, workers: int) -> tuple[list[torch.nn.Module], list[Worker]]:
+    modules = [torch.nn.Linear(4, 3) for _ in range(workers)]
+    layout = server.layout
+    everyone = [Worker(n, Binding(layout, module), LocalExchange(server)) for n, module in enumerate(modules)]
+    threads = [
+        threading.Thread(target=train, args=(worker, module, 0.001 * (1 + 2 * worker.number)))
+        for worker, module in zip(everyone, modules, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+        assert not thread.is_alive()
+    return modules, everyone
+
+
+def test_workers_of_unequal_speed_share_the_budget_and_end_with_the_same_bits(servers: list[Server]) -> None:
+    server = build(workers=3, total=300)
+    servers.append(server)
+    modules, workers = run_all(server, 3)
+    first = modules[0].state_dict()
+    for module in modules[1:]:
+        assert all(torch.equal(first[name], tensor) for name, tensor in module.state_dict().items())
+    assert sum(worker.total_steps for worker in workers) == 300
+    assert workers[0].total_steps > workers[2].total_steps
+    totals = server.totals()
+    assert {n: t.steps for n, t in totals.items()} == {w.number: w.total_steps for w in workers}
+    assert all(t.samples == 8 * t.steps for t in totals.values())
+    model = torch.empty(server.layout.numel)
+    assert server.copy_model(model) == server.view.version == sum(t.rounds for t in totals.values())
+    assert torch.equal(server.layout.views(model)["weight"], first["weight"])
+
+
+def test_a_world_of_one_has_no_thread(servers: list[Server]) -> None:
+    server = build(workers=1, total=23, threaded=False)
+    servers.append(server)
+    module = torch.nn.Linear(4, 3)
+    worker = Worker(0, Binding(server.layout, module), LocalExchange(server))
+    before = set(threading.enumerate())
+    train(worker, module, 0.0)
+    assert set(threading.enumerate()) == before
+    assert worker.total_steps == 23
+    assert server.view.version == 5
+
+
+class Recorder:
+    """An outlet that keeps what it was given."""
+
+    def __init__(self) -> None:
+        self.replies: list[Reply] = []
+        self.leases: list[BufferLease] = []
+        self.refusals: list[str] = []
+        self.told = threading.Event()
+
+    def dispatch(self, reply: Reply, lease: BufferLease) -> None:
+        self.replies.append(reply)
+        self.leases.append(lease)
+        self.told.set()
+
+    def refuse(self, reason: str) -> None:
+        self.refusals.append(reason)
+        self.told.set()
+
+
+def test_distant_workers_share_one_snapshot_and_the_pool_gets_it_back(servers: list[Server]) -> None:
+    server = build(workers=2, total=100)
+    servers.append(server)
+    outlets = [Recorder(), Recorder()]
+    for number, outlet in enumerate(outlets):
+        server.join(Hello(PROTOCOL_VERSION, number, f"s{number}", server.layout.fingerprint), outlet)
+    assert all(outlet.told.wait(10) for outlet in outlets)
+    assert outlets[0].leases[0] is outlets[1].leases[0]
+    model = torch.empty(server.layout.numel)
+    server.copy_model(model)
+    assert torch.equal(outlets[0].leases[0].tensor, model)
+    assert server.buffers.in_use == 1
+    outlets[0].leases[0].release()
+    assert server.buffers.in_use == 1
+    outlets[1].leases[0].release()
+    assert server.buffers.in_use == 0
+    with pytest.raises(RuntimeError, match="more often"):
+        outlets[1].leases[0].release()
+
+
+def test_a_dispatch_waits_for_a_buffer_without_stopping_the_server(servers: list[Server]) -> None:
+    server = build(workers=1, total=100)
+    servers.append(server)
+    held = [server.buffers.try_acquire(), server.buffers.try_acquire()]
+    assert server.buffers.try_acquire() is None
+    outlet = Recorder()
+    server.join(Hello(PROTOCOL_VERSION, 0, "s", server.layout.fingerprint), outlet)
+    assert server.ask(lambda coordinator: coordinator.live) == [0]
+    for lease in held:
+        assert lease is not None
+        lease.touch()
+    assert outlet.replies == []
+    assert held[0] is not None
+    held[0].release()
+    assert outlet.told.wait(10)
+    assert outlet.replies[0].local_steps == 5
+
+
+def test_a_holder_that_stalls_does_not_count() -> None:
+    now = [0.0]
+    pool = BufferPool(4, limit=1, most=2, stall_seconds=0.2, clock=lambda: now[0])
+    first = pool.try_acquire()
+    assert first is not None
+    assert pool.try_acquire() is None
+    now[0] = 0.3
+    second = pool.try_acquire()
+    assert second is not None
+    now[0] = 0.6
+    assert pool.try_acquire() is None, "never more than `most`"
+    second.release()
+    first.release()
+    assert (pool.in_use, pool.allocated) == (0, 1)
+
+
+@pytest.mark.parametrize(("limit", "most"), [(0, 2), (3, 2)])
+def test_a_pool_of_impossible_size_is_refused(limit: int, most: int) -> None:
+    with pytest.raises(ValueError, match="1 <= limit <= most"):
+        BufferPool(4, limit=limit, most=most)
+
+
+class Broken(DelayedNesterov):
+    def step(self, gradient: torch.Tensor, views: object) -> None:
+        raise RuntimeError("the rule broke")
+
+
+def test_a_failure_of_the_owner_reaches_everybody_who_waits(servers: list[Server]) -> None:
+    server = build(workers=1, total=100, rule=Broken())
+    servers.append(server)
+    module = torch.nn.Linear(4, 3)
+    worker = Worker(0, Binding(server.layout, module), LocalExchange(server))
+    worker.join()
+    worker.count_step()
+    with pytest.raises(RuntimeError, match="the rule broke"):
+        worker.end_round()
+    with pytest.raises(RuntimeError, match="the rule broke"):
+        server.raise_failure()
+    late = Recorder()
+    server.join(Hello(PROTOCOL_VERSION, 1, "late", server.layout.fingerprint), late)
+    assert late.told.wait(10)
+    assert "the rule broke" in late.refusals[0]
+
+
+def test_a_closed_server_refuses_those_who_wait_and_releases_what_it_holds(servers: list[Server]) -> None:
+    server = build(workers=2, total=100)
+    outlet = Recorder()
+    server.join(Hello(PROTOCOL_VERSION, 0, "s", server.layout.fingerprint), outlet)
+    assert server.missing == [1]
+    lease = server.buffers.try_acquire()
+    push = Push(0, "s", 1, "this", 0, 1, 1, 0, 0.0, 0.0, False, False)
+    server.push(push, lease, outlet)
+    server.close("the end of the test")
+    assert outlet.refusals == ["the end of the test"]
+    assert server.buffers.in_use == 0
+    with pytest.raises(RuntimeError, match="closed"):
+        server.ask(lambda coordinator: coordinator.live)
