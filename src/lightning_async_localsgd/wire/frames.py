@@ -1,0 +1,216 @@
+"""What crosses the wire, byte by byte.
+
+Every message starts with a frame whose first byte is its kind; what follows it depends on the kind:
+
+=========  =====================================  ==========================================================
+kind       rest of the first frame                further frames
+=========  =====================================  ==========================================================
+HELLO      :class:`Hello` as JSON                 a nonce that the server proves its knowledge of the token on
+WELCOME    :class:`Welcome` as JSON               none
+REFUSE     the reason, UTF-8                      the server's layout description (zlib, JSON), or empty
+PUSH       :class:`Push` as JSON                  none
+GO         transfer (the push's sequence)         none
+DATA       transfer, offset in bytes              the bytes
+REPLY      transfer (the server's own count)      :class:`Reply` as JSON
+MODEL      transfer, offset in bytes              the bytes
+CREDIT     transfer, frames received so far       none
+BEAT       :class:`Beat` as JSON                  none
+ANSWER     :class:`Answer` as JSON                none
+UNKNOWN    nothing                                none
+BYE        nothing                                none
+=========  =====================================  ==========================================================
+
+An upload waits for GO, so that the server needs memory only for those it has asked for. A download runs on credit: the
+server sends at most :data:`WINDOW` frames more than the worker has confirmed, and so never waits for a slow one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import socket
+import struct
+import zlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lightning_async_localsgd.layout import Layout
+from lightning_async_localsgd.messages import Message, MessageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FRAME_BYTES = 1 << 20
+"""Bulk data travels in frames of this size: the best of 256 KiB to 4 MiB, and far better than one huge frame, for
+which fresh memory is needed each time."""
+
+WINDOW = 16
+"""Frames of a download that may be on their way unconfirmed."""
+
+CONFIRM_EVERY = 4
+"""Frames of a download that are confirmed together."""
+
+MAX_FRAME_BYTES = FRAME_BYTES + 4096
+"""Larger frames make libzmq drop the connection before it reserves memory for them."""
+
+MAX_DESCRIPTION_BYTES = 64 << 20
+"""A layout description is not unpacked beyond this size."""
+
+NONCE_BYTES = 16
+
+HELLO, WELCOME, REFUSE, PUSH, GO, DATA, REPLY, MODEL, CREDIT, BEAT, ANSWER, UNKNOWN, BYE = (
+    bytes([code]) for code in b"HWNPGDRMCBAUX"
+)
+
+_TRANSFER = struct.Struct("<cQ")
+_PART = struct.Struct("<cQQ")
+
+
+@dataclass(frozen=True)
+class Welcome(Message):
+    """The server's answer to a hello that it passes on.
+
+    Args:
+        incarnation: random name of this start of the server.
+        proof: that the server knows the token, see :func:`.auth.proof`.
+
+    """
+
+    incarnation: str
+    proof: str
+
+
+@dataclass(frozen=True)
+class Beat(Message):
+    """A worker is alive.
+
+    Args:
+        worker: the worker's number.
+        session: the worker's session.
+        nonce: random, new in each beat.
+
+    """
+
+    worker: int
+    session: str
+    nonce: str
+
+
+@dataclass(frozen=True)
+class Answer(Message):
+    """The server is alive.
+
+    Args:
+        incarnation: random name of this start of the server.
+        stop: the worker is to end its round at the next step.
+        proof: that the server knows the token.
+
+    """
+
+    incarnation: str
+    stop: bool
+    proof: str
+
+
+def memory_of(tensor: Tensor) -> memoryview:
+    """The bytes of a flat contiguous fp32 tensor in CPU memory, without a copy."""
+    return tensor.detach().numpy().data.cast("B")
+
+
+def milliseconds(seconds: float) -> int:
+    """For a poll, rounded up: rounded down, the last millisecond of a wait would be spent spinning."""
+    return math.ceil(seconds * 1000)
+
+
+def frame_count(size: int) -> int:
+    """Frames that ``size`` bytes travel in."""
+    return -(-size // FRAME_BYTES)
+
+
+def pack_transfer(kind: bytes, transfer: int) -> bytes:
+    """First frame of GO and REPLY."""
+    return _TRANSFER.pack(kind, transfer)
+
+
+def unpack_transfer(header: bytes) -> int:
+    """The transfer that a GO or REPLY is about.
+
+    Raises:
+        MessageError: the frame has another size.
+
+    """
+    if len(header) != _TRANSFER.size:
+        raise MessageError(f"a transfer's header of {len(header)} bytes, expected {_TRANSFER.size}")
+    return int(_TRANSFER.unpack(header)[1])
+
+
+def pack_part(kind: bytes, transfer: int, number: int) -> bytes:
+    """First frame of DATA, MODEL (``number``: offset) and CREDIT (``number``: frames)."""
+    return _PART.pack(kind, transfer, number)
+
+
+def unpack_part(header: bytes) -> tuple[int, int]:
+    """Transfer and offset, or transfer and frames.
+
+    Raises:
+        MessageError: the frame has another size.
+
+    """
+    if len(header) != _PART.size:
+        raise MessageError(f"a part's header of {len(header)} bytes, expected {_PART.size}")
+    _, transfer, number = _PART.unpack(header)
+    return int(transfer), int(number)
+
+
+def pack_layout(layout: Layout) -> bytes:
+    """A layout's description for a REFUSE; empty where it would not fit a frame."""
+    packed = zlib.compress(json.dumps(layout.describe(), separators=(",", ":")).encode())
+    return packed if len(packed) <= FRAME_BYTES else b""
+
+
+def unpack_layout(data: bytes) -> Layout | None:
+    """What :func:`pack_layout` has packed; None if it is empty.
+
+    Raises:
+        MessageError: it is no layout description.
+
+    """
+    if not data:
+        return None
+    try:
+        unpacked = zlib.decompressobj().decompress(data, MAX_DESCRIPTION_BYTES)
+        description: Any = json.loads(unpacked)
+        return Layout.from_description(description)
+    except (zlib.error, ValueError, RecursionError) as error:
+        raise MessageError(f"no layout description: {error}") from None
+
+
+class Waker:
+    """Wakes a thread that polls sockets, from any other thread."""
+
+    def __init__(self) -> None:
+        self._reader, self._writer = socket.socketpair()
+        self._reader.setblocking(False)
+        self._writer.setblocking(False)
+
+    def fileno(self) -> int:
+        """What to poll for reading."""
+        return self._reader.fileno()
+
+    def wake(self) -> None:
+        """Makes the poll return; does nothing once closed."""
+        # Full: the thread is going to wake up anyway. Closed: there is no thread any more.
+        with contextlib.suppress(OSError):
+            self._writer.send(b"\0")
+
+    def clear(self) -> None:
+        """To be called by the woken thread before it looks for work."""
+        with contextlib.suppress(BlockingIOError):
+            while self._reader.recv(4096):
+                pass
+
+    def close(self) -> None:
+        """Frees the sockets."""
+        self._reader.close()
+        self._writer.close()

@@ -1,0 +1,176 @@
+"""A worker's heartbeat: a thread with a connection of its own, so that beats never queue behind bulk data."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from typing import TYPE_CHECKING
+
+import zmq
+
+from lightning_async_localsgd.exchange import ExchangeError
+from lightning_async_localsgd.messages import MessageError
+from lightning_async_localsgd.wire import frames
+from lightning_async_localsgd.wire.auth import is_proof
+from lightning_async_localsgd.wire.frames import Answer, Beat, Waker
+from lightning_async_localsgd.wire.link import Link, LinkLost
+
+if TYPE_CHECKING:
+    from lightning_async_localsgd.wire.auth import Endpoints
+
+_log = logging.getLogger(__name__)
+
+BEAT_SECONDS = 1.0
+"""Between two beats."""
+
+GONE_SECONDS = 3.0
+"""A server at whose address nobody has listened for so long does not come back: another start has another address."""
+
+
+class Heart:
+    """Beats until :meth:`close`, tells when the server asks to stop, and when it is gone.
+
+    Args:
+        context: of the socket.
+        endpoints: the server.
+        worker: the worker's number.
+        session: the worker's session.
+        silence_timeout: seconds without an answer after which the server counts as gone.
+
+    Attributes:
+        stop_requested: the server asks to end the round at the next step.
+        gone: why the server counts as gone; None as long as it does not.
+
+    """
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        endpoints: Endpoints,
+        worker: int,
+        session: str,
+        silence_timeout: float,
+    ) -> None:
+        self.stop_requested = False
+        self.gone: str | None = None
+        self._link: Link | None = None
+        self._sent = 0
+        self._received = 0
+        self._context = context
+        self._endpoints = endpoints
+        self._worker = worker
+        self._session = session
+        self._silence_timeout = silence_timeout
+        self._beat_seconds = min(BEAT_SECONDS, silence_timeout / 4)
+        self._heard_at = time.monotonic()
+        self._refused_at: float | None = None
+        self._nonces: list[str] = []
+        self._closing = threading.Event()
+        self._waker = Waker()
+        self._thread = threading.Thread(target=self._run, name="async_localsgd-heartbeat", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Ends the thread; may be called twice."""
+        if self._closing.is_set():
+            return
+        self._closing.set()
+        self._waker.wake()
+        self._thread.join()
+        self._waker.close()
+
+    def _run(self) -> None:
+        try:
+            while not self._closing.is_set() and self.gone is None:
+                self._live_through_a_link()
+        except ExchangeError as error:
+            self.gone = str(error)
+        except zmq.ContextTerminated:
+            pass
+        except Exception as error:
+            _log.exception("the heartbeat of worker %d failed", self._worker)
+            self.gone = f"this worker's heartbeat failed: {error}"
+
+    @property
+    def sent(self) -> int:
+        """Bytes sent."""
+        return self._sent + (self._link.sent if self._link is not None else 0)
+
+    @property
+    def received(self) -> int:
+        """Bytes received."""
+        return self._received + (self._link.received if self._link is not None else 0)
+
+    def _live_through_a_link(self) -> None:
+        attempt = min(5.0, self._silence_timeout)
+        try:
+            self._link = Link(self._context, self._endpoints, self._silence_timeout, attempt, self._waker)
+            self._refused_at = None
+            self._beat_over(self._link)
+        except LinkLost as lost:
+            self._note_refusal(lost)
+            self._judge()
+            self._sleep(min(0.2, self._beat_seconds))
+        finally:
+            if self._link is not None:
+                self._link.close()
+                self._sent, self._received, self._link = self.sent, self.received, None
+
+    def _beat_over(self, link: Link) -> None:
+        due = time.monotonic()
+        while not self._closing.is_set() and self.gone is None:
+            now = time.monotonic()
+            if now - due > 2 * self._beat_seconds:
+                # This process was suspended, or too busy to beat. The silence was its own.
+                self._heard_at = now
+            if now >= due:
+                nonce = secrets.token_hex(frames.NONCE_BYTES)
+                self._nonces = [*self._nonces[-3:], nonce]
+                link.send(frames.BEAT + Beat(self._worker, self._session, nonce).encode())
+                due = now + self._beat_seconds
+            while not self._closing.is_set() and link.wait(max(0.0, due - time.monotonic())):
+                self._listen(link)
+            self._judge()
+
+    def _listen(self, link: Link) -> None:
+        message = link.receive()
+        link.skip()
+        try:
+            if message[:1] != frames.ANSWER:
+                raise MessageError(f"unknown kind {message[:1]!r}")
+            answer = Answer.decode(message[1:])
+        except MessageError as error:
+            _log.warning("worker %d received no answer to its heartbeat: %s", self._worker, error)
+            return
+        statement = f"{answer.incarnation} {answer.stop}"
+        if not any(is_proof(answer.proof, self._endpoints.token, n.encode(), statement) for n in self._nonces):
+            self.gone = f"another program has taken the place of the server at {self._endpoints.address}"
+        elif answer.incarnation != self._endpoints.incarnation:
+            self.gone = f"the server at {self._endpoints.address} was started anew"
+        else:
+            self._heard_at = time.monotonic()
+            self.stop_requested = answer.stop
+
+    def _note_refusal(self, lost: LinkLost) -> None:
+        if not lost.refused:
+            self._refused_at = None
+        elif self._refused_at is None:
+            self._refused_at = time.monotonic()
+
+    def _judge(self) -> None:
+        now = time.monotonic()
+        address = self._endpoints.address
+        if self._refused_at is not None and now - self._refused_at > min(GONE_SECONDS, self._silence_timeout):
+            self.gone = f"the server at {address} is gone: its process has ended, or it has stopped serving"
+        elif now - self._heard_at > self._silence_timeout:
+            self.gone = (
+                f"the server at {address} has been silent for {now - self._heard_at:.0f} s; see what rank 0 is"
+                f" doing, or raise silence_timeout ({self._silence_timeout:g} s)"
+            )
+
+    def _sleep(self, seconds: float) -> None:
+        poller = zmq.Poller()
+        poller.register(self._waker.fileno(), zmq.POLLIN)
+        poller.poll(frames.milliseconds(seconds))

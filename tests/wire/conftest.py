@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from lightning_async_localsgd.wire import Endpoints, WireServer
+from tests.wire.fakes import FakeServer, Wire, sockets_of_ours, wait_for
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_behind() -> Iterator[None]:
+    """No test may leave a thread of ours or a listening socket behind."""
+    yield
+    names = [thread.name for thread in threading.enumerate() if thread.name.startswith("async_localsgd")]
+    assert not names
+    wait_for(lambda: not sockets_of_ours(), "the sockets are closed")
+
+
+@pytest.fixture
+def wire() -> Iterator[Wire]:
+    with contextlib.ExitStack() as stack:
+        yield Wire(stack)
+
+
+@pytest.fixture(params=["ipc", "tcp", "curve"])
+def way(request: pytest.FixtureRequest, wire: Wire) -> Callable[..., tuple[FakeServer, WireServer, Endpoints]]:
+    """Opens a server on each kind of way in turn."""
+
+    def open_(numel: int = 1000, **options: Any) -> tuple[FakeServer, WireServer, Endpoints]:
+        kind = request.param
+        fake, server = wire.server(numel, ipc=kind == "ipc", tcp=kind != "ipc", encrypt=kind == "curve", **options)
+        endpoints = server.local_endpoints if kind == "ipc" else server.endpoints
+        assert endpoints is not None
+        return fake, server, endpoints
+
+    return open_

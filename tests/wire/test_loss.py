@@ -1,0 +1,458 @@
+"""Processes that die or freeze, connections that break, peers that stall: who is told what, and what remains."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_async_localsgd.exchange import ExchangeError
+from lightning_async_localsgd.messages import Push
+from lightning_async_localsgd.wire import Endpoints, WireServer, frames
+from tests.wire import programs
+from tests.wire.fakes import PATIENCE, FakeServer, Wire, hello, listening, push, wait_for
+
+Open = Callable[..., tuple[FakeServer, WireServer, Endpoints]]
+FRAME = frames.FRAME_BYTES // 4
+
+
+class Program:
+    """A process of the test's own, ended with it whatever happens."""
+
+    def __init__(self, process: BaseProcess, pipe: Connection) -> None:
+        self.process = process
+        self.pipe = pipe
+
+    @property
+    def pid(self) -> int:
+        assert self.process.pid is not None
+        return self.process.pid
+
+    def hears(self) -> Any:
+        assert self.pipe.poll(PATIENCE), "the process says nothing"
+        return self.pipe.recv()
+
+    def told(self, word: str) -> Any:
+        self.pipe.send(word)
+        return self.hears()
+
+    def killed(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+        self.process.join(PATIENCE)
+        assert self.process.exitcode == -signal.SIGKILL
+
+
+Start = Callable[..., Program]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    context = multiprocessing.get_context("spawn")
+    programs_: list[Program] = []
+
+    def start_(target: Callable[..., None], *args: Any) -> Program:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=target, args=(theirs, *args), daemon=True)
+        process.start()
+        theirs.close()
+        programs_.append(Program(process, ours))
+        return programs_[-1]
+
+    yield start_
+    for program in programs_:
+        if program.process.is_alive():
+            os.kill(program.pid, signal.SIGCONT)
+            os.kill(program.pid, signal.SIGKILL)
+        program.process.join(PATIENCE)
+        program.pipe.close()
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[Path]]:
+    """Everything that could be a file, a socket file or shared memory of ours."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+
+    def found() -> list[Path]:
+        shared = [path for path in Path("/dev/shm").iterdir() if "async_localsgd" in path.name]
+        # multiprocessing's own pipe lives in a folder of its own.
+        return shared + [path for path in tmp_path.iterdir() if not path.name.startswith("pymp-")]
+
+    return found
+
+
+# ------------------------------------------------------------------- processes
+
+
+@pytest.mark.parametrize("kind", ["ipc", "tcp"])
+def test_a_worker_killed_in_mid_round_is_noticed_at_once(
+    wire: Wire, start: Start, kind: str, files: Callable[[], list[Path]]
+) -> None:
+    # Silence would only be noticed long after this test has given up.
+    fake, server = wire.server(FRAME, ipc=kind == "ipc", tcp=kind == "tcp", silence_timeout=10 * PATIENCE)
+    endpoints = server.local_endpoints or server.endpoints
+    victims = [start(programs.worker, endpoints, FRAME, number, 600.0) for number in (1, 2)]
+    assert [victim.hears() for victim in victims] == ["joined", "joined"]
+    assert victims[0].told("push") == "pushing 1"
+    assert victims[0].hears() == "pushed 1 1 None"
+    victims[0].killed()
+    wait_for(lambda: fake.departed, "its end is noticed")
+    assert fake.departed == [(1, "life-1", "its connection ended")]
+    assert victims[1].told("push") == "pushing 1"
+    assert victims[1].hears() == "pushed 1 2 None"
+    victims[1].pipe.send("end")
+    wait_for(lambda: len(fake.departed) == 2, "its goodbye")
+    assert fake.departed[1] == (2, "life-2", "it said goodbye")
+    assert not files()
+
+
+@pytest.mark.parametrize("kind", ["ipc", "tcp"])
+@pytest.mark.parametrize("moment", ["upload", "wait", "download"])
+def test_a_worker_killed_in_an_exchange_leaves_nothing(wire: Wire, start: Start, kind: str, moment: str) -> None:
+    # Large enough that a worker that is stopped in mid-transfer cannot have it all in the system's buffers.
+    numel = 60 * FRAME
+    fake, server = wire.server(numel, ipc=kind == "ipc", tcp=kind == "tcp", silence_timeout=10 * PATIENCE)
+    endpoints = server.local_endpoints or server.endpoints
+    victim = start(programs.worker, endpoints, numel, 1, 600.0)
+    assert victim.hears() == "joined"
+    received, sent = server.bytes_received, server.bytes_sent
+    fake.answering.clear()
+    assert victim.told("push") == "pushing 1"
+    if moment == "upload":
+        wait_for(lambda: server.bytes_received > received + 2 * frames.FRAME_BYTES, "the upload starts")
+        os.kill(victim.pid, signal.SIGSTOP)
+    else:
+        wait_for(lambda: fake.pushed, "the push arrives")
+    if moment == "download":
+        os.kill(victim.pid, signal.SIGSTOP)
+        fake.answering.set()
+        wait_for(lambda: server.bytes_sent > sent + 2 * frames.FRAME_BYTES, "the download starts")
+    victim.killed()
+    wait_for(lambda: fake.departed, "its end is noticed")
+    assert fake.departed == [(1, "life-1", "its connection ended")]
+    fake.answering.set()
+    wait_for(lambda: fake.buffers.in_use == 0, "all buffers are free")
+    exchange = wire.worker(endpoints, fake)
+    model = torch.zeros(numel)
+    exchange.join(hello(fake.layout, 2, "life-2"), model)
+    exchange.push(push(1, 2, "life-2"), torch.ones(numel), model)
+    assert torch.equal(model, fake.model)
+
+
+@pytest.mark.parametrize("way_in", [0, 1], ids=["ipc", "tcp"])
+@pytest.mark.parametrize("moment", ["round", "wait"])
+def test_a_worker_of_a_killed_server_ends_and_nothing_remains(
+    wire: Wire, start: Start, way_in: int, moment: str, files: Callable[[], list[Path]]
+) -> None:
+    host = start(programs.server, FRAME)
+    endpoints = host.hears()[way_in]
+    client = FakeServer(FRAME)
+    exchange = wire.worker(endpoints, client, silence_timeout=600.0)
+    model = torch.zeros(FRAME)
+    exchange.join(hello(client.layout), model)
+    client.close()
+    if moment == "round":
+        host.killed()
+        with pytest.raises(ExchangeError, match=f"the server at {endpoints.address} is gone"):
+            wait_for(lambda: exchange.check(), "the end is noticed")
+    else:
+        assert host.told("hold") == "holding"
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(exchange.push, push(1), torch.ones(FRAME), model)
+            time.sleep(0.1)
+            host.killed()
+            with pytest.raises(ExchangeError, match=f"the server at {endpoints.address} is gone"):
+                waiting.result(PATIENCE)
+    exchange.close()
+    assert not files()
+    assert endpoints.address.removeprefix("ipc://") not in listening()
+
+
+def test_a_frozen_worker_is_given_up_and_learns_it(wire: Wire, start: Start) -> None:
+    fake, server = wire.server(FRAME, silence_timeout=0.5)
+    frozen = start(programs.worker, server.local_endpoints, FRAME, 1, 30.0)
+    assert frozen.hears() == "joined"
+    os.kill(frozen.pid, signal.SIGSTOP)
+    wait_for(lambda: fake.departed, "its silence is noticed")
+    worker, session, reason = fake.departed[0]
+    assert (worker, session) == (1, "life-1")
+    assert "silent for" in reason or "connection ended" in reason
+    fake.refusing = "the server had given it up"
+    os.kill(frozen.pid, signal.SIGCONT)
+    frozen.pipe.send("push")
+    said = [frozen.hears(), frozen.hears()]
+    assert said == ["pushing 1", "error the server had given it up"]
+    assert len(fake.departed) == 1
+
+
+# --------------------------------------------------------------------- silence
+
+
+def test_a_worker_without_heartbeat_is_given_up(way: Open, wire: Wire) -> None:
+    fake, _, endpoints = way(silence_timeout=0.5)
+    other = wire.worker(endpoints, fake, silence_timeout=0.5)
+    other.join(hello(fake.layout, 2, "life-2"), torch.zeros(1000))
+    silent = wire.raw(endpoints)
+    silent.greet(fake.layout)
+    wait_for(lambda: fake.departed, "the silence is noticed")
+    assert fake.departed[0][:2] == (1, "life-1")
+    assert "silent for" in fake.departed[0][2]
+    silent.say(frames.PUSH + push(1).encode())
+    silent.hear(frames.UNKNOWN)
+
+
+@pytest.mark.parametrize("moment", ["upload", "download"])
+def test_a_peer_that_stalls_in_a_transfer_holds_nobody_up_and_is_given_up(way: Open, wire: Wire, moment: str) -> None:
+    numel = 40 * FRAME
+    fake, server, endpoints = way(numel, silence_timeout=2.0)
+    stalled = wire.raw(endpoints)
+    stalled.greet(fake.layout)
+    if moment == "upload":
+        stalled.say(frames.PUSH + push(1).encode())
+        stalled.hear(frames.GO)
+        stalled.say(frames.pack_part(frames.DATA, 1, 0), bytes(frames.FRAME_BYTES))
+    else:
+        stalled.hear(frames.MODEL)
+    exchange = wire.worker(endpoints, fake)
+    model = torch.zeros(numel)
+    exchange.join(hello(fake.layout, 2, "life-2"), model)
+    for sequence in (1, 2):
+        exchange.push(push(sequence, 2, "life-2"), torch.ones(numel), model)
+    assert not fake.departed, "the others did not wait for its end"
+    beat = frames.Beat(1, "life-1", "00").encode()
+    deadline = time.monotonic() + PATIENCE
+    while not fake.departed:
+        # It lives, and says so: what counts is that its transfer does not move.
+        stalled.say(frames.BEAT + beat)
+        time.sleep(0.05)
+        assert time.monotonic() < deadline
+    assert fake.departed[0][:2] == (1, "life-1")
+    assert f"stalled in mid-{moment}" in fake.departed[0][2]
+    if moment == "upload":
+        wait_for(lambda: fake.buffers.in_use == 0, "all buffers are free")
+    stalled.close()
+    wait_for(lambda: fake.buffers.in_use == 0, "all buffers are free")
+    exchange.push(push(3, 2, "life-2"), torch.ones(numel), model)
+    assert torch.equal(model, fake.model)
+    assert server.rejected_messages == 0
+
+
+def test_many_stalled_uploads_never_take_more_than_the_pool_has(wire: Wire) -> None:
+    numel = 2 * FRAME
+    fake, server = wire.server(numel, most=4)
+    peers = []
+    for number in range(1, 7):
+        peer = wire.raw(server.local_endpoints)
+        peer.greet(fake.layout, number, f"life-{number}")
+        peer.hear(frames.MODEL)
+        peer.hear(frames.MODEL)
+        peer.say(frames.pack_part(frames.CREDIT, 1, 2))
+        peers.append(peer)
+    wait_for(lambda: fake.buffers.in_use == 0, "all models have arrived")
+    for number, peer in enumerate(peers, start=1):
+        peer.say(frames.PUSH + push(1, number, f"life-{number}").encode())
+        if number <= 4:
+            peer.hear(frames.GO)
+    assert fake.buffers.in_use == 4
+    assert not peers[4].socket.poll(300)
+    peers[0].close()
+    peers[4].hear(frames.GO)
+    assert fake.buffers.in_use == 4
+
+
+# ----------------------------------------------------------- broken connections
+
+
+class Road:
+    """A TCP road to the server that can be broken at will, on which nothing is lost otherwise."""
+
+    def __init__(self, endpoints: Endpoints) -> None:
+        host, _, port = endpoints.address.removeprefix("tcp://").rpartition(":")
+        self._target = (host, int(port))
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.endpoints = replace(endpoints, address=f"tcp://127.0.0.1:{self._listener.getsockname()[1]}")
+        self._pairs: list[tuple[socket.socket, socket.socket]] = []
+        self.breaks_after: int | None = None
+        self.mute = False
+        self._lock = threading.Lock()
+        self._threads = [threading.Thread(target=self._accept)]
+        self._threads[0].start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self._listener.accept()
+            except OSError:
+                return
+            far = socket.create_connection(self._target)
+            self._pairs.append((near, far))
+            for source, sink, back in ((near, far, False), (far, near, True)):
+                thread = threading.Thread(target=self._carry, args=(source, sink, back))
+                self._threads.append(thread)
+                thread.start()
+
+    def _carry(self, source: socket.socket, sink: socket.socket, back: bool) -> None:
+        try:
+            while data := source.recv(65536):
+                if back and self.mute:
+                    continue
+                sink.sendall(data)
+                if not back and self._used_up(len(data)):
+                    self.break_()
+        except OSError:
+            pass
+        for end in (source, sink):
+            with_shutdown(end)
+
+    def _used_up(self, size: int) -> bool:
+        with self._lock:
+            if self.breaks_after is None:
+                return False
+            self.breaks_after -= size
+            if self.breaks_after > 0:
+                return False
+            self.breaks_after = None
+            return True
+
+    def break_(self) -> None:
+        """All present connections break."""
+        pairs, self._pairs = self._pairs, []
+        for pair in pairs:
+            for end in pair:
+                with_shutdown(end)
+
+    def close(self) -> None:
+        with_shutdown(self._listener)
+        self._listener.close()
+        self.break_()
+        for thread in self._threads:
+            thread.join(PATIENCE)
+
+
+def with_shutdown(end: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        end.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "curve"])
+def road(request: pytest.FixtureRequest, wire: Wire) -> Iterator[tuple[FakeServer, WireServer, Road]]:
+    fake, server = wire.server(30 * FRAME, ipc=False, tcp=True, encrypt=request.param)
+    assert server.endpoints is not None
+    road = Road(server.endpoints)
+    yield fake, server, road
+    road.close()
+
+
+def test_a_push_goes_on_over_a_new_connection_and_counts_once(
+    road: tuple[FakeServer, WireServer, Road], wire: Wire
+) -> None:
+    fake, server, way = road
+    numel = fake.layout.numel
+    exchange = wire.worker(way.endpoints, fake)
+    model = torch.zeros(numel)
+    exchange.join(hello(fake.layout), model)
+    # In mid-upload.
+    way.breaks_after = 5 * frames.FRAME_BYTES
+    reply = exchange.push(push(1), torch.ones(numel), model)
+    assert (reply.sequence, reply.version, reply.refused) == (1, 1, None)
+    # Between two exchanges.
+    way.break_()
+    wait_for(lambda: fake.departed, "the break is noticed")
+    exchange.check()
+    reply = exchange.push(push(2), torch.ones(numel), model)
+    assert (reply.sequence, reply.version, reply.refused) == (2, 2, None)
+    assert torch.equal(model, fake.model)
+    assert [said.rejoining for said in fake.joined] == [False, True, True]
+    assert {said.session for said in fake.joined} == {"life-1"}
+    wait_for(lambda: fake.buffers.in_use == 0, "all buffers are free")
+    assert server.rejected_messages == 0
+
+
+def test_a_push_whose_answer_was_lost_is_sent_again_under_its_number(
+    road: tuple[FakeServer, WireServer, Road], wire: Wire
+) -> None:
+    fake, _, way = road
+    numel = fake.layout.numel
+    exchange = wire.worker(way.endpoints, fake)
+    model = torch.zeros(numel)
+    exchange.join(hello(fake.layout), model)
+    fake.answering.clear()
+    with ThreadPoolExecutor(1) as pool:
+        pushing = pool.submit(exchange.push, push(1), torch.ones(numel), model)
+        wait_for(lambda: fake.pushed, "the push arrives")
+        way.break_()
+        wait_for(lambda: len(fake.joined) == 2, "the worker is back")
+        fake.answering.set()
+        reply = pushing.result(PATIENCE)
+    sent: list[Push] = [header for header, _ in fake.pushed]
+    assert sent == [sent[0], sent[0]]
+    assert (reply.version, reply.refused) == (1, "already applied")
+    assert torch.equal(model, fake.model)
+    wait_for(lambda: fake.buffers.in_use == 0, "all buffers are free")
+
+
+def test_a_worker_whose_first_model_is_cut_off_joins_again(
+    road: tuple[FakeServer, WireServer, Road], wire: Wire
+) -> None:
+    fake, server, way = road
+    exchange = wire.worker(way.endpoints, fake)
+    model = torch.zeros(fake.layout.numel)
+    with ThreadPoolExecutor(1) as pool:
+        fake.answering.clear()
+        joining = pool.submit(exchange.join, hello(fake.layout), model)
+        wait_for(lambda: fake.joined, "the hello arrives")
+        way.break_()
+        fake.answering.set()
+        assert joining.result(PATIENCE).version == 0
+    assert torch.equal(model, fake.model)
+    assert [said.rejoining for said in fake.joined] == [False, False]
+    assert server.rejected_messages == 0
+
+
+def test_a_server_that_falls_silent_is_gone_after_the_limit(
+    road: tuple[FakeServer, WireServer, Road], wire: Wire
+) -> None:
+    fake, _, way = road
+    exchange = wire.worker(way.endpoints, fake, silence_timeout=1.0)
+    model = torch.zeros(fake.layout.numel)
+    exchange.join(hello(fake.layout), model)
+    way.mute = True
+    with pytest.raises(
+        ExchangeError, match=r"has been silent for \d+ s; .* raise silence_timeout|is gone: .*, for 1 s"
+    ):
+        exchange.push(push(1), torch.ones(len(model)), model)
+    with pytest.raises(ExchangeError, match="has been silent for"):
+        wait_for(exchange.check, "the silence is noticed")
+
+
+def test_a_newer_connection_of_the_same_session_takes_over(way: Open, wire: Wire) -> None:
+    fake, server, endpoints = way(FRAME)
+    older, newer = wire.raw(endpoints), wire.raw(endpoints)
+    older.greet(fake.layout)
+    older.say(frames.PUSH + push(1).encode())
+    older.hear(frames.GO)
+    newer.greet(fake.layout)
+    wait_for(lambda: fake.buffers.in_use <= 1, "the older upload's buffer is free")
+    older.say(frames.pack_part(frames.DATA, 1, 0), bytes(frames.FRAME_BYTES))
+    older.close()
+    newer.say(frames.PUSH + push(1).encode())
+    newer.hear(frames.GO)
+    newer.say(frames.pack_part(frames.DATA, 1, 0), bytes(frames.FRAME_BYTES))
+    wait_for(lambda: len(fake.pushed) == 1, "the push arrives")
+    assert not fake.departed, "the session never left"
+    assert server.rejected_messages == 0
