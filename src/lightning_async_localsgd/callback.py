@@ -1,0 +1,242 @@
+"""What an asynchronous run shows of itself: metrics, a progress bar over the whole budget, and a table at the end."""
+
+from __future__ import annotations
+
+import json
+import logging
+import statistics
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.callbacks import Callback, ProgressBar
+from lightning_utilities.core.rank_zero import rank_zero_info
+from typing_extensions import override
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+    from lightning_async_localsgd.coordinator import View
+    from lightning_async_localsgd.phase import AsyncPhase
+
+SUMMARY_FILE = "async_localsgd_summary.json"
+
+_PER_WORKER = ("staleness", "local_steps", "wait_seconds", "exchange_seconds", "steps_per_second")
+
+_log = logging.getLogger(__name__)
+
+
+class AsyncLocalSGDCallback(Callback):
+    """Logs the run's metrics on rank 0, for every worker and as means, and sums the run up at its end.
+
+    The strategy adds one if there is none. Metrics go through ``self.log`` to the trainer's loggers, every
+    ``log_every_n_steps`` steps of rank 0:
+
+    * for every worker n (``async/staleness/worker_n``) and as the mean over workers (``async/staleness``):
+      ``staleness`` (versions), ``local_steps`` (of the current round), ``wait_seconds`` (before the last dispatch),
+      ``exchange_seconds`` (the last exchange, without the waiting), ``steps_per_second`` (of computing);
+    * for the run: ``async/version`` (pushes applied), ``async/alive_workers``, ``async/merging_workers`` (whose pushes
+      were among the latest), ``async/update_norm`` (of the last pseudo-gradient), ``async/momentum_cosine`` (between it
+      and the outer momentum), ``async/refused_pushes``, ``async/bytes_sent`` and ``async/bytes_received`` (by the
+      server, over the network or sockets).
+
+    At the end a table of the workers is printed, and the same numbers are written to ``async_localsgd_summary.json``
+    in the trainer's log directory.
+
+    Args:
+        table: whether the table is printed at the end.
+
+    Example::
+
+        import lightning as L
+        from lightning_async_localsgd import AsyncLocalSGDCallback
+
+        trainer = L.Trainer(strategy="async_localsgd", devices=4, callbacks=[AsyncLocalSGDCallback(table=False)])
+
+    """
+
+    def __init__(self, table: bool = True) -> None:
+        self.table = table
+        self._bar: _GlobalProgress | None = None
+
+    @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        phase = _phase_of(trainer)
+        if phase is not None and self._bar is None and trainer.is_global_zero:
+            self._bar = _take_over(trainer.progress_bar_callback, phase)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        phase = _phase_of(trainer)
+        if phase is None or phase.server is None or not trainer.loggers:
+            return
+        # Only where the loggers will take it: with many workers this is many values.
+        if trainer._logger_connector.should_update_logs:
+            for name, value in run_metrics(phase).items():
+                pl_module.log(name, value, on_step=True, on_epoch=False, batch_size=1)
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # A loop that ends by itself (`should_stop`) has everybody hand in what they have before checkpoints are saved.
+        if trainer.should_stop and trainer.fit_loop._can_stop_early:
+            _finish(trainer)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        _finish(trainer)
+        if self._bar is not None:
+            self._bar.give_back()
+            self._bar = None
+        phase = _phase_of(trainer)
+        log_dir = trainer.log_dir  # On every rank alike.
+        if phase is None or phase.server is None:
+            return
+        summary = run_summary(phase)
+        if log_dir is not None:
+            path = Path(log_dir) / SUMMARY_FILE
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(summary, indent=2) + "\n")
+        if self.table:
+            rank_zero_info("\n" + format_table(summary))
+
+
+def run_metrics(phase: AsyncPhase) -> dict[str, float]:
+    """The metrics of the run at this moment, by the names they are logged under. For rank 0."""
+    assert phase.server is not None
+    view: View = phase.server.view
+    metrics: dict[str, float] = {
+        "async/version": view.version,
+        "async/alive_workers": view.alive_workers,
+        "async/merging_workers": view.merging_workers,
+        "async/refused_pushes": view.refused_pushes,
+        "async/bytes_sent": phase.bytes_sent,
+        "async/bytes_received": phase.bytes_received,
+    }
+    if view.update_norm is not None:
+        metrics["async/update_norm"] = view.update_norm
+    if view.momentum_cosine is not None:
+        metrics["async/momentum_cosine"] = view.momentum_cosine
+    for name in _PER_WORKER:
+        values = {n: getattr(worker, name) for n, worker in view.workers.items() if getattr(worker, name) is not None}
+        metrics.update({f"async/{name}/worker_{worker}": float(value) for worker, value in sorted(values.items())})
+        if values:
+            metrics[f"async/{name}"] = statistics.fmean(values.values())
+    return metrics
+
+
+def run_summary(phase: AsyncPhase) -> dict[str, Any]:
+    """What the run came to, in plain values: for the run and for each worker. For rank 0."""
+    assert phase.server is not None
+    totals = phase.totals()
+    all_steps = sum(worker.steps for worker in totals.values())
+    view = phase.server.view
+    return {
+        "workers": [
+            {
+                "worker": number,
+                "steps": worker.steps,
+                "rounds": worker.rounds,
+                "samples": worker.samples,
+                "mean_local_steps": worker.steps / worker.rounds if worker.rounds else 0.0,
+                "mean_staleness": worker.staleness / worker.rounds if worker.rounds else 0.0,
+                "wait_seconds": worker.wait_seconds,
+                "compute_seconds": worker.compute_seconds,
+                "exchange_seconds": worker.exchange_seconds,
+                "share": worker.steps / all_steps if all_steps else 0.0,
+                "refused": worker.refused,
+            }
+            for number, worker in sorted(totals.items())
+        ],
+        "steps": all_steps,
+        "budget": view.total,
+        "version": view.version,
+        "refused_pushes": view.refused_pushes,
+        "seconds": phase.seconds,
+        "bytes_sent": phase.bytes_sent,
+        "bytes_received": phase.bytes_received,
+    }
+
+
+def format_table(summary: dict[str, Any]) -> str:
+    """The summary's workers as a table for a terminal."""
+    columns = ("worker", "steps", "rounds", "mean H", "mean staleness", "waiting s", "exchange s", "share")
+    rows = [
+        (
+            str(worker["worker"]),
+            str(worker["steps"]),
+            str(worker["rounds"]),
+            f"{worker['mean_local_steps']:.1f}",
+            f"{worker['mean_staleness']:.2f}",
+            f"{worker['wait_seconds']:.1f}",
+            f"{worker['exchange_seconds']:.1f}",
+            f"{worker['share']:.1%}",
+        )
+        for worker in summary["workers"]
+    ]
+    widths = [max(len(row[at]) for row in (columns, *rows)) for at in range(len(columns))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in (columns, *rows)]
+    lines.insert(1, "-" * len(lines[0]))
+    lines.append(
+        f"{summary['steps']} local steps of all workers in {summary['seconds']:.1f} s, "
+        f"{summary['version']} pushes merged, {summary['refused_pushes']} refused"
+    )
+    return "\n".join(lines)
+
+
+def _phase_of(trainer: pl.Trainer) -> AsyncPhase | None:
+    return getattr(trainer.strategy, "phase", None)
+
+
+def _finish(trainer: pl.Trainer) -> None:
+    if _phase_of(trainer) is not None:
+        trainer.strategy.finish_training()  # type: ignore[attr-defined]
+
+
+class _GlobalProgress:
+    """Mixed into the class of the trainer's progress bar while ranks run asynchronously.
+
+    Total and position are those of the budget of all workers, not of rank 0's batches.
+    """
+
+    _phase: AsyncPhase
+    _own_class: type[ProgressBar]
+
+    @property
+    def total_train_batches(self) -> float:
+        """Local steps of all workers."""
+        total = self._phase.total
+        return float("inf") if total is None else total
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        """An epoch of rank 0 is none of the run's: position and speed go on."""
+        super().on_train_epoch_start(trainer, *args)  # type: ignore[misc]
+        bar = getattr(self, "train_progress_bar", None)
+        if bar is not None and hasattr(bar, "initial"):  # tqdm computes its rate from here.
+            bar.initial = self._position
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """The position is the progress of all workers."""
+        super().on_train_batch_end(trainer, module, outputs, batch, self._position - 1)  # type: ignore[misc]
+
+    @property
+    def _position(self) -> int:
+        return round(self._phase.progress * self._phase.workers)
+
+    def give_back(self) -> None:
+        """The bar is an ordinary one again."""
+        self.__class__ = self._own_class  # type: ignore[assignment]
+        del self._phase, self._own_class
+
+
+def _take_over(bar: ProgressBar | None, phase: AsyncPhase) -> _GlobalProgress | None:
+    """Makes the trainer's progress bar show the whole run's progress. Its settings and its looks stay."""
+    if bar is None:
+        return None
+    own = type(bar)
+    bar.__class__ = type(own.__name__, (_GlobalProgress, own), {"__module__": own.__module__})
+    bar._own_class = own  # type: ignore[attr-defined]
+    bar._phase = phase  # type: ignore[attr-defined]
+    return bar  # type: ignore[return-value]

@@ -1,0 +1,152 @@
+"""Lightning's launchers, without the part that ends every process when one of them dies.
+
+In ordinary data-parallel training one dead rank leaves the others waiting for ever, so Lightning kills them all. Here a
+dead worker costs its own round and the others go on. Before training has started a rank that ends is an error still:
+:func:`raise_if_process_ended` is what waiting code calls to notice.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import pickle
+from collections.abc import Callable
+from multiprocessing import connection
+from typing import TYPE_CHECKING, Any
+
+from lightning.fabric.strategies.launchers.multiprocessing import _check_bad_cuda_fork, _check_missing_main_guard
+from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
+from lightning.pytorch.strategies.launchers.multiprocessing import _GlobalStateSnapshot, _MultiProcessingLauncher
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.multiprocessing.spawn import ProcessContext, start_processes
+from typing_extensions import override
+
+if TYPE_CHECKING:
+    import subprocess
+    from multiprocessing.synchronize import Event
+
+    import lightning.pytorch as pl
+
+_log = logging.getLogger(__name__)
+
+_children: dict[int, subprocess.Popen[Any]] = {}
+"""The processes this one has launched, by local rank. They outlive the Trainer they were launched for: the next one in
+the same script finds them at the same place of the script."""
+
+
+def raise_if_process_ended() -> None:
+    """For whoever waits for all ranks: a launched process that has ended will never come.
+
+    Raises:
+        RuntimeError: names the rank and its exit code.
+
+    """
+    for local_rank, process in _children.items():
+        code = process.poll()
+        if code is not None:
+            raise RuntimeError(
+                f"the process of local rank {local_rank} (pid {process.pid}) has ended with exit code {code}, but all "
+                "ranks are needed here; see what it printed above"
+            )
+
+
+class AsyncScriptLauncher(_SubprocessScriptLauncher):
+    """Starts the script once more for every other local rank, and lets each process live and die by itself."""
+
+    @override
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
+        """Launches the other ranks' processes, unless something else has, and runs ``function`` in this one."""
+        self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
+        if not self.cluster_environment.creates_processes_externally:
+            self._call_children_scripts()
+            _children.update(enumerate(self.procs, start=1))
+        _set_num_threads_if_needed(num_processes=self.num_processes)
+        return function(*args, **kwargs)
+
+    def mark_started(self) -> None:
+        """Nothing to tell anybody: this process is rank 0 and knows."""
+
+
+class AsyncProcessLauncher(_MultiProcessingLauncher):
+    """Starts all ranks with :mod:`multiprocessing`; the job is what rank 0 makes of it.
+
+    A rank above 0 that ends badly after training has started is reported and nothing more. Before that, and for rank 0
+    at any time, it ends the job with that rank's exception.
+    """
+
+    _started: Event | None = None
+
+    @override
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
+        """Runs ``function`` in one process per rank and returns rank 0's result."""
+        if self._start_method == "spawn":
+            _check_missing_main_guard()
+        else:
+            _check_bad_cuda_fork()
+        if self._already_fit and trainer is not None and trainer.state.fn == TrainerFn.FITTING:
+            raise NotImplementedError(
+                f"trainer.fit() can run once per Trainer when processes are started with {self._start_method!r}; make "
+                "a new Trainer and pass it fit(ckpt_path=...) to go on"
+            )
+        environment = self._strategy.cluster_environment
+        assert environment is not None
+        # Chosen here, so that all ranks agree on it.
+        os.environ["MASTER_PORT"] = str(environment.main_port)
+
+        context = multiprocessing.get_context(self._start_method)
+        results = context.SimpleQueue()
+        started = context.Event()
+        states = _GlobalStateSnapshot.capture() if self._start_method == "spawn" else None
+        processes = start_processes(  # type: ignore[no-untyped-call]
+            self._run_rank,
+            args=(started, trainer, function, args, kwargs, results, states),
+            nprocs=self._strategy.num_processes,  # type: ignore[attr-defined]
+            start_method=self._start_method,
+            join=False,
+        )
+        self.procs = processes.processes
+        self._join(processes, started)
+        output = results.get()
+        if trainer is None:
+            return output
+        self._already_fit |= trainer.state.fn == TrainerFn.FITTING
+        self._recover_results_in_main_process(output, trainer)
+        return output.trainer_results
+
+    def mark_started(self) -> None:
+        """Training has started: from now on the death of a rank above 0 does not end the job. Called in rank 0."""
+        if self._started is not None:
+            self._started.set()
+
+    def _run_rank(self, rank: int, started: Event, *args: Any) -> None:
+        self._started = started
+        self._wrapping_function(rank, *args)
+
+    def _join(self, processes: ProcessContext, started: Event) -> None:
+        """Waits for all processes.
+
+        Raises:
+            ProcessRaisedException, ProcessExitedException: from torch, for the rank that ends the job.
+
+        """
+        while processes.sentinels:
+            for sentinel in connection.wait(list(processes.sentinels)):
+                rank = processes.sentinels[sentinel]
+                process = processes.processes[rank]
+                process.join()
+                if process.exitcode == 0 or (rank > 0 and started.is_set()):
+                    del processes.sentinels[sentinel]
+                    if process.exitcode != 0:
+                        _report(rank, process.exitcode, processes.error_files[rank])
+                else:
+                    processes.join()  # Ends the others and raises this one's exception.
+
+
+def _report(rank: int, exit_code: int, error_file: str) -> None:
+    reason = f"exit code {exit_code}"
+    if os.access(error_file, os.R_OK):
+        with open(error_file, "rb") as file:
+            reason = f"this error:\n{pickle.load(file)}"
+    _log.error("the process of local rank %d ended with %s", rank, reason)

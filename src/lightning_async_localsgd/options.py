@@ -1,0 +1,48 @@
+"""Options of the strategy that are grouped into an object of their own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Transport = Literal["auto", "ipc", "tcp"]
+
+
+@dataclass(frozen=True)
+class ExchangeOptions:
+    """How the workers reach the server in rank 0.
+
+    Args:
+        transport: ``"ipc"`` (a socket file, one host only), ``"tcp"`` (one port for all workers), or ``"auto"``: each
+            worker on rank 0's host by ``ipc``, the others by ``tcp``.
+        port: the TCP port that rank 0 listens on where ``tcp`` is used; 0 takes a free one.
+        encrypt: whether ``tcp`` traffic is encrypted and authenticated with CURVE; ``None`` does so exactly where
+            more than one host takes part.
+
+    Example::
+
+        >>> from lightning_async_localsgd import ExchangeOptions
+        >>> ExchangeOptions(transport="tcp", port=29600).port
+        29600
+
+    Raises:
+        ValueError: an unknown transport, a port outside 0..65535, or ``encrypt=True`` together with ``"ipc"``.
+
+    """
+
+    transport: Transport = "auto"
+    port: int = 0
+    encrypt: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.transport not in get_args(Transport):
+            raise ValueError(
+                f"exchange.transport={self.transport!r} is unknown; use one of {get_args(Transport)}"
+            )
+        if type(self.port) is not int or not 0 <= self.port <= 65535:
+            raise ValueError(f"exchange.port={self.port!r} is no TCP port; use 1 to 65535, or 0 to take a free one")
+        if self.transport == "ipc" and self.encrypt:
+            raise ValueError(
+                "exchange.encrypt=True needs a network transport: exchange.transport='ipc' never leaves the host; "
+                "use transport='tcp' or leave encrypt unset"
+            )

@@ -1,0 +1,113 @@
+"""Makes the strategy's names known to Lightning without anybody importing ``lightning_async_localsgd``.
+
+Lightning has no entry point for strategies, and the one for callbacks is read only after the strategy's name was
+looked up. PyTorch has one: ``import torch`` calls every function of the entry point group ``torch.backends``. Ours,
+:func:`install`, waits for ``lightning.pytorch.strategies`` to be imported and then adds our names to its registry.
+
+This runs in every process that imports torch, on machines where Lightning may not even be used. So it is a module of
+its own that needs nothing but the standard library, it imports nothing before it is needed, and whatever goes wrong
+in it becomes one logged line and never an exception out of ``import torch`` or ``import lightning``. What is
+registered is a function that imports the real strategy when somebody asks for it by name: a broken installation is
+reported there and then, with the real error.
+"""
+
+from __future__ import annotations
+
+import sys
+
+TYPE_CHECKING = False  # as typing.TYPE_CHECKING, which would cost an import
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+    from typing import Any
+
+START_METHODS = {
+    "async_localsgd": "popen",
+    "async_localsgd_spawn": "spawn",
+    "async_localsgd_fork": "fork",
+    "async_localsgd_notebook": "fork",
+}
+"""How the ranks of one host are started under each name that ``Trainer(strategy=...)`` takes."""
+
+DESCRIPTION = "Asynchronous Local-SGD, ranks started by `{}`"
+"""What Lightning's registry shows for a name."""
+
+_STRATEGIES = "lightning.pytorch.strategies"
+
+
+def install() -> None:
+    """Adds the names to Lightning's registry: now if Lightning is there already, else as soon as it is imported.
+
+    May be called any number of times. Never raises: this is what ``import torch`` calls.
+    """
+    _guarded(_install)
+
+
+def _install() -> None:
+    strategies = sys.modules.get(_STRATEGIES)
+    if strategies is not None:
+        _register(strategies)
+    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+
+
+def _register(strategies: ModuleType) -> None:
+    registry = strategies.StrategyRegistry
+    for name, start_method in START_METHODS.items():
+        if name not in registry:
+            registry.register(name, _build, description=DESCRIPTION.format(start_method), start_method=start_method)
+
+
+def _build(**init_params: Any) -> Any:
+    """The strategy, as Lightning's registry asks for it; here an import error is the user's to see."""
+    from lightning_async_localsgd import AsyncLocalSGDStrategy
+
+    return AsyncLocalSGDStrategy(**init_params)
+
+
+def _guarded(function: Callable[..., None], *args: Any) -> None:
+    try:
+        function(*args)
+    except Exception as error:
+        import logging
+
+        logging.getLogger("lightning_async_localsgd").warning(
+            "Trainer(strategy='async_localsgd') will not be found by its name, because registering it with Lightning "
+            "failed (%s: %s); pass strategy=lightning_async_localsgd.AsyncLocalSGDStrategy() instead",
+            type(error).__name__,
+            error,
+        )
+
+
+class _Finder:
+    """A finder on ``sys.meta_path`` that leaves the work to the others and adds one call after the module's body."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name != _STRATEGIES:
+            return None
+        for finder in sys.meta_path:
+            if finder is not self and hasattr(finder, "find_spec"):
+                spec = finder.find_spec(name, path, target)
+                if spec is not None:
+                    _guarded(_register_after_import, spec)
+                    return spec
+        return None
+
+
+def _register_after_import(spec: ModuleSpec) -> None:
+    loader: Any = spec.loader
+    exec_module = loader.exec_module
+
+    def exec_and_register(module: ModuleType) -> None:
+        exec_module(module)
+        # A frozen application may have one loader for all modules.
+        if module.__name__ == _STRATEGIES:
+            loader.exec_module = exec_module
+            _guarded(_register, module)
+
+    # On the loader that was found, rather than a loader around it, so that everything else that asks for the module's
+    # loader (inspect, pkgutil, importlib.resources) still meets Lightning's own.
+    loader.exec_module = exec_and_register

@@ -1,0 +1,195 @@
+"""The training job that the tests of this folder run as real processes: ``python job.py OUT JSON``.
+
+Every rank writes what it saw to ``OUT/rank_<n>.json``. With ``start_method="popen"`` the other ranks run this script
+again, by Lightning's launcher.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_async_localsgd import AsyncLocalSGDStrategy, ExchangeOptions
+
+SECONDS = (0.004, 0.008, 0.02, 0.04)
+"""Least seconds of a local step, by rank: a factor of ten between the fastest and the slowest."""
+
+
+class Regression(L.LightningModule):
+    """A small regression with BatchNorm, a scheduler per step, and a note of everything that the tests ask about."""
+
+    def __init__(
+        self, out: str = ".", accumulate_manually: bool = False, width: int = 32, cosine: bool = False
+    ) -> None:
+        super().__init__()
+        self.cosine = cosine
+        self.out = Path(out)
+        self.automatic_optimization = not accumulate_manually
+        self.net = torch.nn.Sequential(
+            torch.nn.Linear(8, width), torch.nn.BatchNorm1d(width), torch.nn.Tanh(), torch.nn.Linear(width, 1)
+        )
+        self.seen: dict[str, Any] = {"rates": [], "group": [], "validated": []}
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        inputs, targets = batch
+        return torch.nn.functional.mse_loss(self.net(inputs), targets)
+
+    def training_step(self, batch: Any, index: int) -> torch.Tensor:
+        self.seen["group"].append(torch.distributed.is_initialized())
+        loss = self.loss(batch)
+        self.log("train_loss", loss)
+        if not self.automatic_optimization:
+            optimizer = self.optimizers()
+            self.manual_backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            self.lr_schedulers().step()
+        return loss
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        self.log("val_loss", self.loss(batch), sync_dist=True)
+        self.log("ranks", float(self.trainer.global_rank), sync_dist=True)
+
+    def test_step(self, batch: Any, index: int) -> None:
+        self.log("test_loss", self.loss(batch), sync_dist=True)
+
+    def on_validation_epoch_start(self) -> None:
+        if not self.trainer.sanity_checking:
+            self.seen["validated"].append(digest(self))
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
+        total = int(self.trainer.estimated_stepping_batches)
+        if self.cosine:
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 0.5 + 0.5 * math.cos(math.pi * n / total))
+        else:
+            # It raises when it is stepped once too often. One more than the steps: it counts its own construction.
+            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=total + 1)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def digest(module: torch.nn.Module) -> str:
+    """Of every bit of the module's state."""
+    state = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        state.update(name.encode())
+        state.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+    return state.hexdigest()
+
+
+def note(trainer: L.Trainer, module: Regression, **more: Any) -> None:
+    """Writes down what this rank saw."""
+    rank = trainer.global_rank
+    (module.out / f"rank_{rank}.json").write_text(json.dumps({"rank": rank, **module.seen, **more}))
+
+
+def dataset(samples: int) -> TensorDataset:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(samples, 8, generator=generator)
+    return TensorDataset(inputs, (inputs[:, :1] * inputs[:, 1:2]).tanh() + 0.5 * inputs[:, 2:3])
+
+
+class Pace(L.Callback):
+    """Unequal ranks, and what is to happen to one of them at a step of its own."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.options = options
+        self.steps = 0
+        self.resumed_at = 0
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.resumed_at = trainer.global_step
+
+    def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        module.seen["steps"] = trainer.global_step - self.resumed_at
+        module.seen["digest"] = digest(module)
+        module.seen["threads"] = [thread.name for thread in threading.enumerate()]
+        note(trainer, module)
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        self.steps += 1
+        module.seen["rates"].append(trainer.optimizers[0].param_groups[0]["lr"])
+        time.sleep(SECONDS[trainer.global_rank % len(SECONDS)])
+        options = self.options
+        if trainer.global_rank == options.get("victim", -1) and self.steps == options.get("at_step"):
+            if options["fate"] == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            elif options["fate"] == "raise":
+                raise RuntimeError("a fault of this rank's own")
+            elif options["fate"] == "stop":
+                trainer.should_stop = True
+
+
+def run(out: Path, options: dict[str, Any]) -> None:
+    L.seed_everything(options.get("seed", 1), verbose=False)
+    torch.set_num_threads(1)
+    checkpoint = ModelCheckpoint(
+        dirpath=out / "checkpoints",
+        monitor="val_loss",
+        save_last=True,
+        save_top_k=1,
+        every_n_train_steps=options.get("checkpoint_every"),
+    )
+    strategy = AsyncLocalSGDStrategy(
+        local_steps=options.get("local_steps", 10),
+        start_method=options.get("start_method", "popen"),
+        exchange=ExchangeOptions(**options.get("exchange", {})),
+        start_timeout=options.get("start_timeout", 60.0),
+        **options.get("strategy", {}),
+    )
+    callbacks = [Pace(options), checkpoint]
+    trainer = L.Trainer(
+        strategy=strategy,
+        accelerator="cpu",
+        devices=options.get("ranks", 2),
+        logger=CSVLogger(out, name="", version=""),
+        callbacks=callbacks,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        val_check_interval=options.get("val_check_interval", 20),
+        check_val_every_n_epoch=None,
+        log_every_n_steps=5,
+        default_root_dir=out,
+        num_sanity_val_steps=options.get("sanity", 2),
+        **options.get("trainer", {"max_steps": 60}),
+    )
+    manual = bool(options.get("manual"))
+    width = 32 + (trainer.global_rank if options.get("unequal_models") else 0)
+    module = Regression(str(out), accumulate_manually=manual, width=width, cosine=bool(options.get("cosine")))
+    # Every rank begins with other weights, which the first dispatch replaces.
+    torch.manual_seed(100 + trainer.global_rank)
+    torch.nn.init.normal_(module.net[0].weight)
+    train = DataLoader(dataset(640), batch_size=16, shuffle=True, num_workers=options.get("num_workers", 0))
+    valid = DataLoader(dataset(64), batch_size=16)
+    late = options.get("late")
+    if late is not None and trainer.global_rank == late["rank"]:
+        time.sleep(late["seconds"])
+
+    trainer.fit(module, train, valid, ckpt_path=options.get("ckpt_path"))
+    if options.get("evaluate"):
+        more = {
+            "validate": trainer.validate(module, valid, verbose=False)[0],
+            "test": trainer.test(module, valid, verbose=False, ckpt_path="best", weights_only=True)[0],
+            "group_after": torch.distributed.is_initialized(),
+            "best": checkpoint.best_model_path,
+        }
+        note(trainer, module, **more)
+    trainer.save_checkpoint(out / "after.ckpt")
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]), json.loads(sys.argv[2]))

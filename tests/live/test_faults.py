@@ -1,0 +1,73 @@
+"""What happens when a rank dies, fails, does not come or does not fit. (More than this belongs to a later chapter.)"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+
+import pytest
+
+from tests.live.conftest import Outcome
+
+Job = Callable[..., Outcome]
+
+
+@pytest.mark.parametrize("start_method", ["popen", "spawn"])
+def test_a_killed_worker_costs_its_round_and_nothing_else(job: Job, start_method: str) -> None:
+    outcome = job(
+        ranks=3, victim=1, at_step=13, fate="kill", trainer={"max_steps": 60}, start_method=start_method
+    )
+    rank0, rank2 = outcome.rank(0), outcome.rank(2)
+    assert rank0["digest"] == rank2["digest"]
+    summary = outcome.summary
+    # The budget is met by those who live; the steps of the lost round don't count.
+    assert sum(worker["steps"] for worker in summary["workers"]) == 180
+    assert rank0["steps"] + rank2["steps"] + summary["workers"][1]["steps"] == 180
+    assert summary["workers"][1]["steps"] < 13
+    assert not (outcome.out / "rank_1.json").exists()
+    assert "worker 1 left the run" in outcome.text
+
+
+def test_an_exception_of_a_worker_is_its_own(job: Job) -> None:
+    outcome = job(ranks=3, victim=2, at_step=5, fate="raise")
+    assert outcome.rank(0)["digest"] == outcome.rank(1)["digest"]
+    assert sum(worker["steps"] for worker in outcome.summary["workers"]) == 180
+    assert "a fault of this rank's own" in outcome.text
+
+
+@pytest.mark.parametrize("start_method", ["popen", "spawn"])
+def test_an_exception_of_rank_0_ends_the_job(job: Job, start_method: str) -> None:
+    outcome = job(ranks=2, victim=0, at_step=15, fate="raise", start_method=start_method, check=False)
+    assert outcome.code != 0
+    assert "a fault of this rank's own" in outcome.text
+    assert not (outcome.out / "rank_1.json").exists()
+
+
+def test_death_of_rank_0_ends_the_workers(job: Job) -> None:
+    outcome = job(ranks=2, victim=0, at_step=15, fate="kill", check=False, strategy={"silence_timeout": 5.0})
+    assert outcome.code != 0
+    assert not (outcome.out / "rank_1.json").exists()
+
+
+def test_a_rank_that_never_comes_is_named(job: Job) -> None:
+    outcome = job(ranks=3, late={"rank": 2, "seconds": 600}, start_timeout=5.0, check=False)
+    assert outcome.code != 0
+    assert "rank(s) 2 of 3 did not arrive" in outcome.text
+    assert "start_timeout=5 s" in outcome.text
+
+
+def test_models_that_differ_between_ranks_are_refused_with_the_difference(job: Job) -> None:
+    outcome = job(ranks=2, unequal_models=True, check=False)
+    assert outcome.code != 0
+    assert "parameter 0: 'net.0.weight' float32 [33, 8] here, 'net.0.weight' float32 [32, 8] there" in outcome.text
+    assert "local rank 1" in outcome.text, "rank 0 says who has ended"
+
+
+def test_a_port_in_use_is_named(job: Job) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        outcome = job(ranks=2, exchange={"transport": "tcp", "port": port}, check=False)
+    assert outcome.code != 0
+    assert f"exchange.port={port}" in outcome.text
