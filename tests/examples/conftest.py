@@ -1,0 +1,13 @@
+"""Puts the example and the benchmarks on the path, as running their scripts does, and forbids downloads."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "examples" / "language_model"), str(ROOT / "benchmarks")]
+# Read when `datasets` is imported: the tests must not need the network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
