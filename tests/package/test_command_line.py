@@ -1,0 +1,145 @@
+"""The strategy on a LightningCLI command line and in its configuration files."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lightning_async_localsgd import AsyncLocalSGDStrategy
+from tests.package.conftest import FreshEnvironment
+
+# Takes command lines from a file and tells what comes of each: one start of Python for all of them.
+RUN = """
+import contextlib, io, json, sys
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
+
+assert "lightning_async_localsgd" not in sys.modules
+outcomes = []
+for arguments in json.load(open(sys.argv[1])):
+    sys.argv[1:] = arguments
+    out, err, built, code = io.StringIO(), io.StringIO(), None, 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            strategy = LightningCLI(BoringModel, BoringDataModule, run=False).trainer.strategy
+            built = [type(strategy).__module__, type(strategy).__name__, strategy.local_steps]
+        except SystemExit as end:
+            code = end.code
+    outcomes.append({"out": out.getvalue(), "err": err.getvalue(), "built": built, "code": code})
+print(json.dumps(outcomes))
+"""
+
+COMMON = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.logger=false"]
+CLASS_PATH = "lightning_async_localsgd.AsyncLocalSGDStrategy"
+
+NESTED = """
+trainer:
+  strategy:
+    class_path: lightning_async_localsgd.AsyncLocalSGDStrategy
+    init_args:
+      local_steps: 30
+      outer_optimizer: {outer_optimizer}
+      grace: {grace}
+      exchange:
+        transport: tcp
+        encrypt: true
+"""
+OURS = "{class_path: lightning_async_localsgd.DelayedNesterov, init_args: {lr: 0.4, momentum: 0.8}}"
+TORCHS = "{class_path: torch.optim.SGD, init_args: {lr: 0.4, momentum: 0.8}}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Configuration files, and the script that runs command lines."""
+    folder = tmp_path_factory.mktemp("command_line")
+    (folder / "run.py").write_text(RUN)
+    (folder / "ours.yaml").write_text(NESTED.format(outer_optimizer=OURS, grace="auto"))
+    (folder / "torchs.yaml").write_text(NESTED.format(outer_optimizer=TORCHS, grace="1.5"))
+    (folder / "default.yaml").write_text(NESTED.format(outer_optimizer="null", grace="0"))
+    return folder
+
+
+def run(environment: FreshEnvironment, folder: Path, lines: dict[str, list[str]]) -> dict[str, Any]:
+    (folder / "lines.json").write_text(json.dumps(list(lines.values())))
+    outcomes = environment.output(folder / "run.py", folder / "lines.json", COLUMNS="400")
+    return dict(zip(lines, json.loads(outcomes.splitlines()[-1]), strict=True))
+
+
+@pytest.fixture(scope="module")
+def outcomes(with_wheel: FreshEnvironment, folder: Path) -> dict[str, Any]:
+    """What comes of each command line below."""
+    options = [f"--trainer.strategy={CLASS_PATH}", "--trainer.strategy.local_steps=7", "--trainer.strategy.grace=0.5"]
+    lines = {
+        "name": [*COMMON, "--trainer.strategy=async_localsgd"],
+        "options": [*COMMON, *options],
+        "options, printed": [*COMMON, *options, "--print_config"],
+        "help": [f"--trainer.strategy.help={CLASS_PATH}"],
+        "wrong transport": [*COMMON, options[0], "--trainer.strategy.exchange.transport=pigeon"],
+        "unknown option": [*COMMON, options[0], "--trainer.strategy.local_step=3"],
+    }
+    for name in ("ours", "torchs", "default"):
+        lines[name] = [*COMMON, f"--config={folder / name}.yaml"]
+        lines[f"{name}, printed"] = [*lines[name], "--print_config"]
+    return run(with_wheel, folder, lines)
+
+
+def test_name(outcomes: dict[str, Any]) -> None:
+    assert outcomes["name"]["built"] == ["lightning_async_localsgd.strategy", "AsyncLocalSGDStrategy", 50]
+
+
+def test_options_on_the_command_line(outcomes: dict[str, Any]) -> None:
+    assert outcomes["options"]["built"] == ["lightning_async_localsgd.strategy", "AsyncLocalSGDStrategy", 7]
+    options = yaml.safe_load(outcomes["options, printed"]["out"])["trainer"]["strategy"]["init_args"]
+    assert options.keys() == inspect.signature(AsyncLocalSGDStrategy).parameters.keys()
+    assert (options["local_steps"], options["grace"], options["dynamic_local_steps"]) == (7, 0.5, True)
+
+
+@pytest.mark.parametrize("name", ["ours", "torchs", "default"])
+def test_nested_objects_in_a_file(outcomes: dict[str, Any], name: str) -> None:
+    assert outcomes[name]["built"] == ["lightning_async_localsgd.strategy", "AsyncLocalSGDStrategy", 30], outcomes[name]
+    options = yaml.safe_load(outcomes[f"{name}, printed"]["out"])["trainer"]["strategy"]["init_args"]
+    assert {**options["exchange"], "port": 0} == {"transport": "tcp", "port": 0, "encrypt": True}
+    if name == "default":
+        assert (options["outer_optimizer"], options["grace"]) == (None, 0)
+    else:
+        printed = options["outer_optimizer"]
+        assert printed["class_path"].endswith({"ours": "DelayedNesterov", "torchs": "torch.optim.SGD"}[name])
+        assert (printed["init_args"]["lr"], printed["init_args"]["momentum"]) == (0.4, 0.8)
+
+
+def test_what_is_printed_is_a_configuration_again(
+    outcomes: dict[str, Any], with_wheel: FreshEnvironment, folder: Path
+) -> None:
+    lines = {}
+    for name in ("ours", "torchs", "default"):
+        (folder / f"{name}.printed.yaml").write_text(outcomes[f"{name}, printed"]["out"])
+        lines[name] = [f"--config={folder / name}.printed.yaml", "--print_config"]
+    again = run(with_wheel, folder, lines)
+    for name in lines:
+        assert again[name]["out"] == outcomes[f"{name}, printed"]["out"]
+
+
+def test_help_explains_every_option(outcomes: dict[str, Any]) -> None:
+    # "--trainer.strategy.local_steps LOCAL_STEPS   What it is for. (type: int, default: 50)", in several lines or one.
+    entries = re.split(r"\n\s+(?=--)", outcomes["help"]["out"])
+    for name in inspect.signature(AsyncLocalSGDStrategy).parameters:
+        texts = [entry for entry in entries if re.match(rf"--(\S+\.)?{name}[ ,]", entry)]
+        assert texts, f"{name} is not in the help"
+        explanation = texts[-1].split("(type:")[0]
+        words = [word for word in re.findall(r"[a-zA-Z]{2,}", explanation) if not word.isupper()]
+        assert len(words) > 4, f"{name} is not explained: {texts}"
+
+
+@pytest.mark.parametrize(
+    ("line", "words"), [("wrong transport", ["transport", "pigeon"]), ("unknown option", ["local_step"])]
+)
+def test_a_wrong_value_is_named(outcomes: dict[str, Any], line: str, words: list[str]) -> None:
+    assert outcomes[line]["code"] == 2
+    for word in words:
+        assert word in outcomes[line]["err"]
