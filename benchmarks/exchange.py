@@ -21,7 +21,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -91,7 +91,7 @@ class Process:
         return self.answer()
 
     def close(self) -> None:
-        if self._process.is_alive():
+        with suppress(OSError):
             self.begin("end")
         self._process.join(60)
         if self._process.is_alive():
@@ -128,7 +128,6 @@ def seconds_of(action: Callable[[], object]) -> float:
 def host(pipe: Connection, numel: int) -> None:
     """The real server, with Delayed Nesterov, for as many workers as take part."""
     torch.set_num_threads(1)
-    module = Model(1)
     before = resident_peak()
     layout = layout_of(numel)
     model = GlobalModel(layout, DelayedNesterov(), WORKERS)
@@ -136,7 +135,6 @@ def host(pipe: Connection, numel: int) -> None:
     coordinator = Coordinator(model, SpeedAwareSteps(1), GraceWindow(0.0), Budget(None), WORKERS, "benchmark")
     server = Server(coordinator, BufferPool(numel, most=WORKERS + 2))
     wire = WireServer(server, ipc=True, silence_timeout=SILENCE_SECONDS)
-    del module
 
     def merge() -> float:
         """A bare outer step with the look at the push before it, where it always happens: in the owner thread."""
@@ -243,7 +241,7 @@ class Echo:
     """A server that sends every push straight back: what is left is the wire."""
 
     incarnation = "benchmark"
-    stop_requested = False
+    wanted: dict[int, int] = {}  # noqa: RUF012
 
     def __init__(self, numel: int) -> None:
         self.layout = layout_of(numel)
@@ -323,7 +321,12 @@ def near_end(pipe: Connection, numel: int, addresses: dict[str, Any]) -> None:
 
 
 def layout_of(numel: int) -> Layout:
-    return Layout.of(Model(numel))
+    """Of a :class:`Model`, without the memory that one takes."""
+    with torch.device("meta"):
+        sizes = [len(part) for part in torch.empty(numel).chunk(8)]
+    return Layout.from_description(
+        [[f"parts.{index}", [size], "torch.float32", "parameter"] for index, size in enumerate(sizes)]
+    )
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

@@ -82,6 +82,7 @@ class _Member:
     exchange_seconds: float = 0.0
     paused_at: float | None = None
     final: bool = False
+    called_in: bool = False
     refused: str | None = None
 
 
@@ -150,6 +151,7 @@ class Coordinator:
         self._members: dict[int, _Member] = {}
         self._window: Plan | None = None
         self._progress = float(budget.done)
+        self._latest_arrival = float("-inf")
         self._update_norm: float | None = None
         self._momentum_cosine: float | None = None
         self._last_views: dict[int, WorkerView] = {}
@@ -321,12 +323,26 @@ class Coordinator:
             member.version = self.model.version
             member.dispatched_at = now
             member.paused_at = None
+            member.called_in = False
             replies[worker] = self._reply(worker, member, now, progress, stop=False)
+        self._call_in_the_unknown()
         if self._everybody_rests():
             self.finished = True
             for worker, member in self._members.items():
                 replies[worker] = self._reply(worker, member, now, progress, stop=True)
         return replies
+
+    def wanted(self) -> dict[int, int]:
+        """The workers that are to hand in their rounds at once, and the versions these began with.
+
+        When training ends these are all; otherwise workers whose speed is still unknown when others have finished a
+        round: a slow one would spend a whole round of the fastest worker's steps before it is known to be slow.
+        """
+        return {
+            worker: member.version
+            for worker, member in self._members.items()
+            if member.state == "computing" and (self.stopping or member.called_in)
+        }
 
     def view(self) -> View:
         """The run at a glance."""
@@ -407,7 +423,7 @@ class Coordinator:
         """The worker hands over to the grace window, which its arrival may open."""
         round_seconds = now - member.dispatched_at
         member.state = "waiting"
-        member.arrived_at = now
+        member.arrived_at = self._latest_arrival = now
         member.paused_at = None
         member.final = member.final or push.final
         if self._window is None and member.refused is None and not (self.budget.exhausted or member.final):
@@ -439,6 +455,12 @@ class Coordinator:
             for member in self._members.values():
                 if member.state == "resting" and not member.final:
                     member.state = "waiting"
+
+    def _call_in_the_unknown(self) -> None:
+        if self._pacing.dynamic and self._pacing.total_speed(self._members) is not None:
+            for worker, member in self._members.items():
+                if self._pacing.speed(worker) is None and member.dispatched_at < self._latest_arrival:
+                    member.called_in = True
 
     def _everybody_rests(self) -> bool:
         return bool(self._members) and all(member.state == "resting" for member in self._members.values())

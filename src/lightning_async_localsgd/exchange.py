@@ -59,8 +59,12 @@ class Exchange(ABC):
 
     @property
     @abstractmethod
-    def stop_requested(self) -> bool:
-        """The server asks every worker to end its round at the next step and hand it in."""
+    def wanted_version(self) -> int:
+        """The version that this worker was dispatched, if the server wants that round handed in at the next step.
+
+        It does when training ends, and where it does not know yet how slow this worker is. -1: it does not. The answer
+        may be older than the last dispatch; it is then about another version.
+        """
 
     @abstractmethod
     def check(self) -> None:

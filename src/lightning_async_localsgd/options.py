@@ -36,9 +36,7 @@ class ExchangeOptions:
 
     def __post_init__(self) -> None:
         if self.transport not in get_args(Transport):
-            raise ValueError(
-                f"exchange.transport={self.transport!r} is unknown; use one of {get_args(Transport)}"
-            )
+            raise ValueError(f"exchange.transport={self.transport!r} is unknown; use one of {get_args(Transport)}")
         if type(self.port) is not int or not 0 <= self.port <= 65535:
             raise ValueError(f"exchange.port={self.port!r} is no TCP port; use 1 to 65535, or 0 to take a free one")
         if self.transport == "ipc" and self.encrypt:

@@ -43,7 +43,7 @@ class RendezvousError(RuntimeError):
 def _open_store(host: str, port: int, is_host: bool, timeout: float) -> TCPStore:
     if (host, port) not in _stores:
         try:
-            _stores[host, port] = TCPStore(
+            _stores[host, port] = TCPStore(  # type: ignore[no-untyped-call]
                 host,
                 port,
                 is_master=is_host,

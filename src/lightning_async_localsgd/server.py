@@ -11,7 +11,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -62,6 +62,7 @@ class Server:
         self._spare: BufferLease | None = None
         self._retry = False
         self._view = coordinator.view()
+        self._wanted: Mapping[int, int] = {}
         self._failure: BaseException | None = None
         self._closed = False
         self._events: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -78,9 +79,12 @@ class Server:
         return self._coordinator.model.layout
 
     @property
-    def stop_requested(self) -> bool:
-        """Workers are to hand in what they have (heartbeats carry this to them)."""
-        return self._coordinator.stopping or self._failure is not None
+    def wanted(self) -> Mapping[int, int]:
+        """The workers that are to hand in their rounds at once, and the versions these began with.
+
+        Heartbeats carry this to them.
+        """
+        return self._wanted
 
     def join(self, hello: Hello, outlet: Outlet) -> None:
         """A worker introduces itself; the answer comes through ``outlet``."""
@@ -296,6 +300,7 @@ class Server:
             self._spare.release()
             self._spare = None
         self._view = self._coordinator.view()
+        self._wanted = self._coordinator.wanted()
 
     def _dispatch(self, replies: dict[int, Reply]) -> None:
         model = self._coordinator.model
@@ -364,10 +369,12 @@ class LocalExchange(Exchange):
     def __init__(self, server: Server, result: Callable[[Tensor], None] | None = None) -> None:
         self._server = server
         self._result = result
+        self._worker = -1
 
     def join(self, hello: Hello, model: Tensor) -> Reply:
         """See :meth:`Exchange.join`."""
         outlet = _LocalOutlet(model)
+        self._worker = hello.worker
         self._server._submit(lambda: self._server._on_join(hello, outlet))
         return outlet.wait(self._server)
 
@@ -378,15 +385,13 @@ class LocalExchange(Exchange):
         if self._result is not None and push.steps > 0:
             result = model
             self._result(result)
-        self._server._submit(
-            lambda: self._server._on_push(push, gradient if push.steps > 0 else None, outlet, result)
-        )
+        self._server._submit(lambda: self._server._on_push(push, gradient if push.steps > 0 else None, outlet, result))
         return outlet.wait(self._server)
 
     @property
-    def stop_requested(self) -> bool:
-        """See :attr:`Exchange.stop_requested`."""
-        return self._server.stop_requested
+    def wanted_version(self) -> int:
+        """See :attr:`Exchange.wanted_version`."""
+        return self._server.wanted.get(self._worker, -1)
 
     def check(self) -> None:
         """See :meth:`Exchange.check`."""

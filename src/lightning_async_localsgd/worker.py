@@ -105,7 +105,7 @@ class Worker:
         assert self.reply is not None
         if self.stopped:
             return False
-        return self.round_steps >= self.reply.local_steps or self.exchange.stop_requested
+        return self.round_steps >= self.reply.local_steps or self.exchange.wanted_version == self.reply.version
 
     def end_round(self, *, final: bool = False, stop: bool = False) -> Reply:
         """Hands the round in and adopts the global model that comes back.

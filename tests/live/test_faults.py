@@ -14,9 +14,7 @@ Job = Callable[..., Outcome]
 
 @pytest.mark.parametrize("start_method", ["popen", "spawn"])
 def test_a_killed_worker_costs_its_round_and_nothing_else(job: Job, start_method: str) -> None:
-    outcome = job(
-        ranks=3, victim=1, at_step=13, fate="kill", trainer={"max_steps": 60}, start_method=start_method
-    )
+    outcome = job(ranks=3, victim=1, at_step=13, fate="kill", trainer={"max_steps": 60}, start_method=start_method)
     rank0, rank2 = outcome.rank(0), outcome.rank(2)
     assert rank0["digest"] == rank2["digest"]
     summary = outcome.summary

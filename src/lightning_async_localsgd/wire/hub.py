@@ -22,7 +22,7 @@ from lightning_async_localsgd.wire.peer import Download, Peer, Upload
 from lightning_async_localsgd.wire.way import Tally, Way, source_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from lightning_async_localsgd.buffers import BufferLease
     from lightning_async_localsgd.messages import Reply
@@ -66,7 +66,7 @@ class Hub:
         self._ended: list[_Key] = []
         self._waiting: deque[Peer] = deque()
         self._abandoned: list[Download] = []
-        self._stop_told = False
+        self._wanted_told: Mapping[int, int] = {}
         self._awake_at = time.monotonic()
 
     # ------------------------------------------------------------ what comes in
@@ -284,9 +284,9 @@ class Hub:
         self._retire(peer)
 
     def _answer(self, key: _Key, beat: Beat) -> None:
-        incarnation, stop = self._server.incarnation, self._server.stop_requested
-        said = proof(self._token, beat.nonce.encode(), f"{incarnation} {stop}")
-        self._say(key, frames.ANSWER + Answer(incarnation, stop, said).encode())
+        incarnation, wanted = self._server.incarnation, self._server.wanted.get(beat.worker, -1)
+        said = proof(self._token, beat.nonce.encode(), f"{incarnation} {wanted}")
+        self._say(key, frames.ANSWER + Answer(incarnation, wanted, said).encode())
 
     def _tell(self, peer: Peer, *parts: bytes) -> bool:
         if self._say((peer.way, peer.identity), *parts):
@@ -352,10 +352,12 @@ class Hub:
         for download in [download for download in self._abandoned if download.untouched]:
             self._abandoned.remove(download)
             download.lease.release()
-        if self._server.stop_requested and not self._stop_told:
-            self._stop_told = True
+        wanted = self._server.wanted
+        if wanted is not self._wanted_told:  # Not only at the next beat: a round may be short.
             for key, beat in self._pulses.items():
-                self._answer(key, beat)
+                if wanted.get(beat.worker, -1) != self._wanted_told.get(beat.worker, -1):
+                    self._answer(key, beat)
+            self._wanted_told = wanted
 
     def drop_silent_downloads(self, seconds: float) -> None:
         """Gives up workers that have confirmed nothing of their model for ``seconds``."""

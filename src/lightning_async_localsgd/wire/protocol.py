@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from lightning_async_localsgd.buffers import BufferLease, BufferPool
     from lightning_async_localsgd.layout import Layout
     from lightning_async_localsgd.messages import Hello, Push, Reply
@@ -50,8 +52,8 @@ class ServerPort(Protocol):
         """Where uploads get their memory from."""
 
     @property
-    def stop_requested(self) -> bool:
-        """Every worker is to end its round now; told to them with the heartbeats."""
+    def wanted(self) -> Mapping[int, int]:
+        """The workers that are to hand in their rounds now, and the versions these began with; heartbeats tell them."""
 
     def join(self, hello: Hello, outlet: Outlet) -> None:
         """A worker that speaks the same protocol and has the same layout has said hello.
