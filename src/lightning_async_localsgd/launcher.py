@@ -11,6 +11,7 @@ import logging
 import multiprocessing
 import os
 import pickle
+import time
 from collections.abc import Callable
 from multiprocessing import connection
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,10 @@ _log = logging.getLogger(__name__)
 _children: dict[int, subprocess.Popen[Any]] = {}
 """The processes this one has launched, by local rank. They outlive the Trainer they were launched for: the next one in
 the same script finds them at the same place of the script."""
+
+
+_PATIENCE = 4.0
+"""Seconds that launched processes get to notice that rank 0 has failed, and again to react to SIGTERM."""
 
 
 def raise_if_process_ended() -> None:
@@ -67,6 +72,16 @@ class AsyncScriptLauncher(_SubprocessScriptLauncher):
 
     def mark_started(self) -> None:
         """Nothing to tell anybody: this process is rank 0 and knows."""
+
+    def end_processes(self) -> None:
+        """This process has failed, and with it the job: what it has launched ends by itself in a moment, or is ended."""
+        for patience, end in ((_PATIENCE, "terminate"), (_PATIENCE, "kill")):
+            until = time.monotonic() + patience
+            while any(process.poll() is None for process in _children.values()) and time.monotonic() < until:
+                time.sleep(0.05)
+            for process in _children.values():
+                if process.poll() is None:
+                    getattr(process, end)()
 
 
 class AsyncProcessLauncher(_MultiProcessingLauncher):

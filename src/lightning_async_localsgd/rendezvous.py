@@ -43,7 +43,7 @@ class RendezvousError(RuntimeError):
 def _open_store(host: str, port: int, is_host: bool, timeout: float) -> TCPStore:
     if (host, port) not in _stores:
         try:
-            _stores[host, port] = TCPStore(  # type: ignore[no-untyped-call]
+            _stores[host, port] = TCPStore(
                 host,
                 port,
                 is_master=is_host,
@@ -67,9 +67,9 @@ def _open_store(host: str, port: int, is_host: bool, timeout: float) -> TCPStore
 def _host_identity() -> str:
     """Equal for two processes exactly if they can talk without a network: same machine, same network namespace."""
     parts = [socket.gethostname()]
-    for read in (lambda: Path("/proc/sys/kernel/random/boot_id").read_text(), lambda: os.readlink("/proc/self/ns/net")):
-        with suppress(OSError):  # Not Linux: the name has to do.
-            parts.append(read().strip())
+    with suppress(OSError):  # Not Linux: the name has to do.
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        parts.append(os.readlink("/proc/self/ns/net"))
     return "/".join(parts)
 
 

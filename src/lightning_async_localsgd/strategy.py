@@ -526,6 +526,8 @@ class AsyncLocalSGDStrategy(DDPStrategy):
             if not self._failed:
                 self._rendezvous.conclude()
             self._rendezvous = None
+        if self._failed and isinstance(self.launcher, AsyncScriptLauncher):
+            self.launcher.end_processes()
         super().teardown()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -60,14 +61,13 @@ def job(tmp_path: Path) -> Iterator[Callable[..., Outcome]]:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            start_new_session=True,
         )
         started.append(process)
         try:
             text, _ = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
-            for child in psutil.Process(process.pid).children(recursive=True):
-                child.kill()
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
             text, _ = process.communicate()
             pytest.fail(f"the job did not end within {timeout} s:\n{text[-6000:]}")
         if check and process.returncode != 0:

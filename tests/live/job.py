@@ -21,6 +21,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_async_localsgd import AsyncLocalSGDStrategy, ExchangeOptions
@@ -68,7 +69,7 @@ class Regression(L.LightningModule):
         self.log("test_loss", self.loss(batch), sync_dist=True)
 
     def on_validation_epoch_start(self) -> None:
-        if not self.trainer.sanity_checking:
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
             self.seen["validated"].append(digest(self))
 
     def configure_optimizers(self) -> Any:

@@ -83,7 +83,7 @@ def test_four_unequal_ranks_train_one_model(job: Job) -> None:
 
 @pytest.mark.parametrize("start_method", ["spawn", "fork"])
 def test_other_ways_to_start_ranks(job: Job, start_method: str) -> None:
-    outcome = job(ranks=2, start_method=start_method, num_workers=1 if start_method == "spawn" else 0)
+    outcome = job(ranks=2, start_method=start_method)
     assert_all_hold_the_same_final_model(outcome, 2)
     assert_budget_met(outcome, 120)
 
@@ -98,7 +98,7 @@ def test_over_the_network(job: Job, exchange: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"manual": True},
+        {"manual": True, "cosine": True},
         {"trainer": {"max_steps": 30, "accumulate_grad_batches": 2}},
         {"trainer": {"max_steps": 30, "precision": "bf16-true"}},
         {"strategy": {"grace": 0.0, "dynamic_local_steps": False}},
@@ -107,7 +107,7 @@ def test_over_the_network(job: Job, exchange: dict[str, Any]) -> None:
     ids=["manual", "accumulate", "bf16-true", "no-grace-no-dylu", "grace-seconds"],
 )
 def test_kinds_of_runs(job: Job, options: dict[str, Any]) -> None:
-    outcome = job(ranks=2, **options)
+    outcome = job(ranks=2, start_method="fork", **options)
     assert_all_hold_the_same_final_model(outcome, 2)
     assert_budget_met(outcome, 2 * options.get("trainer", {"max_steps": 60})["max_steps"])
     if options.get("strategy", {}).get("dynamic_local_steps") is False:
@@ -115,14 +115,14 @@ def test_kinds_of_runs(job: Job, options: dict[str, Any]) -> None:
 
 
 def test_epochs_count_over_all_workers(job: Job) -> None:
-    outcome = job(ranks=2, trainer={"max_epochs": 3})
+    outcome = job(ranks=2, trainer={"max_epochs": 3}, num_workers=1)
     assert_all_hold_the_same_final_model(outcome, 2)
     assert_budget_met(outcome, 3 * 640 // 16)
 
 
 def test_stop_on_any_rank_ends_all(job: Job) -> None:
     for victim in (0, 1):
-        outcome = job(ranks=2, victim=victim, at_step=12, fate="stop", trainer={"max_steps": 100_000})
+        outcome = job(ranks=2, start_method="fork", victim=victim, at_step=12, fate="stop", trainer={"max_steps": 100_000})
         assert_all_hold_the_same_final_model(outcome, 2)
         assert 12 <= sum(rank["steps"] for rank in outcome.ranks) < 1000
         assert sum(worker["steps"] for worker in outcome.summary["workers"]) == sum(r["steps"] for r in outcome.ranks)
