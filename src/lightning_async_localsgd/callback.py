@@ -40,7 +40,7 @@ class AsyncLocalSGDCallback(Callback):
       server, over the network or sockets).
 
     At the end a table of the workers is printed, and the same numbers are written to ``async_localsgd_summary.json``
-    in the trainer's log directory.
+    in the trainer's log directory (with ``logger=False`` there is none).
 
     Args:
         table: whether the table is printed at the end.
@@ -89,12 +89,12 @@ class AsyncLocalSGDCallback(Callback):
             self._bar.give_back()
             self._bar = None
         phase = _phase_of(trainer)
-        log_dir = trainer.log_dir  # On every rank alike.
         if phase is None or phase.server is None:
             return
         summary = run_summary(phase)
-        if log_dir is not None:
-            path = Path(log_dir) / SUMMARY_FILE
+        # Without a logger there is no log directory, only the working directory: nothing is written there unasked.
+        if trainer.loggers and trainer.log_dir is not None:
+            path = Path(trainer.log_dir) / SUMMARY_FILE
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(summary, indent=2) + "\n")
         if self.table:

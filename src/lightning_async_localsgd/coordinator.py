@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_async_localsgd.grace import Pending
-from lightning_async_localsgd.messages import PROTOCOL_VERSION, Hello, Push, Reply
+from lightning_async_localsgd.messages import ALREADY_APPLIED, PROTOCOL_VERSION, Hello, Push, Reply
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -30,10 +30,6 @@ if TYPE_CHECKING:
     from lightning_async_localsgd.pacing import SpeedAwareSteps
 
 _log = logging.getLogger(__name__)
-
-ALREADY_APPLIED = "already applied"
-"""Why a push that was sent again is refused; its worker goes on as if the first copy had been answered."""
-
 
 def _not_live(worker: int, session: str) -> str:
     return (

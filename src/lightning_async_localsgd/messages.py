@@ -18,6 +18,9 @@ _M = TypeVar("_M", bound="Message")
 PROTOCOL_VERSION = 1
 """Raised whenever a peer of the version before would misread a message."""
 
+ALREADY_APPLIED = "already applied"
+"""Why a push that was sent again is refused; its worker goes on as if the first copy had been answered."""
+
 MAX_HEADER_BYTES = 64 * 1024
 """No message header is larger; a longer one is refused before it is parsed."""
 

@@ -14,13 +14,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lightning_async_localsgd.messages import PROTOCOL_VERSION, Hello, Push, Reply
+from lightning_async_localsgd.exchange import ExchangeError
+from lightning_async_localsgd.messages import ALREADY_APPLIED, PROTOCOL_VERSION, Hello, Push, Reply
 
 if TYPE_CHECKING:
     from lightning_async_localsgd.exchange import Exchange
     from lightning_async_localsgd.layout import Binding
 
 _log = logging.getLogger(__name__)
+
+MOST_REFUSALS = 10
+"""Pushes refused in a row after which a worker gives up: it would go on like this for ever."""
 
 
 class Worker:
@@ -58,6 +62,7 @@ class Worker:
         self._model = torch.zeros(size, dtype=torch.float32)
         self._gradient = torch.zeros(size, dtype=torch.float32)
         self._sequence = 0
+        self._refusals = 0
         self._samples = 0
         self._stepped = False
         self._timed_steps = 0
@@ -118,7 +123,7 @@ class Worker:
             The new dispatch.
 
         Raises:
-            ExchangeError: the server cannot be reached any more.
+            ExchangeError: the server cannot be reached any more, or has refused :data:`MOST_REFUSALS` in a row.
 
         """
         assert self.reply is not None
@@ -143,8 +148,17 @@ class Worker:
             self._binding.subtract_from(self._model, self._gradient)
         reply = self.exchange.push(push, self._gradient, self._model)
         self._adopt(reply)
-        if reply.refused is not None:
+        if reply.refused is None or reply.refused == ALREADY_APPLIED:
+            self._refusals = 0
+        else:
+            self._refusals += 1
             _log.warning("worker %d: push %d was refused: %s", self.number, push.sequence, reply.refused)
+            if self._refusals >= MOST_REFUSALS:
+                raise ExchangeError(
+                    f"{self._refusals} pushes of worker {self.number} in a row were refused ({reply.refused}), although "
+                    "each round began with a fresh global model: its optimizer's state is probably not finite any more; "
+                    "lower the learning rate, clip gradients, or look at the data that this worker got"
+                )
         self._exchange_seconds = max(0.0, self._clock() - began - reply.wait_seconds)
         return reply
 

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_async_localsgd.budget import Budget
-from lightning_async_localsgd.coordinator import ALREADY_APPLIED, Coordinator
+from lightning_async_localsgd.coordinator import Coordinator
 from lightning_async_localsgd.global_model import GlobalModel
 from lightning_async_localsgd.grace import GraceWindow
 from lightning_async_localsgd.layout import Layout
-from lightning_async_localsgd.messages import PROTOCOL_VERSION, Hello, Push, Reply
+from lightning_async_localsgd.messages import ALREADY_APPLIED, PROTOCOL_VERSION, Hello, Push, Reply
 from lightning_async_localsgd.outer import DelayedNesterov, OuterOptimizer, TorchOptimizer
 from lightning_async_localsgd.pacing import SpeedAwareSteps
 

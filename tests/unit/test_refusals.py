@@ -1,0 +1,106 @@
+"""Bad input is refused by name, as early as it can be known."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.plugins.precision import DeepSpeedPrecision, FSDPPrecision
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_async_localsgd import AsyncLocalSGDStrategy, DelayedNesterov, ExchangeOptions, TorchOptimizer
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "text"),
+    [
+        (lambda: AsyncLocalSGDStrategy(local_steps=0), ValueError, "local_steps.*0"),
+        (lambda: AsyncLocalSGDStrategy(local_steps=2.5), ValueError, "local_steps.*2.5"),
+        (lambda: DelayedNesterov(momentum=1.0), ValueError, "momentum.*1.0"),
+        (lambda: DelayedNesterov(momentum=-0.1), ValueError, "momentum.*-0.1"),
+        (lambda: DelayedNesterov(period=0), ValueError, "period.*0"),
+        (lambda: DelayedNesterov(period="sometimes"), ValueError, "period.*sometimes"),
+        (lambda: DelayedNesterov(period=4, activation=0.3), ValueError, "activation.*0.3"),
+        (lambda: DelayedNesterov(activation=-0.1), ValueError, "activation.*-0.1"),
+        (lambda: DelayedNesterov(lr=0.0), ValueError, "lr.*0.0"),
+        (lambda: TorchOptimizer(torch.optim.SGD, lr=-1.0), ValueError, "-1.0"),
+        (lambda: AsyncLocalSGDStrategy(grace=-1.0), ValueError, "grace.*-1.0"),
+        (lambda: AsyncLocalSGDStrategy(grace="never"), ValueError, "grace.*never"),
+        (lambda: AsyncLocalSGDStrategy(outer_optimizer="nesterov"), TypeError, "nesterov"),
+        (lambda: AsyncLocalSGDStrategy(outer_optimizer=3), TypeError, "3"),
+        (lambda: AsyncLocalSGDStrategy(start_timeout=0), ValueError, "start_timeout=0"),
+        (lambda: AsyncLocalSGDStrategy(silence_timeout=-3), ValueError, "silence_timeout=-3"),
+        (lambda: AsyncLocalSGDStrategy(exchange="tcp"), TypeError, "exchange='tcp'"),
+        (lambda: ExchangeOptions(transport="pigeon"), ValueError, "exchange.transport='pigeon'"),
+        (lambda: ExchangeOptions(port=70000), ValueError, "exchange.port=70000"),
+        (lambda: ExchangeOptions(transport="ipc", encrypt=True), ValueError, "exchange.encrypt=True"),
+    ],
+)
+def test_options_outside_their_range(make: Callable[[], object], error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        make()
+
+
+def trainer(strategy: AsyncLocalSGDStrategy | str = "async_localsgd", **options: Any) -> L.Trainer:
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, "enable_model_summary": False}
+    return L.Trainer(strategy=strategy, accelerator="cpu", **{"devices": 1, "max_steps": 4, **quiet, **options})
+
+
+def test_sync_batchnorm_is_refused_when_the_trainer_is_made() -> None:
+    with pytest.raises(ValueError, match="sync_batchnorm=True"):
+        trainer(devices=2, sync_batchnorm=True)
+
+
+@pytest.mark.parametrize("plugin", [FSDPPrecision("32-true"), DeepSpeedPrecision("32-true")])
+def test_plugins_of_strategies_that_shard_are_refused_when_the_trainer_is_made(plugin: Any) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"plugins={type(plugin).__name__}")):
+        trainer(plugins=[plugin])
+
+
+def test_activation_is_checked_against_the_number_of_workers_before_training() -> None:
+    strategy = AsyncLocalSGDStrategy(outer_optimizer=DelayedNesterov(activation=0.6))
+    module = BoringModel()
+    trainer(strategy).fit(module)  # One worker: 0.6 <= 1/1.
+    rule = DelayedNesterov(activation=0.6)
+    with pytest.raises(ValueError, match=r"activation.*0\.6"):
+        rule.setup(torch.zeros(2), {"w": torch.zeros(2)}, workers=2)
+
+
+class Frozen(BoringModel):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer.requires_grad_(False)
+
+
+class Strided(BoringModel):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer.weight = torch.nn.Parameter(torch.zeros(32, 2).t())
+
+
+@pytest.mark.parametrize(
+    ("module", "text"), [(Frozen, "no trainable parameter"), (Strided, r"parameter 'layer.weight'.*contiguous")]
+)
+def test_models_that_cannot_be_exchanged_are_refused_before_training(module: type[L.LightningModule], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        trainer().fit(module())
+
+
+class Endless(IterableDataset[torch.Tensor]):
+    def __iter__(self) -> Any:
+        while True:
+            yield torch.randn(32)
+
+
+def test_epochs_of_unknown_length_are_refused_and_steps_are_not() -> None:
+    loader = DataLoader(Endless(), batch_size=2)
+    with pytest.raises(ValueError, match="max_epochs=2"):
+        trainer(max_steps=-1, max_epochs=2).fit(BoringModel(), loader)
+    fitted = trainer(max_epochs=-1, limit_val_batches=0)
+    fitted.fit(BoringModel(), loader)
+    assert fitted.global_step == 4

@@ -1,0 +1,149 @@
+"""A world of one: plain training with the outer optimizer, in this process, with no thread and no socket."""
+
+from __future__ import annotations
+
+import threading
+from functools import partial
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_async_localsgd import AsyncLocalSGDCallback, AsyncLocalSGDStrategy, DelayedNesterov
+
+from lightning_async_localsgd.exchange import ExchangeError
+
+
+class Model(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Sequential(
+            torch.nn.Linear(8, 16), torch.nn.BatchNorm1d(16), torch.nn.Tanh(), torch.nn.Linear(16, 1)
+        )
+        self.rates: list[float] = []
+        self.threads: set[str] = set()
+        self.overflow_at: set[int] = set()
+
+    def training_step(self, batch: Any, index: int) -> torch.Tensor:
+        self.rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
+        self.threads |= {thread.name for thread in threading.enumerate()}
+        loss = torch.nn.functional.mse_loss(self.net(batch[0]), batch[1])
+        return loss * float("inf") if index in self.overflow_at else loss
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        self.log("val_loss", torch.nn.functional.mse_loss(self.net(batch[0]), batch[1]))
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=200)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def loader(shuffle: bool = True) -> DataLoader[Any]:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(96, 8, generator=generator)
+    return DataLoader(TensorDataset(inputs, inputs[:, :1].sin()), batch_size=8, shuffle=shuffle)
+
+
+def fit(strategy: Any, ckpt_path: Any = None, **options: Any) -> tuple[Model, L.Trainer]:
+    L.seed_everything(5, verbose=False)
+    module = options.pop("module", None) or Model()
+    settings = {"max_steps": 30, "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = L.Trainer(strategy=strategy, accelerator="cpu", devices=1, **{**settings, **options})
+    trainer.fit(module, loader(), loader(False), ckpt_path=ckpt_path)
+    return module, trainer
+
+
+def equal(first: torch.nn.Module, second: torch.nn.Module) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("local_steps", [1, 7])
+def test_outer_sgd_with_lr_1_is_plain_training_bit_for_bit(local_steps: int) -> None:
+    plain, _ = fit("auto", enable_checkpointing=False)
+    strategy = AsyncLocalSGDStrategy(local_steps=local_steps, outer_optimizer=partial(torch.optim.SGD, lr=1.0))
+    ours, trainer = fit(strategy, enable_checkpointing=False)
+    assert equal(plain, ours)
+    assert plain.rates == ours.rates
+    assert trainer.global_step == 30
+    assert not any(name.startswith("async_localsgd") for name in ours.threads)
+
+
+def test_delayed_nesterov_of_one_worker_is_torch_nesterov_over_rounds() -> None:
+    ours, _ = fit(AsyncLocalSGDStrategy(local_steps=6), enable_checkpointing=False)
+    other = AsyncLocalSGDStrategy(
+        local_steps=6, outer_optimizer=partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True)
+    )
+    theirs, _ = fit(other, enable_checkpointing=False)
+    assert equal(ours, theirs)
+
+
+def test_an_interrupted_run_equals_an_uninterrupted_one(tmp_path: Any) -> None:
+    def strategy() -> AsyncLocalSGDStrategy:
+        return AsyncLocalSGDStrategy(local_steps=6, outer_optimizer=DelayedNesterov(lr=0.5))
+
+    whole, _ = fit(strategy(), max_steps=24, enable_checkpointing=False)
+    _, trainer = fit(strategy(), max_steps=12, default_root_dir=tmp_path)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    # The first 12 steps are one epoch, so the second begins with the same shuffle in both.
+    rest, _ = fit(strategy(), tmp_path / "half.ckpt", max_steps=24, default_root_dir=tmp_path)
+    saved = torch.load(tmp_path / "half.ckpt", weights_only=True)["async_localsgd"]
+    assert saved["budget"]["done"] == 12
+    assert saved["model"]["version"] == 2
+    assert len(rest.rates) == 12
+    assert rest.rates == whole.rates[12:]
+
+
+def test_a_step_that_the_gradient_scaler_skips_does_not_count() -> None:
+    module = Model()
+    module.overflow_at = {2, 5}
+    callback = AsyncLocalSGDCallback(table=False)
+    seen: dict[str, Any] = {}
+
+    class Look(L.Callback):
+        def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+            seen["totals"] = trainer.strategy.phase.totals()[0]
+
+    fit(
+        AsyncLocalSGDStrategy(local_steps=5), module=module, max_steps=20, enable_checkpointing=False,
+        callbacks=[Look(), callback],
+        plugins=[MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=1024.0))],
+    )  # fmt: skip
+    # 20 real steps are the budget: the skipped ones (two in each epoch of 12 batches) came on top.
+    assert seen["totals"].steps == 20
+    assert len(module.rates) == 24
+
+
+def test_a_worker_that_diverges_ends_with_a_clear_error() -> None:
+    module = Model()
+    module.overflow_at = {3}
+    with pytest.raises(ExchangeError, match="10 pushes of worker 0 in a row were refused.*NaN"):
+        fit(AsyncLocalSGDStrategy(local_steps=2), module=module, max_steps=100, enable_checkpointing=False)
+
+
+def test_validation_sees_the_global_model_and_gives_the_local_weights_back() -> None:
+    states: list[tuple[str, torch.Tensor]] = []
+
+    class Look(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
+            states.append(("local", module.net[0].weight.detach().clone()))
+
+        def on_validation_epoch_start(self, trainer: L.Trainer, module: Any) -> None:
+            states.append(("shown", module.net[0].weight.detach().clone()))
+
+        def on_train_batch_start(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
+            states.append(("next", module.net[0].weight.detach().clone()))
+
+    fit(
+        AsyncLocalSGDStrategy(local_steps=10), max_steps=20, val_check_interval=5, num_sanity_val_steps=0,
+        enable_checkpointing=False, callbacks=[Look()],
+    )  # fmt: skip
+    start = states[0][1]
+    at = next(n for n, (kind, _) in enumerate(states) if kind == "shown")
+    # In mid-round, at step 5 of 10, the global model is still the one that the round began with.
+    assert torch.equal(states[at][1], start)
+    assert not torch.equal(states[at - 1][1], start)
+    assert torch.equal(states[at + 1][1], states[at - 1][1])
