@@ -1,13 +1,14 @@
 """Learning-rate schedulers that follow the progress of the data, not of one worker's own steps.
 
-Lightning steps a scheduler of ``interval="step"`` once for every local step of its rank. With workers of unequal speed
-a fast one would run through the schedule early and a slow one stay behind. So, while ranks run asynchronously, these
-schedulers are stepped here: as often as there have been local steps of all workers together, divided by the number of
-workers (the paper's equation 3, over the whole run). A merge never restarts them.
+Lightning steps a scheduler once for every local step, or epoch, of its rank. With workers of unequal speed a fast one
+would run through the schedule early and a slow one stay behind. So, while ranks run asynchronously, schedulers are
+stepped here: as often as there have been local steps of all workers together, divided by the number of workers (the
+paper's equation 3, over the whole run). A merge never restarts them.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from lightning.pytorch.trainer import call
@@ -20,10 +21,11 @@ _NEVER = 2**62
 
 
 class ProgressSchedulers:
-    """Takes over the step-wise schedulers of a trainer until :meth:`release`.
+    """Takes over the schedulers of a trainer until :meth:`release`.
 
-    ``ReduceLROnPlateau`` and epoch-wise schedulers stay with Lightning, and so does everything under manual
-    optimization, where the module steps its schedulers itself.
+    Step-wise schedulers follow the progress in steps. Epoch-wise ones follow it in epochs, where an epoch has a known
+    number of steps; otherwise they stay with Lightning and follow the rank's own epochs. Under manual optimization the
+    module steps its schedulers itself.
 
     Args:
         trainer: the trainer, its schedulers restored if it resumes.
@@ -33,22 +35,27 @@ class ProgressSchedulers:
 
     def __init__(self, trainer: pl.Trainer, progress: float) -> None:
         self._trainer = trainer
-        module = trainer.lightning_module
+        batches = trainer.num_training_batches
+        epoch = batches if batches == math.inf else math.ceil(batches / trainer.accumulate_grad_batches)
+        steps = {"step": 1.0, "epoch": epoch}
         self._configs = [
             config
             for config in trainer.strategy.lr_scheduler_configs
-            if module.automatic_optimization and config.interval == "step" and not config.reduce_on_plateau
+            if trainer.lightning_module.automatic_optimization
+            and not config.reduce_on_plateau
+            and steps[config.interval] != math.inf
         ]
         self._frequencies = [config.frequency for config in self._configs]
-        self._taken = [int(progress // frequency) for frequency in self._frequencies]
+        self._periods = [config.frequency * steps[config.interval] for config in self._configs]
+        self._taken = [int(progress // period) for period in self._periods]
         for config in self._configs:
             config.frequency = _NEVER
 
     def advance(self, progress: float) -> None:
         """Steps every scheduler as often as ``progress`` asks for. Going back is not possible and does nothing."""
-        for index, (config, frequency) in enumerate(zip(self._configs, self._frequencies, strict=True)):
+        for index, (config, period) in enumerate(zip(self._configs, self._periods, strict=True)):
             # The progress is a sum of estimates; a hair below a whole number is that number.
-            for _ in range(self._taken[index], int((progress + 1e-6) // frequency)):
+            for _ in range(self._taken[index], int((progress + 1e-6) // period)):
                 call._call_lightning_module_hook(self._trainer, "lr_scheduler_step", config.scheduler, None)
                 self._taken[index] += 1
 
@@ -58,3 +65,4 @@ class ProgressSchedulers:
             config.frequency = frequency
         self._configs = []
         self._frequencies = []
+        self._periods = []

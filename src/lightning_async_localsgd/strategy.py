@@ -270,6 +270,11 @@ class AsyncLocalSGDStrategy(DDPStrategy):
                 f"The checkpoint holds no state of an {self.strategy_name} run: the global model starts from its "
                 "weights, the outer optimizer from scratch."
             )
+        if self.world_size > 1 and any(config.reduce_on_plateau for config in self.lr_scheduler_configs):
+            raise ValueError(
+                "ReduceLROnPlateau follows a metric that rank 0 alone computes, and the other ranks run at their own "
+                "speed; with async_localsgd use a schedule over steps or epochs"
+            )
         settings = PhaseSettings(
             local_steps=self.local_steps,
             rule=resolve_outer_optimizer(self.outer_optimizer),

@@ -122,7 +122,9 @@ def test_epochs_count_over_all_workers(job: Job) -> None:
 
 def test_stop_on_any_rank_ends_all(job: Job) -> None:
     for victim in (0, 1):
-        outcome = job(ranks=2, start_method="fork", victim=victim, at_step=12, fate="stop", trainer={"max_steps": 100_000})
+        outcome = job(
+            ranks=2, start_method="fork", victim=victim, at_step=12, fate="stop", trainer={"max_steps": 100_000}
+        )
         assert_all_hold_the_same_final_model(outcome, 2)
         assert 12 <= sum(rank["steps"] for rank in outcome.ranks) < 1000
         assert sum(worker["steps"] for worker in outcome.summary["workers"]) == sum(r["steps"] for r in outcome.ranks)

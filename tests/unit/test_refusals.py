@@ -47,7 +47,12 @@ def test_options_outside_their_range(make: Callable[[], object], error: type[Exc
 
 
 def trainer(strategy: AsyncLocalSGDStrategy | str = "async_localsgd", **options: Any) -> L.Trainer:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, "enable_model_summary": False}
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+    }
     return L.Trainer(strategy=strategy, accelerator="cpu", **{"devices": 1, "max_steps": 4, **quiet, **options})
 
 
@@ -86,7 +91,9 @@ class Strided(BoringModel):
 @pytest.mark.parametrize(
     ("module", "text"), [(Frozen, "no trainable parameter"), (Strided, r"parameter 'layer.weight'.*contiguous")]
 )
-def test_models_that_cannot_be_exchanged_are_refused_before_training(module: type[L.LightningModule], text: str) -> None:
+def test_models_that_cannot_be_exchanged_are_refused_before_training(
+    module: type[L.LightningModule], text: str
+) -> None:
     with pytest.raises(ValueError, match=text):
         trainer().fit(module())
 

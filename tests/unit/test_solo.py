@@ -13,7 +13,6 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_async_localsgd import AsyncLocalSGDCallback, AsyncLocalSGDStrategy, DelayedNesterov
-
 from lightning_async_localsgd.exchange import ExchangeError
 
 
@@ -58,7 +57,9 @@ def fit(strategy: Any, ckpt_path: Any = None, **options: Any) -> tuple[Model, L.
 
 
 def equal(first: torch.nn.Module, second: torch.nn.Module) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
+    return all(
+        torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("local_steps", [1, 7])
