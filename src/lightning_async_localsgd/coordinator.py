@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+
 def _not_live(worker: int, session: str) -> str:
     return (
         f"session {session} of worker {worker} is not a live one: a newer session has taken its place, or the server "

@@ -74,7 +74,7 @@ class AsyncScriptLauncher(_SubprocessScriptLauncher):
         """Nothing to tell anybody: this process is rank 0 and knows."""
 
     def end_processes(self) -> None:
-        """This process has failed, and with it the job: what it has launched ends by itself in a moment, or is ended."""
+        """This process has failed, and with it the job: what it has launched ends by itself soon, or is ended."""
         for patience, end in ((_PATIENCE, "terminate"), (_PATIENCE, "kill")):
             until = time.monotonic() + patience
             while any(process.poll() is None for process in _children.values()) and time.monotonic() < until:

@@ -155,9 +155,9 @@ class Worker:
             _log.warning("worker %d: push %d was refused: %s", self.number, push.sequence, reply.refused)
             if self._refusals >= MOST_REFUSALS:
                 raise ExchangeError(
-                    f"{self._refusals} pushes of worker {self.number} in a row were refused ({reply.refused}), although "
-                    "each round began with a fresh global model: its optimizer's state is probably not finite any more; "
-                    "lower the learning rate, clip gradients, or look at the data that this worker got"
+                    f"{self._refusals} pushes of worker {self.number} in a row were refused ({reply.refused}), though "
+                    "each round began with a fresh global model: its optimizer's state is probably not finite any "
+                    "more; lower the learning rate, clip gradients, or look at the data that this worker got"
                 )
         self._exchange_seconds = max(0.0, self._clock() - began - reply.wait_seconds)
         return reply

@@ -121,7 +121,7 @@ def test_a_step_that_the_gradient_scaler_skips_does_not_count() -> None:
 def test_a_worker_that_diverges_ends_with_a_clear_error() -> None:
     module = Model()
     module.overflow_at = {3}
-    with pytest.raises(ExchangeError, match="10 pushes of worker 0 in a row were refused.*NaN"):
+    with pytest.raises(ExchangeError, match=r"10 pushes of worker 0 in a row were refused.*NaN"):
         fit(AsyncLocalSGDStrategy(local_steps=2), module=module, max_steps=100, enable_checkpointing=False)
 
 

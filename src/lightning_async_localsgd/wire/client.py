@@ -59,6 +59,7 @@ class WireExchange(Exchange):
         for name, value in (("silence_timeout", silence_timeout), ("connect_timeout", connect_timeout)):
             if not value > 0:
                 raise ValueError(f"{name}={value!r} must be a positive number of seconds")
+        frames.keep_freed_memory()
         self._endpoints = endpoints
         self._layout = layout
         self._silence_timeout = silence_timeout

@@ -118,6 +118,18 @@ def memory_of(tensor: Tensor) -> memoryview:
     return tensor.detach().numpy().data.cast("B")
 
 
+def keep_freed_memory() -> None:
+    """Makes the C library keep the memory of one received frame for the next.
+
+    libzmq allocates every frame anew. glibc starts by returning blocks of that size to the system as soon as they are
+    freed, and page faults on fresh memory then cost more than all copies. Once it has seen a larger block being freed
+    it no longer does so; most training processes have freed one by themselves, but nothing says that ours has. The
+    block here is never touched, so it takes no memory.
+    """
+    block = bytes(31 << 20)
+    del block
+
+
 def milliseconds(seconds: float) -> int:
     """For a poll, rounded up: rounded down, the last millisecond of a wait would be spent spinning."""
     return math.ceil(seconds * 1000)

@@ -98,7 +98,8 @@ class Link:
         for option, value in (
             (zmq.LINGER, 0),
             (zmq.RECONNECT_IVL, -1),
-            (zmq.SNDHWM, frames.CONFIRM_EVERY),
+            # Parts of a pseudo-gradient, which are not copied and so cost nothing while they wait.
+            (zmq.SNDHWM, 2 * frames.WINDOW),
             (zmq.RCVHWM, 2 * frames.WINDOW),
             (zmq.MAXMSGSIZE, frames.MAX_FRAME_BYTES),
             (zmq.HANDSHAKE_IVL, int(timeout * 1000)),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import zmq
 
 from lightning_async_localsgd.wire.auth import Endpoints, Gatekeeper, Secrets, new_token
-from lightning_async_localsgd.wire.frames import Waker, milliseconds
+from lightning_async_localsgd.wire.frames import Waker, keep_freed_memory, milliseconds
 from lightning_async_localsgd.wire.hub import Hub
 from lightning_async_localsgd.wire.way import Address, Tally, Way, local_address, network_address
 
@@ -82,6 +82,7 @@ class WireServer:
             raise ValueError("ipc=False and tcp=False: nobody could reach the server; turn one of them on")
         if not silence_timeout > 0:
             raise ValueError(f"silence_timeout={silence_timeout!r} must be a positive number of seconds")
+        keep_freed_memory()
         self._secrets = Secrets(token if token is not None else new_token(), encrypt)
         self._incarnation = server.incarnation
         self._silence_timeout = silence_timeout

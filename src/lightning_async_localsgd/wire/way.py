@@ -146,7 +146,7 @@ class Way:
             (zmq.ROUTER_MANDATORY, 1),
             # Twice the window: libzmq takes back its count of what a peer has read in steps of half the limit.
             (zmq.SNDHWM, 2 * frames.WINDOW + 8),
-            (zmq.RCVHWM, frames.CONFIRM_EVERY),
+            (zmq.RCVHWM, frames.WINDOW // 2),
             (zmq.MAXMSGSIZE, frames.MAX_FRAME_BYTES),
             (zmq.HANDSHAKE_IVL, _HANDSHAKE_MS),
             (zmq.IPV6, int("[" in address.bind or "[" in address.host)),
