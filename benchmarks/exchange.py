@@ -7,7 +7,7 @@ were measured in turn within the same run, so that a noisy machine slows both al
     python benchmarks/exchange.py --sizes 1e6 --repeats 5
 
 It prints a table, then one JSON line for each measurement and each ratio. The bars hold for 100 M parameters; its exit
-code is 1 if one of them is missed.
+code is 1 if one of them is missed. Needs Linux, for /proc.
 """
 
 from __future__ import annotations
@@ -46,7 +46,6 @@ from lightning_async_localsgd.wire.link import Link
 from lightning_async_localsgd.worker import Worker
 
 WORKERS = 4
-STALL_SECONDS = 5.0
 SILENCE_SECONDS = 60.0
 BARRED_SIZE = 100_000_000
 PASSES = (
@@ -433,7 +432,7 @@ def measure_wire(report: Report, repeats: int) -> None:
     report.compared("ipc / plain socket", divided(ipc, plain))
 
 
-def measure_exchange(report: Report, repeats: int) -> None:
+def measure_exchange(report: Report, repeats: int, stall_seconds: float) -> None:
     """Whole exchanges with the real server: alone, four at once, beside one that stalls; and its memory."""
     with ExitStack() as stack:
         server = stack.enter_context(process(host, report.numel))
@@ -460,7 +459,7 @@ def measure_exchange(report: Report, repeats: int) -> None:
 
         summed, at_once = in_turn(repeats, each_alone, together)
         peak, buffers = server.ask("memory")
-        measure_stall(report, workers, repeats)
+        measure_stall(report, workers, max(2, repeats // 3), stall_seconds)
         bare = stack.enter_context(process(passes, report.numel))
         whole, memory_passes, steps = in_turn(
             repeats, lambda: alone(workers[0]), lambda: bare.ask("exchange"), lambda: server.ask("merge")
@@ -478,17 +477,17 @@ def measure_exchange(report: Report, repeats: int) -> None:
     report.compared("peak memory of the server / model", [peak / (4 * report.numel)], bar=5.0)
 
 
-def measure_stall(report: Report, workers: list[Process], repeats: int) -> None:
+def measure_stall(report: Report, workers: list[Process], repeats: int, stall_seconds: float) -> None:
     """Exchanges of one worker while another stalls in mid-upload, and while it does not."""
     victim, other = workers[0], workers[1]
     quiet: list[float] = []
     beside: list[float] = []
     ratios = []
-    for _ in range(max(2, repeats // 3)):
-        usual = other.ask("many", STALL_SECONDS - 1.0)
-        victim.begin("stall", STALL_SECONDS)
-        time.sleep(0.5)
-        stalled = other.ask("many", STALL_SECONDS - 1.0)
+    for _ in range(repeats):
+        usual = other.ask("many", 0.8 * stall_seconds)
+        victim.begin("stall", stall_seconds)
+        time.sleep(0.1 * stall_seconds)
+        stalled = other.ask("many", 0.8 * stall_seconds)
         victim.answer()
         quiet += usual
         beside += stalled
@@ -529,12 +528,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", type=float, nargs="+", default=[1e6, 1e7, 1e8], help="parameters of the model")
     parser.add_argument("--repeats", type=int, default=9, help="measured repeats of everything")
+    parser.add_argument("--stall-seconds", type=float, default=5.0, help="length of the stall in mid-upload")
     options = parser.parse_args()
     rows: list[Measurement | Ratio] = []
     for size in options.sizes:
         report = Report(int(size))
         measure_wire(report, options.repeats)
-        measure_exchange(report, options.repeats)
+        measure_exchange(report, options.repeats, options.stall_seconds)
         rows += report.rows
         print(f"{size / 1e6:g} M parameters done", file=sys.stderr, flush=True)
     print(table(rows))

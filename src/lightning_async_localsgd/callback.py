@@ -78,16 +78,25 @@ class AsyncLocalSGDCallback(Callback):
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        phase = _phase_of(trainer)
+        if phase is not None and trainer.fit_loop.epoch_loop.batch_progress.current.ready == 0:
+            raise RuntimeError(
+                f"the training data of rank {trainer.global_rank} gave no batch in epoch {trainer.current_epoch}, and "
+                "the budget is not met: data that can be read only once, or has fewer shards than there are ranks, "
+                "cannot fill a run; make it iterable again, or lower max_steps"
+            )
         # A loop that ends by itself (`should_stop`) has everybody hand in what they have before checkpoints are saved.
         if trainer.should_stop and trainer.fit_loop._can_stop_early:
             _finish(trainer)
 
     @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._give_back_bar()
+
+    @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         _finish(trainer)
-        if self._bar is not None:
-            self._bar.give_back()
-            self._bar = None
+        self._give_back_bar()
         phase = _phase_of(trainer)
         if phase is None or phase.server is None:
             return
@@ -99,6 +108,11 @@ class AsyncLocalSGDCallback(Callback):
             path.write_text(json.dumps(summary, indent=2) + "\n")
         if self.table:
             rank_zero_info("\n" + format_table(summary))
+
+    def _give_back_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.give_back()
+            self._bar = None
 
 
 def run_metrics(phase: AsyncPhase) -> dict[str, float]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_async_localsgd.grace import Pending
-from lightning_async_localsgd.messages import ALREADY_APPLIED, PROTOCOL_VERSION, Hello, Push, Reply
+from lightning_async_localsgd.messages import ALREADY_APPLIED, NOT_FINITE, PROTOCOL_VERSION, Hello, Push, Reply
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -146,6 +146,7 @@ class Coordinator:
         self._cohort = cohort
         self._started = False
         self._members: dict[int, _Member] = {}
+        self._departed: dict[int, tuple[str, _Member]] = {}
         self._window: Plan | None = None
         self._progress = float(budget.done)
         self._latest_arrival = float("-inf")
@@ -177,9 +178,18 @@ class Coordinator:
                 self.budget.release(hello.worker)
             return None
         if hello.rejoining:
-            return _not_live(hello.worker, hello.session)
+            session, departed = self._departed.get(hello.worker, ("", None))
+            if known is not None or departed is None or session != hello.session:
+                return _not_live(hello.worker, hello.session)
+            # Only its connection was lost: the push that follows is based on what it was dispatched.
+            departed.state = "computing"
+            self._members[hello.worker] = departed
+            del self._departed[hello.worker]
+            self.model.set_workers(len(self._members))
+            return None
         if known is not None:
             self._remove(hello.worker, now, "superseded by a newer session")
+        self._departed.pop(hello.worker, None)
         self._members[hello.worker] = _Member(hello.session, arrived_at=now)
         self.totals.setdefault(hello.worker, WorkerTotals())
         if self._started:
@@ -228,7 +238,8 @@ class Coordinator:
         member.refused = reason
         if reason is not None:
             self._count_refusal(push, reason)
-        self.budget.settle(push.worker, push.steps if reason is None else 0)
+        # The steps of a worker that has diverged were taken, though they taught nothing: the run must come to an end.
+        self.budget.settle(push.worker, push.steps if reason in (None, NOT_FINITE) else 0)
         if push.stop and not self.stopping:
             self.stop()
         self._wait(push, member, now)
@@ -243,6 +254,7 @@ class Coordinator:
         """
         if self.session_of(worker) != session:
             return False
+        self._departed[worker] = (session, self._members[worker])
         self._remove(worker, now, reason)
         return True
 
@@ -399,7 +411,7 @@ class Coordinator:
     def _apply(self, push: Push, gradient: Tensor, result: Tensor | None, member: _Member) -> str | None:
         looked = self.model.inspect(gradient)
         if not looked.finite:
-            return "holds NaN or infinite values"
+            return NOT_FINITE
         member.staleness = self.model.version - push.base_version
         self._update_norm, self._momentum_cosine = looked.norm, looked.momentum_cosine
         self.model.apply(gradient, result)
@@ -443,7 +455,7 @@ class Coordinator:
         if not self.finished:
             left = len(self._members)
             _log.warning("worker %d left the run (%s); its unfinished round is lost, %d go on", worker, reason, left)
-        if self._started and self._members:
+        if self._started and self._members and not self.finished:
             self.model.set_workers(len(self._members))
         if not any(member.state == "waiting" for member in self._members.values()):
             self._window = None  # It was open for the one that left.

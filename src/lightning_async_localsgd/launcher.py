@@ -57,6 +57,14 @@ def raise_if_process_ended() -> None:
             )
 
 
+def ended_ranks() -> set[int]:
+    """The ranks whose processes this one, rank 0, has launched and that have ended, however they did.
+
+    They are of its own node, the first, where local and global ranks are the same.
+    """
+    return {rank for rank, process in _children.items() if process.poll() is not None}
+
+
 class AsyncScriptLauncher(_SubprocessScriptLauncher):
     """Starts the script once more for every other local rank, and lets each process live and die by itself."""
 

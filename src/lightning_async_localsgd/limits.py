@@ -21,7 +21,7 @@ def run_budget(trainer: pl.Trainer, workers: int) -> int | None:
     optimizers, a local step is one of the first optimizer, and an epoch is taken to have one for each batch.
 
     Raises:
-        ValueError: ``max_epochs`` is the only limit and the length of an epoch is unknown.
+        ValueError: ``max_epochs`` is given and the length of an epoch is unknown.
 
     """
     module = trainer.lightning_module
@@ -36,10 +36,10 @@ def run_budget(trainer: pl.Trainer, workers: int) -> int | None:
         if batches != math.inf:
             accumulate = trainer.accumulate_grad_batches if module.automatic_optimization else 1
             limits.append(epochs * math.ceil(batches / accumulate) * workers)
-        elif not limits:
+        else:
             raise ValueError(
-                f"max_epochs={epochs} is the only limit, but the training data has no length, so what an epoch of all "
-                "ranks together is cannot be said; give max_steps, or limit_train_batches as a number of batches"
+                f"max_epochs={epochs} was given, but the training data has no length, so what an epoch of all ranks "
+                "together is cannot be said; give max_steps alone, or limit_train_batches as a number of batches"
             )
     return min(limits, default=None)
 

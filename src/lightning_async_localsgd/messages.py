@@ -21,6 +21,9 @@ PROTOCOL_VERSION = 1
 ALREADY_APPLIED = "already applied"
 """Why a push that was sent again is refused; its worker goes on as if the first copy had been answered."""
 
+NOT_FINITE = "holds NaN or infinite values"
+"""Why a push of a worker that has diverged is refused."""
+
 MAX_HEADER_BYTES = 64 * 1024
 """No message header is larger; a longer one is refused before it is parsed."""
 

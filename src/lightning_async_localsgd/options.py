@@ -13,7 +13,7 @@ class ExchangeOptions:
     """How the workers reach the server in rank 0.
 
     Args:
-        transport: ``"ipc"`` (a socket file, one host only), ``"tcp"`` (one port for all workers), or ``"auto"``: each
+        transport: ``"ipc"`` (a Unix socket, one host only), ``"tcp"`` (one port for all workers), or ``"auto"``: each
             worker on rank 0's host by ``ipc``, the others by ``tcp``.
         port: the TCP port that rank 0 listens on where ``tcp`` is used; 0 takes a free one.
         encrypt: whether ``tcp`` traffic is encrypted and authenticated with CURVE; ``None`` does so exactly where

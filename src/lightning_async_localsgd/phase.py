@@ -318,7 +318,7 @@ class AsyncPhase:
             self._share_integers()
         rule = self._settings.rule
         exact = rendezvous is None and rule.replaces_model and all(e.dtype == "torch.float32" for e in layout.entries)
-        return LocalExchange(self.server, self._binding.read if exact else None)
+        return LocalExchange(self.server, self._binding.read if exact else None, self._watch)
 
     def _open_server(self, layout: Layout, restored: dict[str, Any] | None) -> Server:
         settings = self._settings

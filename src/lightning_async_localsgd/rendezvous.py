@@ -84,6 +84,7 @@ class Rendezvous:
         timeout: seconds for which rank 0 waits for the others, and for which the others wait to reach rank 0. Once
             they have reached it they wait for as long as it lives: it may be preparing data.
         watch: called while waiting; raises if waiting has become pointless (a launched process has ended).
+        ended: the ranks whose processes are known to have ended.
 
     Raises:
         RendezvousError: the store cannot be opened or reached.
@@ -98,6 +99,7 @@ class Rendezvous:
         world_size: int,
         timeout: float,
         watch: Callable[[], None] = lambda: None,
+        ended: Callable[[], set[int]] = set,
     ) -> None:
         global _runs
         _runs += 1
@@ -106,6 +108,7 @@ class Rendezvous:
         self.world_size = world_size
         self._timeout = timeout
         self._watch = watch
+        self._ended = ended
         self._calls = 0
         self._group = False
         self.survivors: Callable[[], set[int]] | None = None
@@ -174,9 +177,15 @@ class Rendezvous:
             dist.destroy_process_group()
         self._group = False
 
+    def tolerate_deaths(self) -> None:
+        """Training has started: from now on a launched process that ends is no reason to stop waiting for rank 0."""
+        self._watch = lambda: None
+
     def conclude(self) -> None:
         """The run is over on this rank. Rank 0, with which the store ends, waits until it is so on the others."""
-        key = self._next_key("conclude")
+        key = "conclude"  # Once in a run; a rank that failed may have made fewer calls, so it has no number.
+        if self.survivors is None:
+            self.survivors = lambda: set(range(self.world_size)) - self._ended()
         if self.rank > 0:
             with suppress(RuntimeError, ConnectionError):  # Rank 0 had no reason to wait any longer.
                 self._store.set(f"{key}/{self.rank}", "over")

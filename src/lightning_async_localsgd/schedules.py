@@ -47,7 +47,9 @@ class ProgressSchedulers:
         ]
         self._frequencies = [config.frequency for config in self._configs]
         self._periods = [config.frequency * steps[config.interval] for config in self._configs]
-        self._taken = [int(progress // period) for period in self._periods]
+        # A restored scheduler has also seen rounds that had not been handed in when it was saved, and are lost.
+        seen = [getattr(config.scheduler, "last_epoch", 0) if progress > 0 else 0 for config in self._configs]
+        self._taken = [max(int(progress // period), n) for period, n in zip(self._periods, seen, strict=True)]
         for config in self._configs:
             config.frequency = _NEVER
 

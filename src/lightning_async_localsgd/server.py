@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError  # Only from Python 3.11 on the builtin one.
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lightning_async_localsgd.coordinator import Coordinator, View, WorkerTotals
@@ -160,7 +161,7 @@ class Server:
         while True:
             try:
                 return answer.result(timeout=0.5)
-            except TimeoutError:
+            except FutureTimeoutError:
                 self.raise_failure()
 
     def copy_model(self, out: Tensor) -> int:
@@ -346,9 +347,10 @@ class _LocalOutlet:
             self._refused = reason
             self._answered.set()
 
-    def wait(self, server: Server) -> Reply:
+    def wait(self, server: Server, watch: Callable[[], None] = lambda: None) -> Reply:
         while not self._answered.wait(timeout=0.5):
             server.raise_failure()
+            watch()
         if self._reply is None:
             raise ExchangeError(self._refused)
         return self._reply
@@ -363,11 +365,18 @@ class LocalExchange(Exchange):
             :attr:`~lightning_async_localsgd.outer.OuterOptimizer.replaces_model`): writes the local weights to the
             tensor it is given, which then become the global model as they are, free of the rounding of two
             subtractions.
+        watch: called while waiting for the first dispatch, which needs all workers; raises if one will not come.
 
     """
 
-    def __init__(self, server: Server, result: Callable[[Tensor], None] | None = None) -> None:
+    def __init__(
+        self,
+        server: Server,
+        result: Callable[[Tensor], None] | None = None,
+        watch: Callable[[], None] = lambda: None,
+    ) -> None:
         self._server = server
+        self._watch = watch
         self._result = result
         self._worker = -1
 
@@ -376,7 +385,7 @@ class LocalExchange(Exchange):
         outlet = _LocalOutlet(model)
         self._worker = hello.worker
         self._server._submit(lambda: self._server._on_join(hello, outlet))
-        return outlet.wait(self._server)
+        return outlet.wait(self._server, self._watch)
 
     def push(self, push: Push, gradient: Tensor, model: Tensor) -> Reply:
         """See :meth:`Exchange.push`."""

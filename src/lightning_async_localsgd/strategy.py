@@ -30,7 +30,12 @@ from typing_extensions import override
 
 from lightning_async_localsgd.callback import AsyncLocalSGDCallback
 from lightning_async_localsgd.grace import GraceWindow
-from lightning_async_localsgd.launcher import AsyncProcessLauncher, AsyncScriptLauncher, raise_if_process_ended
+from lightning_async_localsgd.launcher import (
+    AsyncProcessLauncher,
+    AsyncScriptLauncher,
+    ended_ranks,
+    raise_if_process_ended,
+)
 from lightning_async_localsgd.layout import Layout
 from lightning_async_localsgd.limits import LiftedLimits, run_budget
 from lightning_async_localsgd.options import ExchangeOptions
@@ -192,6 +197,7 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         Strategy.setup_environment(self)  # Not DDPStrategy's, which would open a process group.
         self.set_world_ranks()
         self._failed = False
+        self._restored = None
         trainer = self._trainer
         if self.world_size > 1:
             reset_seed()  # So that all ranks build the same model and agree on permutations.
@@ -204,6 +210,7 @@ class AsyncLocalSGDStrategy(DDPStrategy):
                 self.world_size,
                 self.start_timeout,
                 raise_if_process_ended,
+                ended_ranks,
             )
         else:
             # Nothing to distribute: samples come in the order of the user's own sampler, as on a single device.
@@ -229,6 +236,10 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         if fitting:
             self._refuse_unsupported(trainer)
         Strategy.setup(self, trainer)
+        if fitting and trainer.max_steps != 0 and trainer.fit_loop.max_epochs != 0:
+            # Before the loop first asks whether it is done: a resumed rank's own count may be past a limit that all
+            # ranks together have not reached.
+            self._limits = LiftedLimits(trainer)
         if not fitting and self._rendezvous is not None:
             assert self.model is not None
             _sync_module_states(self.model)
@@ -251,6 +262,9 @@ class AsyncLocalSGDStrategy(DDPStrategy):
                 f"plugins={plugin} belongs to another strategy; with async_localsgd every rank holds the whole model: "
                 "leave the plugin out and choose Trainer(precision=...)"
             )
+        # Whether the outer optimizer's options fit the number of workers: tried on a model of one parameter.
+        rule = resolve_outer_optimizer(self.outer_optimizer)
+        rule.setup(torch.zeros(1), {"": torch.zeros(1)}, max(1, self.num_nodes * self.num_processes))
 
     def _refuse_unsupported(self, trainer: pl.Trainer) -> None:
         """What cannot work is refused before anything has been trained."""
@@ -298,8 +312,10 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         launcher = self.launcher
         if self.is_global_zero and isinstance(launcher, (AsyncScriptLauncher, AsyncProcessLauncher)):
             launcher.mark_started()
-        self._limits = LiftedLimits(trainer)
+        if self._rendezvous is not None:
+            self._rendezvous.tolerate_deaths()
         self._schedulers = ProgressSchedulers(trainer, self._phase.progress)
+        assert self._limits is not None
         if self._phase.stopped:  # So few steps that none were left for this rank.
             self._limits.stop()
         self._step_hook = _torch_optimizer(self.optimizers[0]).register_step_post_hook(self._on_optimizer_stepped)
@@ -344,6 +360,11 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         if phase is None or phase.stopped:
             return
         phase.end_step()
+        if phase.worker.diverged:
+            # The model that came back is sound, the optimizer's averages are not: what is not finite in them starts
+            # from zero again, everything else stays.
+            for optimizer in self.optimizers:
+                _make_finite(_torch_optimizer(optimizer))
         self._follow(phase)
 
     def _follow(self, phase: AsyncPhase) -> None:
@@ -373,7 +394,8 @@ class AsyncLocalSGDStrategy(DDPStrategy):
     def on_validation_end(self) -> None:
         if self._phase is not None:
             self._phase.hide_global_model()
-            if self._trainer.should_stop and not self._phase.stopped:
+            trainer = self._trainer
+            if trainer.should_stop and trainer.fit_loop._can_stop_early and not self._phase.stopped:
                 self._phase.request_stop()
 
     @override
@@ -390,13 +412,14 @@ class AsyncLocalSGDStrategy(DDPStrategy):
             self._rendezvous.barrier("end of training")
             if self.is_global_zero:
                 left = phase.survivors()
-                self._rendezvous.survivors = lambda: left
+                self._rendezvous.survivors = lambda: left - ended_ranks()
             share_integers(self.lightning_module, self._rendezvous)
-            self._wake_callbacks(trainer)
         if self.is_global_zero:
             self._last_state = self._without_theta(phase.state_dict())
             self._done = self._last_state["budget"]["done"]
         self._leave_phase()
+        if self._rendezvous is not None:
+            self._share_callbacks(trainer)
         phase.close()
 
     def _leave_phase(self) -> None:
@@ -410,6 +433,11 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         if self._limits is not None:
             self._limits.restore()
             self._limits = None
+        if self._resting_callbacks:
+            callbacks = _callbacks(self._trainer)
+            for at, callback in self._resting_callbacks:
+                callbacks.insert(at, callback)
+            self._resting_callbacks = []
 
     def _rest_callbacks(self, trainer: pl.Trainer) -> None:
         """Ranks above 0 neither validate nor save: what does so, or acts on its outcome, rests on them."""
@@ -420,14 +448,10 @@ class AsyncLocalSGDStrategy(DDPStrategy):
             callbacks.remove(callback)
         self._resting_callbacks = resting
 
-    def _wake_callbacks(self, trainer: pl.Trainer) -> None:
+    def _share_callbacks(self, trainer: pl.Trainer) -> None:
         """All ranks know what rank 0's checkpoint and early-stopping callbacks know, such as the best model's path."""
         assert self._rendezvous is not None
-        callbacks = _callbacks(trainer)
-        for at, callback in self._resting_callbacks:
-            callbacks.insert(at, callback)
-        self._resting_callbacks = []
-        mine = [cb for cb in callbacks if isinstance(cb, (Checkpoint, EarlyStopping))]
+        mine = [cb for cb in _callbacks(trainer) if isinstance(cb, (Checkpoint, EarlyStopping))]
         states = self._rendezvous.broadcast([cb.state_dict() for cb in mine])
         if not self.is_global_zero:
             for callback, state in zip(mine, states, strict=True):
@@ -505,8 +529,8 @@ class AsyncLocalSGDStrategy(DDPStrategy):
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, *args: Any, **kwargs: Any) -> dict[str, Any]:
         checkpoint: dict[str, Any] = super().load_checkpoint(checkpoint_path, *args, **kwargs)
-        state = checkpoint.get(CHECKPOINT_KEY)
-        self._restored = state if self.is_global_zero else None
+        if self._trainer.state.fn == TrainerFn.FITTING and self.is_global_zero:
+            self._restored = checkpoint.get(CHECKPOINT_KEY)
         return checkpoint
 
     # -------------------------------------------------------------------- the end
@@ -521,17 +545,17 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         if phase is not None:
             with suppress(Exception):  # Whatever went wrong first is what the user must see.
                 phase.close(reason)
-            self._leave_phase()
+        self._leave_phase()
 
     @override
     def teardown(self) -> None:
         self._abandon("the trainer was torn down")
         if self._rendezvous is not None:
             self._rendezvous.close_group()
-            if not self._failed:
+            if not (self._failed and self.is_global_zero):
                 self._rendezvous.conclude()
             self._rendezvous = None
-        if self._failed and isinstance(self.launcher, AsyncScriptLauncher):
+        if self._failed and self.is_global_zero and isinstance(self.launcher, AsyncScriptLauncher):
             self.launcher.end_processes()
         super().teardown()
 
@@ -542,6 +566,13 @@ def _callbacks(trainer: pl.Trainer) -> list[Callback]:
 
 def _torch_optimizer(optimizer: Any) -> Optimizer:
     return optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+
+
+def _make_finite(optimizer: Optimizer) -> None:
+    for state in optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                value.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _batch_size(batch: Any) -> int:

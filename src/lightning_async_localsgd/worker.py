@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lightning_async_localsgd.exchange import ExchangeError
-from lightning_async_localsgd.messages import ALREADY_APPLIED, PROTOCOL_VERSION, Hello, Push, Reply
+from lightning_async_localsgd.messages import ALREADY_APPLIED, NOT_FINITE, PROTOCOL_VERSION, Hello, Push, Reply
 
 if TYPE_CHECKING:
     from lightning_async_localsgd.exchange import Exchange
@@ -43,6 +43,7 @@ class Worker:
         round_steps: real optimizer steps since then.
         total_steps: real optimizer steps of this worker since it joined.
         stopped: the final model has been adopted; there is nothing more to do.
+        diverged: the last push was refused because it was not finite.
 
     """
 
@@ -55,6 +56,7 @@ class Worker:
         self.round_steps = 0
         self.total_steps = 0
         self.stopped = False
+        self.diverged = False
         self.reply: Reply | None = None
         self._binding = binding
         self._clock = clock
@@ -148,6 +150,7 @@ class Worker:
             self._binding.subtract_from(self._model, self._gradient)
         reply = self.exchange.push(push, self._gradient, self._model)
         self._adopt(reply)
+        self.diverged = reply.refused == NOT_FINITE
         if reply.refused is None or reply.refused == ALREADY_APPLIED:
             self._refusals = 0
         else:

@@ -328,9 +328,8 @@ def play(events: list[tuple[str, int, float, int]], rule: OuterOptimizer, grace:
             last[worker] = player.push(
                 worker, now, gradient, session=session, steps=taken, timed_steps=taken, compute_seconds=taken * seconds
             )
-            if kind != "poison":
-                applied += 1
-                steps += taken
+            applied += kind != "poison"
+            steps += taken  # Of a worker that has diverged, too: the run must come to an end.
         elif kind == "again" and session is not None and worker in last:
             coordinator.push(dataclasses.replace(last[worker], session=session), gradient, now)
             assert coordinator.model.version == version
@@ -403,3 +402,35 @@ def test_equal_workers_are_never_called_in() -> None:
             assert coordinator.wanted() == {}
         assert player.replies[0].version == player.replies[1].version == 2 * turn
         assert player.replies[0].local_steps == player.replies[1].local_steps == 10
+
+
+def test_a_worker_that_was_cut_off_goes_on_with_its_round() -> None:
+    coordinator = make(workers=2)
+    player = Player(coordinator)
+    player.join_all(2)
+    player.push(0, 1.0)
+    player.flush(1.0)
+    coordinator.leave(1, "s1", 2.0, "its connection ended")
+    assert coordinator.live == [0]
+    assert "not a live one" in (coordinator.join(hello(1, "another", rejoining=True), 2.5) or "")
+    assert coordinator.join(hello(1, rejoining=True), 3.0) is None
+    assert player.flush(3.0) == {}, "it hands in its round before it is dispatched again"
+    player.push(1, 4.0)
+    assert player.flush(4.0)[1].refused is None
+    assert coordinator.totals[1].rounds == 1
+    assert coordinator.model.workers == 2
+
+
+def test_a_loss_after_the_end_leaves_the_final_model_alone() -> None:
+    coordinator = make(workers=3, total=50, local_steps=10)
+    player = Player(coordinator)
+    player.join_all(3)
+    now = 0.0
+    while not coordinator.finished:
+        now += 1.0
+        worker = next(n for n in coordinator.live if coordinator._members[n].state == "computing")
+        player.push(worker, now)
+        player.flush(now)
+    final = coordinator.model.theta.clone()
+    coordinator.leave(2, "s2", now + 1, "goodbye")
+    assert torch.equal(coordinator.model.theta, final)

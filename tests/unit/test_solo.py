@@ -98,6 +98,66 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(tmp_path: Any) -> None:
     assert rest.rates == whole.rates[12:]
 
 
+def test_a_resumed_schedule_ends_where_the_budget_ends(tmp_path: Any) -> None:
+    class Exact(Model):
+        def configure_optimizers(self) -> Any:
+            found = super().configure_optimizers()
+            schedule = torch.optim.lr_scheduler.OneCycleLR(found["optimizer"], max_lr=1e-2, total_steps=20)
+            return {**found, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    class Save(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            if trainer.global_step == 8:
+                trainer.save_checkpoint(tmp_path / "mid.ckpt")
+
+    steps = {"max_steps": 20, "enable_checkpointing": False, "limit_val_batches": 0}
+    whole, _ = fit(AsyncLocalSGDStrategy(local_steps=5), module=Exact(), callbacks=[Save()], **steps)
+    # Saved in mid-round: three of its eight steps are lost and taken again, the schedule does not see them twice.
+    rest, _ = fit(AsyncLocalSGDStrategy(local_steps=5), tmp_path / "mid.ckpt", module=Exact(), **steps)
+    assert len(rest.rates) == 15
+    assert rest.rates[-1] == whole.rates[-1]
+
+
+def test_evaluating_a_checkpoint_does_not_touch_a_later_fit(tmp_path: Any) -> None:
+    _, trainer = fit(AsyncLocalSGDStrategy(local_steps=5), max_steps=10, enable_checkpointing=False)
+    trainer.save_checkpoint(tmp_path / "ten.ckpt")
+    module = Model()
+    other = L.Trainer(
+        strategy="async_localsgd", accelerator="cpu", devices=1, max_steps=10, logger=False, enable_progress_bar=False,
+        enable_checkpointing=False, enable_model_summary=False,
+    )  # fmt: skip
+    other.validate(module, loader(False), ckpt_path=tmp_path / "ten.ckpt", verbose=False)
+    other.fit(module, loader())
+    assert other.global_step == 10
+
+
+def test_a_stop_waits_for_the_epochs_that_are_asked_for() -> None:
+    class Stop(L.Callback):
+        def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
+            trainer.should_stop = True
+
+    options = {"max_steps": -1, "max_epochs": 9, "min_epochs": 3, "num_sanity_val_steps": 0, "callbacks": [Stop()]}
+    _, trainer = fit(AsyncLocalSGDStrategy(local_steps=5), enable_checkpointing=False, **options)
+    assert trainer.global_step == 3 * 12
+
+
+def test_data_that_runs_dry_ends_with_a_clear_error() -> None:
+    class Once(torch.utils.data.IterableDataset[Any]):
+        def __init__(self) -> None:
+            self.left = iter(range(40))
+
+        def __iter__(self) -> Any:
+            for _ in self.left:
+                yield torch.randn(8), torch.randn(1)
+
+    trainer = L.Trainer(
+        strategy="async_localsgd", accelerator="cpu", devices=1, max_steps=100, logger=False, enable_progress_bar=False,
+        enable_checkpointing=False, enable_model_summary=False,
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match="gave no batch in epoch"):
+        trainer.fit(Model(), DataLoader(Once(), batch_size=8))
+
+
 def test_a_step_that_the_gradient_scaler_skips_does_not_count() -> None:
     module = Model()
     module.overflow_at = {2, 5}
@@ -118,9 +178,17 @@ def test_a_step_that_the_gradient_scaler_skips_does_not_count() -> None:
     assert len(module.rates) == 24
 
 
-def test_a_worker_that_diverges_ends_with_a_clear_error() -> None:
+def test_one_batch_that_is_not_finite_costs_its_round() -> None:
     module = Model()
     module.overflow_at = {3}
+    fitted, trainer = fit(AsyncLocalSGDStrategy(local_steps=4), module=module, max_steps=12, enable_checkpointing=False)
+    assert all(torch.isfinite(tensor).all() for tensor in fitted.state_dict().values())
+    assert trainer.global_step == 12
+
+
+def test_a_worker_that_diverges_ends_with_a_clear_error() -> None:
+    module = Model()
+    module.overflow_at = set(range(100))
     with pytest.raises(ExchangeError, match=r"10 pushes of worker 0 in a row were refused.*NaN"):
         fit(AsyncLocalSGDStrategy(local_steps=2), module=module, max_steps=100, enable_checkpointing=False)
 

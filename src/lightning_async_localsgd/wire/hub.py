@@ -365,6 +365,11 @@ class Hub:
             if peer.download is not None:
                 self._judge(peer, time.monotonic(), seconds)
 
+    def lose_all(self, reason: str) -> None:
+        """The server learns that no worker can be reached any more."""
+        for peer in list(self._sessions.values()):
+            self._lose(peer, reason)
+
     def retire_all(self) -> None:
         """The end: buffers go back, and whatever the outlets are told from now on only frees what it brings."""
         for peer in [*self._peers.values(), *self._sessions.values()]:

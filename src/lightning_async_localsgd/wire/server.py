@@ -161,8 +161,8 @@ class WireServer:
                 poller.register(way.socket, zmq.POLLIN)
             self._serve(poller)
         except Exception:
-            # Workers learn it from the silence. Nothing else in this process depends on the thread.
             _log.exception("the wire of the asynchronous run failed; its workers are lost")
+            self._hub.lose_all("the wire of the server failed")
         finally:
             self._hub.retire_all()
             self._ended = True

@@ -171,9 +171,11 @@ class Way:
             kind, descriptor = event["event"], event["value"]
             if kind == zmq.EVENT_ACCEPTED:
                 self._strangers.add(descriptor)
-            elif kind != zmq.EVENT_DISCONNECTED:
+            elif kind in _FAILURES:
                 # Comes from the same place in libzmq as the end of its connection, right before that.
                 self._failure = _FAILURES[kind]
+            elif kind != zmq.EVENT_DISCONNECTED:
+                continue
             elif descriptor in self._strangers:
                 self._strangers.discard(descriptor)
                 reason = self._failure or "did not speak the protocol"
