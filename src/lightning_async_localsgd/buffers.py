@@ -1,9 +1,10 @@
 """A bounded pool of whole-model buffers, shared by uploads and by snapshots that are on their way out.
 
 Fresh whole-model memory costs more time than the copy into it (page faults), and one buffer per peer would make the
-server's memory grow with the number of workers. So there are ``limit`` buffers, kept and reused. A holder that makes
-no progress (a peer that stalled in mid-transfer) stops counting after ``stall_seconds``, so that it keeps nobody else
-waiting; the extra buffer that this may take is given up again when it comes back, and never more than ``most`` exist.
+server's memory grow with the number of workers. So quick holders take turns with ``limit`` buffers, which are kept and
+reused. A slow one (a peer behind a slow link, or one that stalled in mid-transfer) stops counting after a moment, so
+that it keeps nobody else waiting; the extra buffer that this may take is given up again when it comes back, and never
+more than ``most`` exist.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class BufferLease:
         self.tensor = tensor
         self._pool = pool
         self._shares = 1
-        self._progress_at = pool.clock()
+        self._since = self._progress_at = pool.clock()
 
     def touch(self) -> None:
         """The holder's transfer has moved."""
@@ -57,6 +58,7 @@ class BufferPool:
         limit: buffers in ordinary use, >= 1. They are allocated when first needed.
         most: buffers in any case, >= ``limit``.
         stall_seconds: a holder without progress for longer does not count.
+        hold_seconds: nor does one that has held its buffer for longer, progress or not.
         clock: seconds, monotonic.
 
     """
@@ -64,9 +66,10 @@ class BufferPool:
     def __init__(
         self,
         numel: int,
-        limit: int = 2,
+        limit: int = 1,
         most: int = 8,
         stall_seconds: float = 0.2,
+        hold_seconds: float = 1.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if not 1 <= limit <= most:
@@ -77,6 +80,7 @@ class BufferPool:
         self._limit = limit
         self._most = most
         self._stall_seconds = stall_seconds
+        self._hold_seconds = hold_seconds
         self._free: list[Tensor] = []
         self._leases: set[BufferLease] = set()
 
@@ -95,9 +99,12 @@ class BufferPool:
     def try_acquire(self) -> BufferLease | None:
         """A buffer, or None if there is none to be had now (ask again when one was released, or a moment later)."""
         with self.lock:
-            late = self.clock() - self._stall_seconds
-            moving = sum(lease._progress_at > late for lease in self._leases)
-            if moving >= self._limit or len(self._leases) >= self._most:
+            now = self.clock()
+            quick = sum(
+                now - lease._progress_at < self._stall_seconds and now - lease._since < self._hold_seconds
+                for lease in self._leases
+            )
+            if quick >= self._limit or len(self._leases) >= self._most:
                 return None
             # Contents don't matter: every user fills the whole buffer.
             tensor = self._free.pop() if self._free else torch.empty(self._numel, dtype=torch.float32)

@@ -58,10 +58,9 @@ class AsyncLocalSGDCallback(Callback):
         self.table = table
         self._bar: _GlobalProgress | None = None
 
-    @override
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        phase = _phase_of(trainer)
-        if phase is not None and self._bar is None and trainer.is_global_zero:
+    def on_async_phase_start(self, trainer: pl.Trainer, phase: AsyncPhase) -> None:
+        """Called by the strategy, on every rank, when the asynchronous phase has begun and before its first epoch."""
+        if trainer.is_global_zero:
             self._bar = _take_over(trainer.progress_bar_callback, phase)
 
     @override

@@ -278,9 +278,9 @@ class Server:
                 outlet.refuse(f"the server gave this worker up: {reason}")
 
     def _keep_or_release(self, lease: BufferLease) -> None:
-        # The buffer of a push that has just been applied is the natural place for the next snapshot: with it at hand
-        # a dispatch never waits for memory that uploads hold.
-        if self._spare is None:
+        # The buffer of a push that has just been applied is the natural place for the snapshot of a dispatch that is
+        # due: with it at hand that never waits for memory that uploads hold.
+        if self._spare is None and self._coordinator.ready(self._clock()):
             self._spare = lease
         else:
             lease.release()
@@ -297,7 +297,7 @@ class Server:
                     self._retry = True
                     return
             self._dispatch(self._coordinator.dispatch(now))
-        if self._spare is not None and self._coordinator.deadline() is None:
+        if self._spare is not None:
             self._spare.release()
             self._spare = None
         self._view = self._coordinator.view()

@@ -319,6 +319,9 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         if self._phase.stopped:  # So few steps that none were left for this rank.
             self._limits.stop()
         self._step_hook = _torch_optimizer(self.optimizers[0]).register_step_post_hook(self._on_optimizer_stepped)
+        for callback in _callbacks(trainer):
+            if isinstance(callback, AsyncLocalSGDCallback):
+                callback.on_async_phase_start(trainer, self._phase)
         if not self.is_global_zero:
             self._rest_callbacks(trainer)
 

@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -216,3 +217,29 @@ def test_validation_sees_the_global_model_and_gives_the_local_weights_back() -> 
     assert torch.equal(states[at][1], start)
     assert not torch.equal(states[at - 1][1], start)
     assert torch.equal(states[at + 1][1], states[at - 1][1])
+
+
+@pytest.mark.parametrize("bar", [TQDMProgressBar, RichProgressBar])
+def test_the_progress_bar_shows_the_whole_budget(bar: type[ProgressBar]) -> None:
+    seen: list[tuple[float, float]] = []
+
+    class Look(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            shown = trainer.progress_bar_callback
+            if isinstance(shown, TQDMProgressBar):
+                seen.append((shown.train_progress_bar.total, shown.train_progress_bar.n))
+            else:
+                task = shown.progress.tasks[shown.train_progress_bar_id]
+                seen.append((task.total, task.completed))
+
+    mine = bar()
+    fit(
+        AsyncLocalSGDStrategy(local_steps=5), max_steps=30, enable_checkpointing=False, enable_progress_bar=True,
+        callbacks=[mine, Look()],
+    )  # fmt: skip
+    # Twelve batches are an epoch: neither total nor position begins anew with one.
+    assert {total for total, _ in seen} == {30}
+    positions = [position for _, position in seen]
+    assert positions == sorted(positions)
+    assert positions[-1] == 30
+    assert type(mine) is bar
