@@ -9,6 +9,7 @@ more than ``most`` exist.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -34,6 +35,14 @@ class BufferLease:
     def touch(self) -> None:
         """The holder's transfer has moved."""
         self._progress_at = self._pool.clock()
+
+    def settle(self) -> None:
+        """The transfer is complete and waits for the server: it does not stall, however long that takes."""
+        self._progress_at = self._since = math.inf
+
+    def renew(self) -> None:
+        """A new use begins, such as the way out of a snapshot in the memory that an upload came in."""
+        self._progress_at = self._since = self._pool.clock()
 
     def share(self, times: int = 1) -> None:
         """Adds ``times`` holders; each of them must :meth:`release`."""
@@ -99,12 +108,7 @@ class BufferPool:
     def try_acquire(self) -> BufferLease | None:
         """A buffer, or None if there is none to be had now (ask again when one was released, or a moment later)."""
         with self.lock:
-            now = self.clock()
-            quick = sum(
-                now - lease._progress_at < self._stall_seconds and now - lease._since < self._hold_seconds
-                for lease in self._leases
-            )
-            if quick >= self._limit or len(self._leases) >= self._most:
+            if self._quick() >= self._limit or len(self._leases) >= self._most:
                 return None
             # Contents don't matter: every user fills the whole buffer.
             tensor = self._free.pop() if self._free else torch.empty(self._numel, dtype=torch.float32)
@@ -120,5 +124,14 @@ class BufferPool:
             lease._shares -= 1
             if lease._shares == 0:
                 self._leases.discard(lease)
-                if len(self._leases) + len(self._free) < self._limit:
+                # Those who are quick go on with a buffer that is there, however many slow ones hold others.
+                if self._quick() + len(self._free) < self._limit:
                     self._free.append(lease.tensor)
+
+    def _quick(self) -> int:
+        """Holders that count."""
+        now = self.clock()
+        return sum(
+            now - lease._progress_at < self._stall_seconds and now - lease._since < self._hold_seconds
+            for lease in self._leases
+        )

@@ -101,6 +101,8 @@ class Server:
                 if lease is not None:
                     self._keep_or_release(lease)
 
+        if lease is not None:
+            lease.settle()
         self._submit(event)
 
     def lost(self, worker: int, session: str, reason: str) -> None:
@@ -317,7 +319,7 @@ class Server:
         lease, self._spare = self._spare, None
         assert lease is not None
         model.copy_to(lease.tensor)
-        lease.touch()
+        lease.renew()
         lease.share(len(distant) - 1)
         for outlet, reply in distant:
             outlet.dispatch(reply, lease)

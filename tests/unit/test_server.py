@@ -166,7 +166,12 @@ def test_a_holder_that_stalls_does_not_count() -> None:
     assert second is not None
     now[0] = 0.6
     assert pool.try_acquire() is None, "never more than `most`"
+    memory = second.tensor.data_ptr()
     second.release()
+    third = pool.try_acquire()
+    assert third is not None
+    assert third.tensor.data_ptr() == memory, "whoever is quick goes on with memory that is there"
+    third.release()
     first.release()
     assert (pool.in_use, pool.allocated) == (0, 1)
 
@@ -181,6 +186,20 @@ def test_a_holder_behind_a_slow_link_does_not_count_though_it_moves() -> None:
         first.touch()
         if tenth < 10:
             assert pool.try_acquire() is None
+    assert pool.try_acquire() is not None
+
+
+def test_what_waits_for_the_server_counts_until_its_next_use() -> None:
+    now = [0.0]
+    pool = BufferPool(4, clock=lambda: now[0])
+    lease = pool.try_acquire()
+    assert lease is not None
+    lease.settle()
+    now[0] = 100.0
+    assert pool.try_acquire() is None
+    lease.renew()
+    assert pool.try_acquire() is None
+    now[0] = 101.0
     assert pool.try_acquire() is not None
 
 
