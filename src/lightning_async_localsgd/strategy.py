@@ -16,15 +16,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.fabric.utilities.seed import reset_seed
-from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
-from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision, FSDPPrecision, XLAPrecision
 from lightning.pytorch.strategies.ddp import DDPStrategy
 from lightning.pytorch.strategies.strategy import Strategy
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info
-from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 from typing_extensions import override
 
@@ -45,6 +43,15 @@ from lightning_async_localsgd.phase import AsyncPhase, PhaseSettings, share_inte
 from lightning_async_localsgd.registration import register_names
 from lightning_async_localsgd.rendezvous import Rendezvous
 from lightning_async_localsgd.schedules import ProgressSchedulers
+from lightning_async_localsgd.trainer_parts import (
+    RestingCallbacks,
+    batch_size,
+    callbacks_of,
+    load_states_of_callbacks,
+    make_finite,
+    states_of_callbacks,
+    torch_optimizer,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -53,7 +60,6 @@ if TYPE_CHECKING:
     from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
     from lightning.fabric.utilities.types import _PATH
     from lightning.pytorch.accelerators import Accelerator
-    from lightning.pytorch.callbacks import Callback
     from lightning.pytorch.plugins.precision import Precision
     from lightning.pytorch.strategies.strategy import TBroadcast
     from torch.optim import Optimizer
@@ -155,7 +161,7 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         self._phase: AsyncPhase | None = None
         self._limits: LiftedLimits | None = None
         self._schedulers: ProgressSchedulers | None = None
-        self._resting_callbacks: list[tuple[int, Any]] = []
+        self._resting: RestingCallbacks | None = None
         self._step_hook: Any = None
         self._restored: dict[str, Any] | None = None
         self._last_state: dict[str, Any] | None = None
@@ -217,7 +223,7 @@ class AsyncLocalSGDStrategy(DDPStrategy):
             trainer._accelerator_connector.use_distributed_sampler = False
         if trainer.state.fn == TrainerFn.FITTING:
             self._last_state = None
-            callbacks = _callbacks(trainer)
+            callbacks = callbacks_of(trainer)
             if not any(isinstance(callback, AsyncLocalSGDCallback) for callback in callbacks):
                 # Before the callbacks that save checkpoints: these see what is there at the end of training.
                 at = sum(not isinstance(callback, Checkpoint) for callback in callbacks)
@@ -318,12 +324,14 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         assert self._limits is not None
         if self._phase.stopped:  # So few steps that none were left for this rank.
             self._limits.stop()
-        self._step_hook = _torch_optimizer(self.optimizers[0]).register_step_post_hook(self._on_optimizer_stepped)
-        for callback in _callbacks(trainer):
+        self._step_hook = torch_optimizer(self.optimizers[0]).register_step_post_hook(self._on_optimizer_stepped)
+        for callback in callbacks_of(trainer):
             if isinstance(callback, AsyncLocalSGDCallback):
                 callback.on_async_phase_start(trainer, self._phase)
         if not self.is_global_zero:
-            self._rest_callbacks(trainer)
+            # Ranks above 0 neither validate nor save.
+            trainer.limit_val_batches = 0
+            self._resting = RestingCallbacks(trainer)
 
     def _on_optimizer_stepped(self, *_: Any) -> None:
         if self._phase is not None:
@@ -332,7 +340,7 @@ class AsyncLocalSGDStrategy(DDPStrategy):
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if self._phase is not None:
-            self._phase.see_batch(_batch_size(batch))
+            self._phase.see_batch(batch_size(batch))
 
     @override
     def optimizer_step(
@@ -367,7 +375,7 @@ class AsyncLocalSGDStrategy(DDPStrategy):
             # The model that came back is sound, the optimizer's averages are not: what is not finite in them starts
             # from zero again, everything else stays.
             for optimizer in self.optimizers:
-                _make_finite(_torch_optimizer(optimizer))
+                make_finite(torch_optimizer(optimizer))
         self._follow(phase)
 
     def _follow(self, phase: AsyncPhase) -> None:
@@ -422,7 +430,9 @@ class AsyncLocalSGDStrategy(DDPStrategy):
             self._done = self._last_state["budget"]["done"]
         self._leave_phase()
         if self._rendezvous is not None:
-            self._share_callbacks(trainer)
+            states = self._rendezvous.broadcast(states_of_callbacks(trainer))
+            if not self.is_global_zero:
+                load_states_of_callbacks(trainer, states)
         phase.close()
 
     def _leave_phase(self) -> None:
@@ -436,29 +446,9 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         if self._limits is not None:
             self._limits.restore()
             self._limits = None
-        if self._resting_callbacks:
-            callbacks = _callbacks(self._trainer)
-            for at, callback in self._resting_callbacks:
-                callbacks.insert(at, callback)
-            self._resting_callbacks = []
-
-    def _rest_callbacks(self, trainer: pl.Trainer) -> None:
-        """Ranks above 0 neither validate nor save: what does so, or acts on its outcome, rests on them."""
-        trainer.limit_val_batches = 0
-        callbacks = _callbacks(trainer)
-        resting = [(at, cb) for at, cb in enumerate(callbacks) if isinstance(cb, (Checkpoint, EarlyStopping))]
-        for _, callback in resting:
-            callbacks.remove(callback)
-        self._resting_callbacks = resting
-
-    def _share_callbacks(self, trainer: pl.Trainer) -> None:
-        """All ranks know what rank 0's checkpoint and early-stopping callbacks know, such as the best model's path."""
-        assert self._rendezvous is not None
-        mine = [cb for cb in _callbacks(trainer) if isinstance(cb, (Checkpoint, EarlyStopping))]
-        states = self._rendezvous.broadcast([cb.state_dict() for cb in mine])
-        if not self.is_global_zero:
-            for callback, state in zip(mine, states, strict=True):
-                callback.load_state_dict(state)
+        if self._resting is not None:
+            self._resting.wake()
+            self._resting = None
 
     # -------------------------------------------------------------- collectives
 
@@ -561,32 +551,3 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         if self._failed and self.is_global_zero and isinstance(self.launcher, AsyncScriptLauncher):
             self.launcher.end_processes()
         super().teardown()
-
-
-def _callbacks(trainer: pl.Trainer) -> list[Callback]:
-    return trainer.callbacks  # type: ignore[attr-defined,no-any-return] # set by one of its connectors
-
-
-def _torch_optimizer(optimizer: Any) -> Optimizer:
-    return optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-
-
-def _make_finite(optimizer: Optimizer) -> None:
-    for state in optimizer.state.values():
-        for value in state.values():
-            if isinstance(value, Tensor) and value.is_floating_point():
-                value.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
-
-
-def _batch_size(batch: Any) -> int:
-    """Rows of a batch: the first dimension of the first tensor in it; 1 where there is none."""
-    if isinstance(batch, Tensor):
-        return batch.shape[0] if batch.ndim else 1
-    if isinstance(batch, dict):
-        batch = batch.values()
-    if isinstance(batch, (list, tuple)) or (hasattr(batch, "__iter__") and not isinstance(batch, (str, bytes))):
-        for part in batch:
-            size = _batch_size(part)
-            if size > 1 or isinstance(part, Tensor):
-                return size
-    return 1
