@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,14 +49,15 @@ class Outcome:
 def job(tmp_path: Path) -> Iterator[Callable[..., Outcome]]:
     """Starts the job and waits for it; afterwards no process and no file of it may be left."""
     started: list[subprocess.Popen[str]] = []
+    # Of its own, so that what is left there is this test's; short, because DataLoader workers bind socket files in it.
+    sockets = Path(tempfile.mkdtemp(prefix="s"))
 
     def run(timeout: float = 120.0, check: bool = True, **options: Any) -> Outcome:
         out = tmp_path / f"run{len(started)}"
         out.mkdir()
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path / "sockets")}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(sockets)}
         for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             environment.pop(name, None)
-        (tmp_path / "sockets").mkdir(exist_ok=True)
         process = subprocess.Popen(
             [sys.executable, str(JOB), str(out), json.dumps(options)],
             env=environment,
@@ -82,7 +85,8 @@ def job(tmp_path: Path) -> Iterator[Callable[..., Outcome]]:
     for process in alive:
         process.kill()
     assert not alive, f"processes of the job are left: {alive}"
-    left = list((tmp_path / "sockets").glob("async_localsgd_*"))
+    left = [path for path in sockets.rglob("*") if path.is_socket() or path.name.startswith("async_localsgd_")]
+    shutil.rmtree(sockets)
     assert not left, f"socket files are left: {left}"
 
 
