@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
 SUMMARY_FILE = "async_localsgd_summary.json"
 
 _PER_WORKER = ("staleness", "local_steps", "wait_seconds", "exchange_seconds", "steps_per_second")
-
-_log = logging.getLogger(__name__)
 
 
 class AsyncLocalSGDCallback(Callback):

@@ -71,7 +71,7 @@ class _Member:
     state: Literal["computing", "waiting", "resting"] = "waiting"
     sequence: int = 0
     version: int = 0
-    """Of the model it was dispatched; -1 before its first dispatch."""
+    """Of the model it was dispatched last."""
     dispatched_at: float = 0.0
     local_steps: int = 0
     arrived_at: float = 0.0
@@ -192,10 +192,8 @@ class Coordinator:
         self._departed.pop(hello.worker, None)
         self._members[hello.worker] = _Member(hello.session, arrived_at=now)
         self.totals.setdefault(hello.worker, WorkerTotals())
+        self._started = self._started or len(self._members) >= self._cohort
         if self._started:
-            self.model.set_workers(len(self._members))
-        elif len(self._members) >= self._cohort:
-            self._started = True
             self.model.set_workers(len(self._members))
         return None
 

@@ -126,7 +126,7 @@ class AsyncPhase:
             self._started_at = time.monotonic()
             self._ended_at: float | None = None
         except BaseException:
-            self._close_server()
+            self.close()
             raise
 
     # ------------------------------------------------------------------ running
@@ -305,7 +305,7 @@ class AsyncPhase:
 
             near = rendezvous.one_host()
             local, distant = rendezvous.broadcast(None)
-            self._share_integers()
+            share_integers(self._module, rendezvous)
             return WireExchange(
                 local if near[self._rank] and local is not None else distant,
                 layout,
@@ -315,7 +315,7 @@ class AsyncPhase:
         self.server = self._open_server(layout, restored)
         if rendezvous is not None:
             self._open_wire(rendezvous)
-            self._share_integers()
+            share_integers(self._module, rendezvous)
         rule = self._settings.rule
         exact = rendezvous is None and rule.replaces_model and all(e.dtype == "torch.float32" for e in layout.entries)
         return LocalExchange(self.server, self._binding.read if exact else None, self._watch)
@@ -359,10 +359,6 @@ class AsyncPhase:
             silence_timeout=self._settings.silence_timeout,
         )
         rendezvous.broadcast((self._wire.local_endpoints, self._wire.endpoints))
-
-    def _share_integers(self) -> None:
-        """Every rank starts with rank 0's values of what is not exchanged: integer buffers and parameters."""
-        share_integers(self._module, self._rendezvous)
 
     def _await_others(self) -> None:
         """Rank 0: waits until every other worker of the first cohort has joined."""

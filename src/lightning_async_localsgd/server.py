@@ -117,11 +117,6 @@ class Server:
         return self._view
 
     @property
-    def finished(self) -> bool:
-        """Everybody has been handed the final model."""
-        return self._coordinator.finished
-
-    @property
     def missing(self) -> list[int]:
         """The workers of the first cohort that have not joined yet."""
         return self.ask(lambda coordinator: coordinator.missing)
@@ -133,16 +128,6 @@ class Server:
     def resume(self, worker: int) -> None:
         """``worker`` computes again."""
         self._submit(lambda: self._coordinator.resume(worker, self._clock()))
-
-    def leave(self, worker: int, reason: str) -> None:
-        """``worker`` is known to be gone, whatever session it had (its process ended)."""
-
-        def event() -> None:
-            member = self._coordinator.session_of(worker)
-            if member is not None:
-                self._on_lost(worker, member, reason)
-
-        self._submit(event)
 
     def ask(self, question: Callable[[Coordinator], _T]) -> _T:
         """Runs ``question`` in the owner thread, between two events, and returns its answer.

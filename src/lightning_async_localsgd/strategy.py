@@ -7,7 +7,6 @@ alone validates, saves and logs, and the weights it does that with are the globa
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable
 from contextlib import suppress
@@ -63,8 +62,6 @@ if TYPE_CHECKING:
     from lightning.pytorch.plugins.precision import Precision
     from lightning.pytorch.strategies.strategy import TBroadcast
     from torch.optim import Optimizer
-
-_log = logging.getLogger(__name__)
 
 CHECKPOINT_KEY = "async_localsgd"
 """Where a checkpoint holds the server's state."""

@@ -27,8 +27,8 @@ class RestingCallbacks:
 
     def __init__(self, trainer: pl.Trainer) -> None:
         self._trainer = trainer
-        self._resting = list(enumerate(callbacks_of(trainer)))
-        self._resting = [(at, callback) for at, callback in self._resting if _acts_on_validation(callback)]
+        callbacks = enumerate(callbacks_of(trainer))
+        self._resting = [(at, callback) for at, callback in callbacks if _acts_on_validation(callback)]
         for _, callback in self._resting:
             callbacks_of(trainer).remove(callback)
 
