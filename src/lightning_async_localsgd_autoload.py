@@ -2,7 +2,8 @@
 
 Lightning has no entry point for strategies, and the one for callbacks is read only after the strategy's name was
 looked up. PyTorch has one: ``import torch`` calls every function of the entry point group ``torch.backends``. Ours,
-:func:`install`, waits for ``lightning.pytorch.strategies`` to be imported and then adds our names to its registry.
+:func:`install`, waits for ``lightning.pytorch.strategies`` or ``pytorch_lightning.strategies`` to be imported and then
+adds our names to that one's registry. The two packages have unrelated classes, so each gets a class of its own.
 
 This runs in every process that imports torch, on machines where Lightning may not even be used. So it is a module of
 its own that needs nothing but the standard library, it imports nothing before it is needed, and whatever goes wrong
@@ -33,11 +34,15 @@ START_METHODS = {
 DESCRIPTION = "Asynchronous Local-SGD, ranks started by `{}`"
 """What Lightning's registry shows for a name."""
 
-_STRATEGIES = "lightning.pytorch.strategies"
+_HOMES = {
+    "lightning.pytorch.strategies": "lightning_async_localsgd",
+    "pytorch_lightning.strategies": "lightning_async_localsgd.pytorch_lightning",
+}
+"""Lightning's modules that have a registry, and our package with the strategy that belongs there."""
 
 
 def install() -> None:
-    """Adds the names to Lightning's registry: now if Lightning is there already, else as soon as it is imported.
+    """Adds the names to the registries of both of Lightning's packages: now, or as soon as one is imported.
 
     May be called any number of times. Never raises: this is what ``import torch`` calls.
     """
@@ -45,25 +50,31 @@ def install() -> None:
 
 
 def _install() -> None:
-    strategies = sys.modules.get(_STRATEGIES)
-    if strategies is not None:
-        _register(strategies)
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+    for name in _HOMES:
+        if name in sys.modules:
+            _register(sys.modules[name])
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 
 
 def _register(strategies: ModuleType) -> None:
     registry = strategies.StrategyRegistry
+    builder = _Builder(_HOMES[strategies.__name__])
     for name, start_method in START_METHODS.items():
         if name not in registry:
-            registry.register(name, _build, description=DESCRIPTION.format(start_method), start_method=start_method)
+            registry.register(name, builder, description=DESCRIPTION.format(start_method), start_method=start_method)
 
 
-def _build(**init_params: Any) -> Any:
-    """The strategy, as Lightning's registry asks for it; here an import error is the user's to see."""
-    from lightning_async_localsgd import AsyncLocalSGDStrategy
+class _Builder:
+    """Makes the strategy when Lightning's registry asks for it; here an import error is the user's to see."""
 
-    return AsyncLocalSGDStrategy(**init_params)
+    def __init__(self, package: str) -> None:
+        self._package = package
+
+    def __call__(self, **init_params: Any) -> Any:
+        from importlib import import_module
+
+        return import_module(self._package).AsyncLocalSGDStrategy(**init_params)
 
 
 def _guarded(function: Callable[..., None], *args: Any) -> None:
@@ -86,7 +97,7 @@ class _Finder:
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name != _STRATEGIES:
+        if name not in _HOMES:
             return None
         for finder in sys.meta_path:
             if finder is not self and hasattr(finder, "find_spec"):
@@ -98,13 +109,14 @@ class _Finder:
 
 
 def _register_after_import(spec: ModuleSpec) -> None:
+    name = spec.name
     loader: Any = spec.loader
     exec_module = loader.exec_module
 
     def exec_and_register(module: ModuleType) -> None:
         exec_module(module)
         # A frozen application may have one loader for all modules.
-        if module.__name__ == _STRATEGIES:
+        if module.__name__ == name:
             loader.exec_module = exec_module
             _guarded(_register, module)
 

@@ -2,11 +2,16 @@
 
 Importing this package is cheap: it neither imports torch nor Lightning. What it exports is imported when it is first
 used; the strategy's names are registered with Lightning as soon as both are there.
+
+What depends on Lightning is made for the package ``lightning`` (``lightning.pytorch``) where that is installed,
+otherwise for ``pytorch_lightning``. A project that uses ``pytorch_lightning`` although both are installed takes it from
+:mod:`lightning_async_localsgd.pytorch_lightning`.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from lightning_async_localsgd.registration import register_when_lightning_is_imported
@@ -30,7 +35,8 @@ __all__ = [
     "TorchOptimizer",
 ]
 
-_HOME = {
+# The module of each exported name.
+HOMES = {
     "AsyncLocalSGDCallback": "callback",
     "AsyncLocalSGDStrategy": "strategy",
     "DelayedNesterov": "outer",
@@ -44,11 +50,20 @@ register_when_lightning_is_imported()
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    if _lightning_is_installed():
+        value = getattr(import_module(f"{__name__}.{HOMES[name]}"), name)
+    else:
+        value = getattr(import_module(f"{__name__}.pytorch_lightning"), name)
     globals()[name] = value
     return value
+
+
+def _lightning_is_installed() -> bool:
+    spec = find_spec("lightning")
+    # A mere folder of that name on the path is a package to Python, but without a file.
+    return spec is not None and spec.origin is not None
 
 
 def __dir__() -> list[str]:

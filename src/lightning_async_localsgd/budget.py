@@ -26,6 +26,8 @@ class Budget:
     Args:
         total: steps of the whole run, or None for no end.
         done: steps taken before.
+        estimated: ``total`` is what the data is expected to come to, and the data itself ends the run: a worker that
+            still has some is granted a step even when the total is reached.
 
     Raises:
         ValueError: a negative number.
@@ -42,13 +44,14 @@ class Budget:
 
     """
 
-    def __init__(self, total: int | None, done: int = 0) -> None:
+    def __init__(self, total: int | None, done: int = 0, estimated: bool = False) -> None:
         if total is not None and total < 0:
             raise ValueError(f"a budget's total must be >= 0 local steps, or None for no end, got {total}")
         if done < 0:
             raise ValueError(f"a budget's done steps must be >= 0, got {done}")
         self.total = total
         self._done = done
+        self._estimated = estimated
         self._stopped = False
         self._reservations: dict[int, _Reservation] = {}
 
@@ -63,7 +66,7 @@ class Budget:
 
         The death of a worker may free steps again.
         """
-        return self._stopped or self._unreserved() <= 0
+        return self._stopped or (self._unreserved() <= 0 and not self._estimated)
 
     @property
     def finished(self) -> bool:
@@ -86,10 +89,9 @@ class Budget:
         if wanted < 1:
             raise ValueError(f"a round has at least one step, got {wanted}")
         self.release(worker)
-        unreserved = self._unreserved()
-        if self._stopped or unreserved <= 0:
+        if self.exhausted:
             return 0
-        steps = int(min(wanted, unreserved, self._fair_share(worker, now, speeds)))
+        steps = int(max(1, min(wanted, self._unreserved(), self._fair_share(worker, now, speeds))))
         self._reservations[worker] = _Reservation(steps, now)
         return steps
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from lightning_async_localsgd.coordinator import View
     from lightning_async_localsgd.phase import AsyncPhase
+    from lightning_async_localsgd.training import AsyncTraining
 
 SUMMARY_FILE = "async_localsgd_summary.json"
 
@@ -61,9 +62,24 @@ class AsyncLocalSGDCallback(Callback):
             self._bar = _take_over(trainer.progress_bar_callback, phase)
 
     @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if (training := _training_of(trainer)) is not None:
+            training.before_epoch()
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if (training := _training_of(trainer)) is not None:
+            training.before_batch()
+
+    @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        training = _training_of(trainer)
+        if training is not None:
+            training.after_batch()
         phase = _phase_of(trainer)
         if phase is None or phase.server is None or not trainer.loggers:
             return
@@ -74,16 +90,20 @@ class AsyncLocalSGDCallback(Callback):
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        phase = _phase_of(trainer)
-        if phase is not None and trainer.fit_loop.epoch_loop.batch_progress.current.ready == 0:
+        training = _training_of(trainer)
+        if training is None:
+            return
+        empty = trainer.fit_loop.epoch_loop.batch_progress.current.ready == 0
+        # Of leased data a slow rank may get nothing in an epoch that the others have used up.
+        if empty and not training.global_epochs and not trainer.should_stop:
             raise RuntimeError(
                 f"the training data of rank {trainer.global_rank} gave no batch in epoch {trainer.current_epoch}, and "
                 "the budget is not met: data that can be read only once, or has fewer shards than there are ranks, "
                 "cannot fill a run; make it iterable again, or lower max_steps"
             )
-        # A loop that ends by itself (`should_stop`) has everybody hand in what they have before checkpoints are saved.
-        if trainer.should_stop and trainer.fit_loop._can_stop_early:
-            _finish(trainer)
+        # A loop that ends by itself has everybody hand in what they have before checkpoints are saved.
+        if (trainer.should_stop and trainer.fit_loop._can_stop_early) or training.ends_with_this_epoch:
+            training.finish()
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -91,7 +111,9 @@ class AsyncLocalSGDCallback(Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        _finish(trainer)
+        training = _training_of(trainer)
+        if training is not None:
+            training.finish()
         self._give_back_bar()
         phase = _phase_of(trainer)
         if phase is None or phase.server is None:
@@ -194,13 +216,13 @@ def format_table(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _training_of(trainer: pl.Trainer) -> AsyncTraining | None:
+    return getattr(trainer.strategy, "training", None)
+
+
 def _phase_of(trainer: pl.Trainer) -> AsyncPhase | None:
-    return getattr(trainer.strategy, "phase", None)
-
-
-def _finish(trainer: pl.Trainer) -> None:
-    if _phase_of(trainer) is not None:
-        trainer.strategy.finish_training()  # type: ignore[attr-defined]
+    training = _training_of(trainer)
+    return None if training is None else training.phase
 
 
 class _GlobalProgress:

@@ -17,10 +17,20 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_async_localsgd.grace import Pending
-from lightning_async_localsgd.messages import ALREADY_APPLIED, NOT_FINITE, PROTOCOL_VERSION, Hello, Push, Reply
+from lightning_async_localsgd.messages import (
+    ALREADY_APPLIED,
+    NOT_FINITE,
+    PROTOCOL_VERSION,
+    Hello,
+    Lease,
+    LeaseRequest,
+    Push,
+    Reply,
+)
+from lightning_async_localsgd.sharding import DataLeases
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor
 
@@ -122,6 +132,11 @@ class Coordinator:
         budget: local steps of all workers together.
         cohort: how many workers must have joined before the first dispatch.
         incarnation: random name of this start of the server.
+        seed: of the draws of data shards.
+
+    Attributes:
+        on_metrics: called with a worker's number and what its module has logged in a round, as the push has it.
+        shared: what every reply tells, see :class:`~lightning_async_localsgd.messages.Reply`.
 
     """
 
@@ -133,16 +148,20 @@ class Coordinator:
         budget: Budget,
         cohort: int,
         incarnation: str,
+        seed: int = 0,
     ) -> None:
         self.model = model
         self.budget = budget
         self.incarnation = incarnation
+        self.on_metrics: Callable[[int, str], None] = lambda worker, text: None
+        self.shared = ""
         self.stopping = False
         self.finished = False
         self.totals: dict[int, WorkerTotals] = {}
         self.refusals: Counter[str] = Counter()
         self._pacing = pacing
         self._grace = grace
+        self._leases = DataLeases(cohort, seed)
         self._cohort = cohort
         self._started = False
         self._members: dict[int, _Member] = {}
@@ -185,11 +204,17 @@ class Coordinator:
             departed.state = "computing"
             self._members[hello.worker] = departed
             del self._departed[hello.worker]
+            self._leases.unpark(hello.worker)
+            if hello.worker == 0:
+                self._leases.lead(0)
             self.model.set_workers(len(self._members))
             return None
         if known is not None:
             self._remove(hello.worker, now, "superseded by a newer session")
         self._departed.pop(hello.worker, None)
+        self._leases.forget(hello.worker)
+        if hello.worker == 0:
+            self._leases.lead(0)
         self._members[hello.worker] = _Member(hello.session, arrived_at=now)
         self.totals.setdefault(hello.worker, WorkerTotals())
         self._started = self._started or len(self._members) >= self._cohort
@@ -237,7 +262,11 @@ class Coordinator:
         if reason is not None:
             self._count_refusal(push, reason)
         # The steps of a worker that has diverged were taken, though they taught nothing: the run must come to an end.
-        self.budget.settle(push.worker, push.steps if reason in (None, NOT_FINITE) else 0)
+        counts = reason in (None, NOT_FINITE)
+        if push.metrics and counts:
+            self.on_metrics(push.worker, push.metrics)
+        self.budget.settle(push.worker, push.steps if counts else 0)
+        self._leases.settle(push.worker, push.used, consumed=counts)
         if push.stop and not self.stopping:
             self.stop()
         self._wait(push, member, now)
@@ -253,8 +282,20 @@ class Coordinator:
         if self.session_of(worker) != session:
             return False
         self._departed[worker] = (session, self._members[worker])
+        self._leases.park(worker)
         self._remove(worker, now, reason)
         return True
+
+    def lease(self, request: LeaseRequest) -> Lease:
+        """A worker asks for training data.
+
+        So may one whose connection was lost: before it has some it cannot finish the round to come back with.
+        """
+        session, _ = self._departed.get(request.worker, (self.session_of(request.worker), None))
+        if session != request.session:
+            refused = _not_live(request.worker, request.session)
+            return Lease(request.number, request.epoch, 0, 0, refused)
+        return self._leases.grant(request, len(self._members))
 
     def pause(self, worker: int, now: float) -> None:
         """A worker does something else (validates, saves): nobody waits for it until :meth:`resume`."""
@@ -376,6 +417,7 @@ class Coordinator:
             "model": self.model.state_dict(),
             "budget": self.budget.state_dict(),
             "pacing": self._pacing.state_dict(),
+            "leases": self._leases.state_dict(),
             "workers": {str(worker): dict(vars(totals)) for worker, totals in self.totals.items()},
             "refusals": dict(self.refusals),
         }
@@ -385,6 +427,7 @@ class Coordinator:
         self.model.load_state_dict(state["model"])
         self.budget.load_state_dict(state["budget"])
         self._pacing.load_state_dict(state["pacing"])
+        self._leases.load_state_dict(state.get("leases", {}))
         self.totals = {int(worker): WorkerTotals(**totals) for worker, totals in state["workers"].items()}
         self.refusals = Counter(state["refusals"])
         self._progress = float(self.budget.done)
@@ -404,7 +447,7 @@ class Coordinator:
         if push.steps > 0 and (gradient is None or gradient.numel() != self.model.layout.numel):
             size = 0 if gradient is None else gradient.numel()
             return f"has {size} elements, the model has {self.model.layout.numel}"
-        return None
+        return self._leases.objection(push.worker, push.used)
 
     def _apply(self, push: Push, gradient: Tensor, result: Tensor | None, member: _Member) -> str | None:
         looked = self.model.inspect(gradient)
@@ -501,6 +544,7 @@ class Coordinator:
             wait_seconds=waited,
             stop=stop,
             refused=member.refused,
+            shared=self.shared,
         )
 
     def _refuse_session(self, push: Push) -> str:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError  # Only from Python 3.11 on the builtin one.
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lightning_async_localsgd.messages import Hello, Push, Reply
+    from lightning_async_localsgd.messages import Hello, Lease, LeaseRequest, Push, Reply
+
+_LOOK_SECONDS = 0.2
+"""How often a worker that waits for a lease looks whether the server is still there."""
 
 
 class ExchangeError(RuntimeError):
@@ -16,7 +21,7 @@ class ExchangeError(RuntimeError):
 
 
 class Exchange(ABC):
-    """A worker's end of the exchange. Used by one thread; every call blocks until it is answered.
+    """A worker's end of the exchange. Used by one thread; calls block until they are answered.
 
     Attributes:
         bytes_sent: bytes that have left this worker so far, headers and heartbeats included (0 within a process).
@@ -26,6 +31,9 @@ class Exchange(ABC):
 
     bytes_sent: int = 0
     bytes_received: int = 0
+
+    def __init__(self) -> None:
+        self._leases: dict[int, Future[Lease]] = {}
 
     @abstractmethod
     def join(self, hello: Hello, model: Tensor) -> Reply:
@@ -56,6 +64,37 @@ class Exchange(ABC):
             ExchangeError: the server cannot be reached any more, or this session was superseded.
 
         """
+
+    def request_lease(self, request: LeaseRequest) -> None:
+        """Asks for training data and returns at once; :meth:`take_lease` has the answer.
+
+        Raises:
+            ExchangeError: there is no connection to the server any more, or not yet.
+
+        """
+        answer: Future[Lease] = Future()
+        self._send_request(request, answer)
+        self._leases[request.number] = answer
+
+    def take_lease(self, number: int) -> Lease:
+        """The answer to the request of that number, which is waited for.
+
+        Raises:
+            ExchangeError: the server is gone.
+
+        """
+        answer = self._leases[number]
+        while not answer.done():
+            try:
+                answer.result(timeout=_LOOK_SECONDS)
+            except FutureTimeoutError:
+                self.check()
+        del self._leases[number]
+        return answer.result()
+
+    @abstractmethod
+    def _send_request(self, request: LeaseRequest, answer: Future[Lease]) -> None:
+        """Has the server asked, without waiting, and ``answer`` set from any thread."""
 
     @property
     @abstractmethod

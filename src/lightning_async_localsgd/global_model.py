@@ -164,12 +164,18 @@ class GlobalModel:
                 " or start from the checkpoint's weights only"
             )
         theta = state.get("theta")
-        if theta is not None:
-            views = self.layout.views(self.theta)
-            check_named("the saved global model", theta, views)
-            for name, view in views.items():
-                view.copy_(theta[name])
-        self.rule.load_state_dict(state["outer"])
+        try:
+            if theta is not None:
+                views = self.layout.views(self.theta)
+                check_named("the saved global model", theta, views)
+                for name, view in views.items():
+                    view.copy_(theta[name])
+            self.rule.load_state_dict(state["outer"])
+        except ValueError as error:
+            raise ValueError(
+                f"{error}. The checkpoint is of another model, or this run trains other parameters (frozen ones are not"
+                " exchanged); train the same ones, or begin a new run that loads its weights"
+            ) from error
         self.version = int(state["version"])
 
     def _split(self, flat: Tensor) -> tuple[Tensor, Tensor]:

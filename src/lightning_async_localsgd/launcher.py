@@ -1,8 +1,8 @@
 """Lightning's launchers, without the part that ends every process when one of them dies.
 
 In ordinary data-parallel training one dead rank leaves the others waiting for ever, so Lightning kills them all. Here a
-dead worker costs its own round and the others go on. Before training has started a rank that ends is an error still:
-:func:`raise_if_process_ended` is what waiting code calls to notice.
+dead worker costs its own round and the others go on. Before training has started a rank that ends is an error still,
+which waiting code notices by :func:`.children.raise_if_process_ended`.
 """
 
 from __future__ import annotations
@@ -24,45 +24,17 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.multiprocessing.spawn import ProcessContext, start_processes
 from typing_extensions import override
 
+from lightning_async_localsgd.children import children
+
 if TYPE_CHECKING:
-    import subprocess
     from multiprocessing.synchronize import Event
 
     import lightning.pytorch as pl
 
 _log = logging.getLogger(__name__)
 
-_children: dict[int, subprocess.Popen[Any]] = {}
-"""The processes this one has launched, by local rank. They outlive the Trainer they were launched for: the next one in
-the same script finds them at the same place of the script."""
-
-
 _PATIENCE = 4.0
 """Seconds that launched processes get to notice that rank 0 has failed, and again to react to SIGTERM."""
-
-
-def raise_if_process_ended() -> None:
-    """For whoever waits for all ranks: a launched process that has ended will never come.
-
-    Raises:
-        RuntimeError: names the rank and its exit code.
-
-    """
-    for local_rank, process in _children.items():
-        code = process.poll()
-        if code is not None:
-            raise RuntimeError(
-                f"the process of local rank {local_rank} (pid {process.pid}) has ended with exit code {code}, but all "
-                "ranks are needed here; see what it printed above"
-            )
-
-
-def ended_ranks() -> set[int]:
-    """The ranks whose processes this one, rank 0, has launched and that have ended, however they did.
-
-    They are of its own node, the first, where local and global ranks are the same.
-    """
-    return {rank for rank, process in _children.items() if process.poll() is not None}
 
 
 class AsyncScriptLauncher(_SubprocessScriptLauncher):
@@ -74,7 +46,7 @@ class AsyncScriptLauncher(_SubprocessScriptLauncher):
         self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
         if not self.cluster_environment.creates_processes_externally:
             self._call_children_scripts()
-            _children.update(enumerate(self.procs, start=1))
+            children.update(enumerate(self.procs, start=1))
         _set_num_threads_if_needed(num_processes=self.num_processes)
         return function(*args, **kwargs)
 
@@ -83,13 +55,8 @@ class AsyncScriptLauncher(_SubprocessScriptLauncher):
 
     def end_processes(self) -> None:
         """This process has failed, and with it the job: what it has launched ends by itself soon, or is ended."""
-        for patience, end in ((_PATIENCE, "terminate"), (_PATIENCE, "kill")):
-            until = time.monotonic() + patience
-            while any(process.poll() is None for process in _children.values()) and time.monotonic() < until:
-                time.sleep(0.05)
-            for process in _children.values():
-                if process.poll() is None:
-                    getattr(process, end)()
+        _await(lambda: all(process.poll() is not None for process in children.values()))
+        _end([process for process in children.values() if process.poll() is None], lambda one: one.poll() is None)
 
 
 class AsyncProcessLauncher(_MultiProcessingLauncher):
@@ -110,8 +77,8 @@ class AsyncProcessLauncher(_MultiProcessingLauncher):
             _check_bad_cuda_fork()
         if self._already_fit and trainer is not None and trainer.state.fn == TrainerFn.FITTING:
             raise NotImplementedError(
-                f"trainer.fit() can run once per Trainer when processes are started with {self._start_method!r}; make "
-                "a new Trainer and pass it fit(ckpt_path=...) to go on"
+                "Calling trainer.fit() twice on the same Trainer is not supported when processes are started with "
+                f"{self._start_method!r}; make a new Trainer and pass it fit(ckpt_path=...) to go on"
             )
         environment = self._strategy.cluster_environment
         assert environment is not None
@@ -130,7 +97,12 @@ class AsyncProcessLauncher(_MultiProcessingLauncher):
             join=False,
         )
         self.procs = processes.processes
-        self._join(processes, started)
+        try:
+            self._join(processes, started)
+        except BaseException:
+            # An interrupt of this process alone; the ranks would go on, and it would wait for them when it exits.
+            _end(processes.processes, lambda process: process.is_alive())
+            raise
         output = results.get()
         if trainer is None:
             return output
@@ -165,6 +137,23 @@ class AsyncProcessLauncher(_MultiProcessingLauncher):
                         _report(rank, process.exitcode, processes.error_files[rank])
                 else:
                     processes.join()  # Ends the others and raises this one's exception.
+
+
+def _await(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + _PATIENCE
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.05)
+
+
+def _end(processes: list[Any], is_alive: Callable[[Any], bool]) -> None:
+    """Asks the processes to end, waits a while, and ends those that do not."""
+    try:
+        for process in filter(is_alive, processes):
+            process.terminate()
+        _await(lambda: not any(map(is_alive, processes)))
+    finally:
+        for process in filter(is_alive, processes):
+            process.kill()
 
 
 def _report(rank: int, exit_code: int, error_file: str) -> None:

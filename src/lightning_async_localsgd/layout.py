@@ -1,9 +1,10 @@
 """Where each tensor of a module lies in the flat vector that workers and the server exchange.
 
-The whole model is one flat fp32 vector: first every floating-point parameter in the order of ``named_parameters``
-(tied ones once, frozen ones too, so that the layout never changes during a run), then every floating-point persistent
-buffer. Integer and complex buffers, such as BatchNorm's ``num_batches_tracked``, and non-persistent buffers stay with
-each worker.
+The model is one flat fp32 vector: first every trainable floating-point parameter in the order of ``named_parameters``
+(tied ones once), then every floating-point persistent buffer. Frozen parameters are left out, since nothing changes
+them: a model with adapters (LoRA) exchanges its adapters. Where parameters may be unfrozen while training runs, frozen
+ones belong to the layout, too, which never changes during a run. Integer and complex tensors, such as BatchNorm's
+``num_batches_tracked``, and non-persistent buffers stay with each worker.
 """
 
 from __future__ import annotations
@@ -95,8 +96,12 @@ class Layout:
         ).hexdigest()
 
     @classmethod
-    def of(cls, module: nn.Module) -> Layout:
+    def of(cls, module: nn.Module, frozen: bool = False) -> Layout:
         """The layout of ``module``.
+
+        Args:
+            module: the module, its parameters frozen as they will be when training starts.
+            frozen: whether parameters with ``requires_grad=False`` belong to it.
 
         Raises:
             ValueError: the module has no trainable parameter, or a tensor that can't be exchanged; the text names it
@@ -107,7 +112,8 @@ class Layout:
         trainable = False
         for name, kind, owner, key in _places(module):
             tensor = _tensor_at(owner, kind, key)
-            if not _is_exchanged(name, kind, tensor):
+            _check_whole(name, kind, tensor)
+            if (_is_frozen(kind, tensor) and not frozen) or not _is_exchanged(name, kind, tensor):
                 continue
             tensors.append((name, tuple(tensor.shape), str(tensor.dtype), kind))
             trainable = trainable or (kind == "parameter" and tensor.requires_grad)
@@ -194,7 +200,8 @@ class Layout:
 class Binding:
     """A module's live tensors under a layout.
 
-    The tensors are looked up anew at each call, since a module may put another tensor in a buffer's place.
+    The tensors are looked up anew at each call, since a module may put another tensor in a buffer's place. Copies from
+    and to CUDA devices run side by side, on the devices' current streams, and are complete when a method returns.
 
     Args:
         layout: of ``module``.
@@ -206,22 +213,66 @@ class Binding:
     """
 
     def __init__(self, layout: Layout, module: nn.Module) -> None:
-        difference = Layout.of(module).difference(layout)
+        wanted = {entry.name for entry in layout.entries}
+        places = list(_places(module))
+        frozen = any(name in wanted and _is_frozen(kind, _tensor_at(at, kind, key)) for name, kind, at, key in places)
+        difference = Layout.of(module, frozen).difference(layout)
         if difference:
             raise ValueError(f"{type(module).__name__} does not have the layout it is bound to:\n{difference}")
         self.layout = layout
-        wanted = {entry.name for entry in layout.entries}
-        self._places = [(kind, owner, key) for name, kind, owner, key in _places(module) if name in wanted]
+        self._places = [(kind, owner, key) for name, kind, owner, key in places if name in wanted]
+        self._left_out = [
+            (name, owner, key) for name, kind, owner, key in places if kind == "parameter" and name not in wanted
+        ]
 
     def tensors(self) -> list[Tensor]:
         """The module's tensors in the layout's order."""
         return [_tensor_at(owner, kind, key) for kind, owner, key in self._places]
 
+    def named(self) -> dict[str, Tensor]:
+        """The module's tensors by name."""
+        return {entry.name: tensor for entry, tensor in zip(self.layout.entries, self.tensors(), strict=True)}
+
+    def changed_from(self, flat: Tensor) -> list[str]:
+        """The names of the module's tensors that do not hold what :meth:`load` would have given them."""
+        return [
+            entry.name
+            for entry, part, tensor in self._parts(flat)
+            if not torch.equal(part.to(tensor.device, tensor.dtype), tensor)
+        ]
+
+    def check_frozen(self) -> None:
+        """Looks whether the parameters that are left out are frozen still.
+
+        Raises:
+            RuntimeError: one is trainable now; the text names it and says what to do.
+
+        """
+        for name, owner, key in self._left_out:
+            parameter = owner._parameters[key]
+            if parameter is not None and parameter.requires_grad:
+                raise RuntimeError(
+                    f"parameter {name!r} was frozen when training began and is trainable now, but what is frozen is not"
+                    " exchanged, so that ranks would train it apart; set"
+                    " AsyncLocalSGDStrategy(exchange=ExchangeOptions(frozen=True)), which exchanges everything"
+                )
+
+    def new_flat(self) -> Tensor:
+        """A flat vector of zeros for copies from and to the module: for a module on CUDA devices in pinned memory."""
+        pinned = any(tensor.is_cuda for tensor in self.tensors())
+        return torch.zeros(self.layout.numel, dtype=torch.float32, pin_memory=pinned)
+
+    def synchronize(self) -> None:
+        """Waits until CUDA devices have done what they were given; what is on the CPU is done already."""
+        for device in {tensor.device for tensor in self.tensors() if tensor.is_cuda}:
+            torch.cuda.current_stream(device).synchronize()
+
     def read(self, out: Tensor) -> None:
         """Copies the module's tensors into the flat vector ``out``."""
         with torch.no_grad():
             for _, part, tensor in self._parts(out):
-                part.copy_(tensor)
+                _fetch(part, tensor)
+        self.synchronize()
 
     def load(self, flat: Tensor) -> None:
         """Copies ``flat`` into the module's tensors, in place.
@@ -232,9 +283,11 @@ class Binding:
         with torch.no_grad():
             for _, part, tensor in self._parts(flat):
                 # Not through `.data`: an autograd graph that still needs the old values must notice.
-                tensor.copy_(part)
+                tensor.copy_(part, non_blocking=True)
                 if tensor.dtype != torch.float32:
-                    part.copy_(tensor)
+                    _fetch(part, tensor)
+        # Before anybody writes to ``flat`` again, or reads what was rounded.
+        self.synchronize()
 
     def subtract_from(self, base: Tensor, out: Tensor) -> None:
         """Forms the contents of a push in ``out``, tensor by tensor, without a temporary.
@@ -247,14 +300,24 @@ class Binding:
             base: the flat vector that the round started from.
             out: flat vector; must not share memory with ``base``.
 
+        Raises:
+            RuntimeError: a parameter that was frozen, and so isn't in the layout, is trainable now.
+
         """
+        self.check_frozen()
+        arriving: list[tuple[Entry, Tensor]] = []
         with torch.no_grad():
             for entry, part, tensor in self._parts(out):
                 local = tensor
                 if entry.kind == "buffer" or tensor.dtype != torch.float32 or tensor.device != part.device:
-                    local = part.copy_(tensor)
-                if entry.kind == "parameter":
+                    local = _fetch(part, tensor)
+                if entry.kind == "parameter" and tensor.is_cuda:
+                    arriving.append((entry, part))
+                elif entry.kind == "parameter":
                     torch.sub(base[entry.offset : entry.offset + entry.numel].view(entry.shape), local, out=part)
+            self.synchronize()
+            for entry, part in arriving:
+                torch.sub(base[entry.offset : entry.offset + entry.numel].view(entry.shape), part, out=part)
 
     def _parts(self, flat: Tensor) -> Iterator[tuple[Entry, Tensor, Tensor]]:
         """Each entry, its shaped view into ``flat``, and the module's tensor."""
@@ -284,6 +347,12 @@ def _places(module: nn.Module) -> Iterator[tuple[str, Kind, nn.Module, str]]:
                 yield f"{prefix}.{key}" if prefix else key, "buffer", owner, key
 
 
+def _fetch(part: Tensor, tensor: Tensor) -> Tensor:
+    """Copies ``tensor`` into ``part`` of a flat vector; from a device it has arrived after ``Binding.synchronize``."""
+    # To fp32 on the device: a copy that has to convert does so on the host, where the values may not be yet.
+    return part.copy_(tensor.to(part.dtype) if tensor.is_cuda else tensor, non_blocking=True)
+
+
 def _tensor_at(owner: nn.Module, kind: Kind, key: str) -> Tensor:
     tensor = owner._parameters[key] if kind == "parameter" else owner._buffers[key]
     if tensor is None:
@@ -291,11 +360,16 @@ def _tensor_at(owner: nn.Module, kind: Kind, key: str) -> Tensor:
     return tensor
 
 
-def _is_exchanged(name: str, kind: Kind, tensor: Tensor) -> bool:
-    """Whether ``tensor`` belongs to the layout.
+def _is_frozen(kind: Kind, tensor: Tensor) -> bool:
+    """Whether ``tensor`` is a parameter that training leaves as it is."""
+    return kind == "parameter" and not tensor.requires_grad
+
+
+def _check_whole(name: str, kind: Kind, tensor: Tensor) -> None:
+    """Checks that ``tensor``, exchanged or not, is there with all its values.
 
     Raises:
-        ValueError: it belongs there, but cannot be exchanged.
+        ValueError: it is not.
 
     """
     what = f"{kind} {name!r}"
@@ -309,6 +383,16 @@ def _is_exchanged(name: str, kind: Kind, tensor: Tensor) -> bool:
         raise ValueError(f"{what} is not initialised; run one batch through the lazy modules before fit")
     if tensor.is_meta:
         raise ValueError(f"{what} is on the meta device; materialise it (`module.to_empty(...)`) before fit")
+
+
+def _is_exchanged(name: str, kind: Kind, tensor: Tensor) -> bool:
+    """Whether ``tensor``, which is not left out as frozen, belongs to the layout.
+
+    Raises:
+        ValueError: it belongs there, but cannot be exchanged.
+
+    """
+    what = f"{kind} {name!r}"
     if kind == "parameter" and tensor.is_complex():
         raise ValueError(f"{what} is complex; keep it as a real tensor and use `torch.view_as_complex` in forward")
     if not tensor.is_floating_point():
@@ -317,10 +401,9 @@ def _is_exchanged(name: str, kind: Kind, tensor: Tensor) -> bool:
         raise ValueError(f"{what} is sparse ({tensor.layout}); keep it as a dense tensor")
     if str(tensor.dtype) not in _DTYPES:
         raise ValueError(f"{what} is {tensor.dtype}; exchanged are {', '.join(sorted(_DTYPES))}")
-    if not tensor.is_contiguous():
+    if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
         raise ValueError(
-            f"{what} of shape {list(tensor.shape)} is not contiguous (strides {list(tensor.stride())}); make it so with"
-            " `.contiguous()` (after `memory_format=torch.channels_last`: `module.to(memory_format="
-            "torch.contiguous_format)`)"
+            f"{what} of shape {list(tensor.shape)} is expanded: several of its elements are one (strides"
+            f" {list(tensor.stride())}); give each its own memory with `.contiguous()`"
         )
     return True

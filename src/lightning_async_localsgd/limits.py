@@ -7,41 +7,79 @@ all ranks together, of which fast ones do more; the server keeps the count.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from lightning_async_localsgd.trainer_parts import accumulated_batches
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
+    from lightning_async_localsgd.epochs import TrainingData
 
-def run_budget(trainer: pl.Trainer, workers: int) -> int | None:
-    """Local optimizer steps of all workers together that the trainer's limits come to; None if it has none.
 
-    ``max_steps=S`` is S steps for each of the workers. ``max_epochs=E`` is as many steps as E epochs have on a rank
-    under DDP, for each of the workers. With manual optimization Lightning's ``max_steps`` counts the steps of all
-    optimizers, a local step is one of the first optimizer, and an epoch is taken to have one for each batch.
+@dataclass(frozen=True)
+class RunBudget:
+    """What a trainer's limits come to.
+
+    Attributes:
+        total: local steps of all workers together; None for no end.
+        planned: the same as the optimizer steps that each rank would take under DDP; None for no end.
+        limit: which of the trainer's limits it is.
+        ends_with_data: each rank's own ``max_epochs`` ends the run: epochs are the run's, and ``total`` is what their
+            data is expected to come to.
+
+    """
+
+    total: int | None
+    planned: int | None
+    limit: Literal["max_steps", "max_epochs"] | None = None
+    ends_with_data: bool = False
+
+    def total_per_planned_step(self, workers: int) -> float:
+        """Local steps of all workers together for each planned step of a rank."""
+        return self.total / self.planned if self.total and self.planned else workers
+
+
+def run_budget(trainer: pl.Trainer, workers: int, data: TrainingData | None = None) -> RunBudget:
+    """The budget of all workers together that the trainer's limits come to.
+
+    ``max_steps=S`` is S steps for each of the workers. ``max_epochs=E`` is every sample E times, whoever takes it;
+    where data cannot be leased, as many steps as E epochs have on a rank under DDP, for each of the workers. With
+    manual optimization Lightning's ``max_steps`` counts the steps of all optimizers, a local step is one of the first
+    optimizer, and an epoch is taken to have one for each batch.
+
+    Args:
+        trainer: the trainer.
+        workers: their number.
+        data: the training data; None while it is not there, which only asks whether the limits make sense.
 
     Raises:
         ValueError: ``max_epochs`` is given and the length of an epoch is unknown.
 
     """
     module = trainer.lightning_module
-    limits = []
+    by_steps = by_epochs = None
     if trainer.max_steps != -1:
         optimizers = 1 if module.automatic_optimization else max(1, len(trainer.strategy.optimizers))
-        limits.append(math.ceil(trainer.max_steps / optimizers) * workers)
+        planned = math.ceil(trainer.max_steps / optimizers)
+        by_steps = RunBudget(planned * workers, planned, "max_steps")
     epochs = trainer.fit_loop.max_epochs
     # The number of batches is not known before the data is there; setup asks, too, and gets what can be known by then.
     if epochs is not None and epochs != -1 and trainer.fit_loop._combined_loader is not None:
         batches = trainer.num_training_batches
-        if batches != math.inf:
-            accumulate = trainer.accumulate_grad_batches if module.automatic_optimization else 1
-            limits.append(epochs * math.ceil(batches / accumulate) * workers)
-        else:
+        if batches == math.inf:
             raise ValueError(
                 f"max_epochs={epochs} was given, but the training data has no length, so what an epoch of all ranks "
                 "together is cannot be said; give max_steps alone, or limit_train_batches as a number of batches"
             )
-    return min(limits, default=None)
+        planned = sum(math.ceil(batches / accumulated_batches(trainer, epoch)) for epoch in range(epochs))
+        total = None if data is None else data.steps_of_run(epochs)
+        ends_with_data = total is not None
+        by_epochs = RunBudget(total if ends_with_data else planned * workers, planned, "max_epochs", ends_with_data)
+    # Of two that come to the same, the one by epochs, which uses every sample.
+    found = [budget for budget in (by_epochs, by_steps) if budget is not None]
+    return min(found, key=lambda budget: budget.planned or 0, default=RunBudget(None, None))
 
 
 class _Unreached(int):
@@ -68,16 +106,33 @@ class LiftedLimits:
         loop = trainer.fit_loop
         self._before = (loop.max_epochs, loop.min_epochs, loop.epoch_loop.max_steps, loop.epoch_loop.min_steps)
         self._validation = trainer.limit_val_batches
-        if loop.max_epochs is not None and loop.max_epochs != -1:
-            loop.max_epochs = _Unreached(loop.max_epochs)
+        self.lift_epochs()
         if loop.epoch_loop.max_steps != -1:
             loop.epoch_loop.max_steps = _Unreached(loop.epoch_loop.max_steps)
 
-    def stop(self) -> None:
-        """The budget is met: the trainer ends after this batch, whatever minimum of its own this rank has reached."""
-        self._trainer.fit_loop.min_epochs = 0
-        self._trainer.fit_loop.epoch_loop.min_steps = None
-        self._trainer.should_stop = True
+    def lift_epochs(self) -> None:
+        """Lifts the limit of epochs, whatever a callback has made of it since."""
+        epochs = self._before[0]
+        self._trainer.fit_loop.max_epochs = epochs if epochs is None or epochs == -1 else _Unreached(epochs)
+
+    def keep_epochs(self) -> None:
+        """A rank's epochs are the run's: its own ``max_epochs`` ends it, and nothing else need be counted."""
+        self._trainer.fit_loop.max_epochs = self._before[0]
+
+    def stop(self, met: bool) -> None:
+        """The run is over: the trainer ends after this batch, whatever minimum of its own this rank has reached.
+
+        Args:
+            met: the trainer's limits are met, so that Lightning finds that out by itself and ends as it always does.
+                Otherwise somebody has asked to stop earlier.
+
+        """
+        loop = self._trainer.fit_loop
+        loop.min_epochs = 0
+        loop.epoch_loop.min_steps = None
+        loop.epoch_loop.max_steps = self._before[2]
+        if not met:
+            self._trainer.should_stop = True
 
     def restore(self) -> None:
         """Puts the trainer's own limits back."""

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 _M = TypeVar("_M", bound="Message")
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 """Raised whenever a peer of the version before would misread a message."""
 
 ALREADY_APPLIED = "already applied"
@@ -27,7 +27,7 @@ NOT_FINITE = "holds NaN or infinite values"
 MAX_HEADER_BYTES = 64 * 1024
 """No message header is larger; a longer one is refused before it is parsed."""
 
-MAX_TEXT = 4096
+MAX_TEXT = 16 * 1024
 """No text inside a message is longer, in characters."""
 
 
@@ -123,6 +123,9 @@ class Push(Message):
         exchange_seconds: seconds that this worker's previous exchange took, waiting for the window excluded.
         final: this worker hands in its last round and waits for the final model.
         stop: this worker asks that training end for everybody (``trainer.should_stop``).
+        used: how many items of its leases this session has trained on so far, in the order in which they were
+            granted, for each stream where that has changed since the last push: a JSON object, or "" for none.
+        metrics: what this worker's module logged since its last push, for rank 0's loggers: a JSON object, or "".
 
     """
 
@@ -138,6 +141,8 @@ class Push(Message):
     exchange_seconds: float
     final: bool
     stop: bool
+    used: str = ""
+    metrics: str = ""
 
 
 @dataclass(frozen=True)
@@ -155,6 +160,7 @@ class Reply(Message):
         wait_seconds: seconds between the push's application and this dispatch (grace window, or end of the budget).
         stop: training is over; the model that follows is the final one.
         refused: why the push was not applied, in one line; None if it was.
+        shared: what rank 0 has decided for everybody (learning rates that follow a metric): a JSON object, or "".
 
     """
 
@@ -167,4 +173,54 @@ class Reply(Message):
     pace: float
     wait_seconds: float
     stop: bool
+    refused: str | None
+    shared: str = ""
+
+
+@dataclass(frozen=True)
+class LeaseRequest(Message):
+    """A worker asks for the next items of an epoch's order.
+
+    Args:
+        worker: the worker's number.
+        session: the worker's session.
+        number: counts this session's requests from 1; a request that is sent again keeps its number and gets the same
+            answer.
+        stream: name of the data loader, the same on all ranks.
+        items: items (batches, usually) of one epoch of all ranks together.
+        unit: items are leased in multiples of this, but for the last ones of an epoch.
+        epoch: the epoch that the worker is in.
+        any_later: a later epoch, the one that is being handed out, will do as well.
+        ordered: the order means something (data that is not shuffled): it is handed out from its beginning to its end.
+
+    """
+
+    worker: int
+    session: str
+    number: int
+    stream: str
+    items: int
+    unit: int
+    epoch: int
+    any_later: bool
+    ordered: bool = False
+
+
+@dataclass(frozen=True)
+class Lease(Message):
+    """Answers a :class:`LeaseRequest`: items ``start`` to ``stop`` (exclusive) of the epoch's order are the worker's.
+
+    Args:
+        number: of the request.
+        epoch: whose order it is; another one than was asked for where items of a dead worker come back.
+        start: first item.
+        stop: one past the last; equal to ``start`` if the epoch asked for is over.
+        refused: why nothing is granted, in one line; None if nothing is wrong.
+
+    """
+
+    number: int
+    epoch: int
+    start: int
+    stop: int
     refused: str | None

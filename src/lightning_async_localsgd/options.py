@@ -18,6 +18,9 @@ class ExchangeOptions:
         port: the TCP port that rank 0 listens on where ``tcp`` is used; 0 takes a free one.
         encrypt: whether ``tcp`` traffic is encrypted and authenticated with CURVE; ``None`` does so exactly where
             more than one host takes part.
+        frozen: whether parameters with ``requires_grad=False`` are exchanged like the others. They have to be where
+            they may be unfrozen while training runs; ``"auto"`` does so exactly where the trainer has a
+            ``BaseFinetuning`` callback.
 
     Example::
 
@@ -26,13 +29,15 @@ class ExchangeOptions:
         29600
 
     Raises:
-        ValueError: an unknown transport, a port outside 0..65535, or ``encrypt=True`` together with ``"ipc"``.
+        ValueError: an unknown transport, a port outside 0..65535, ``encrypt=True`` together with ``"ipc"``, or another
+            ``frozen`` than those.
 
     """
 
     transport: Transport = "auto"
     port: int = 0
     encrypt: bool | None = None
+    frozen: bool | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         if self.transport not in get_args(Transport):
@@ -43,4 +48,9 @@ class ExchangeOptions:
             raise ValueError(
                 "exchange.encrypt=True needs a network transport: exchange.transport='ipc' never leaves the host; "
                 "use transport='tcp' or leave encrypt unset"
+            )
+        if not isinstance(self.frozen, bool) and self.frozen != "auto":
+            raise ValueError(
+                f"exchange.frozen={self.frozen!r} is unknown; use True (frozen parameters are exchanged), False (they "
+                "are not) or 'auto' (exactly where a callback may unfreeze them)"
             )

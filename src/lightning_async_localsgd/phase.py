@@ -23,12 +23,15 @@ from lightning_async_localsgd.exchange import Exchange
 from lightning_async_localsgd.global_model import GlobalModel
 from lightning_async_localsgd.grace import GraceWindow
 from lightning_async_localsgd.layout import Binding, Layout
+from lightning_async_localsgd.leases import LeaseDesk
 from lightning_async_localsgd.pacing import SpeedAwareSteps
 from lightning_async_localsgd.rendezvous import RendezvousError
 from lightning_async_localsgd.server import LocalExchange, Server
+from lightning_async_localsgd.share import counters, digests, not_exchanged, send, share_differing
 from lightning_async_localsgd.worker import Worker
 
 if TYPE_CHECKING:
+    from lightning_async_localsgd.leases import LeaseStock
     from lightning_async_localsgd.messages import Reply
     from lightning_async_localsgd.options import ExchangeOptions
     from lightning_async_localsgd.outer import OuterOptimizer
@@ -55,6 +58,9 @@ class PhaseSettings:
         silence_timeout: seconds of silence after which a peer is given up.
         total: local steps of all workers together, or None for no end.
         done: steps that count as taken before (a checkpoint without a server's state).
+        planned: what ``total`` comes to per worker, as the trainer counts; None for no end.
+        ends_with_data: the data ends the run, ``total`` is an estimate of it.
+        frozen: whether frozen parameters are exchanged like the others.
 
     """
 
@@ -67,6 +73,9 @@ class PhaseSettings:
     silence_timeout: float
     total: int | None
     done: int = 0
+    planned: int | None = None
+    ends_with_data: bool = False
+    frozen: bool = False
 
 
 class AsyncPhase:
@@ -88,6 +97,8 @@ class AsyncPhase:
     Attributes:
         worker: this rank's worker.
         server: on rank 0, the server.
+        module: the model.
+        binding: its exchanged tensors.
         workers: ranks that took part at the start.
 
     """
@@ -110,19 +121,28 @@ class AsyncPhase:
         self._rank = rank
         self._wire: WireServer | None = None
         self._watch = watch
-        self._module = module
+        self.module = module
         self._samples = 0
+        self._in_step = False
+        self._digests: dict[str, str] = {}
         self._held: list[Tensor] | None = None
         self._showing = False
         self._shown_version = 0
-        layout = Layout.of(module)
-        self._binding = Binding(layout, module)
+        layout = Layout.of(module, settings.frozen)
+        self.binding = Binding(layout, module)
         try:
             exchange = self._open(layout, restored)
-            self.worker = Worker(rank, self._binding, exchange)
+            self.worker = Worker(rank, self.binding, exchange)
+            self._leases = LeaseDesk(exchange, rank, self.worker.session)
+            self.worker.used = self._leases.used
             if rank == 0:
                 self._await_others()
             self.worker.join()
+            if rendezvous is not None:
+                # After joining: there a model that is another one is named with its first differences.
+                tensors = not_exchanged(module, layout)
+                self._digests = digests(tensors)
+                share_differing(tensors, self._digests, rendezvous)
             self._started_at = time.monotonic()
             self._ended_at: float | None = None
         except BaseException:
@@ -137,17 +157,39 @@ class AsyncPhase:
         return self.worker.stopped
 
     @property
+    def keeps_weights(self) -> bool:
+        """Whether an exchange leaves the module as it was, to the last bit: one worker, an outer step of theta - g."""
+        exact = all(entry.dtype == "torch.float32" for entry in self.binding.layout.entries)
+        return exact and self.workers == 1 and self._settings.rule.replaces_model
+
+    @property
     def progress(self) -> float:
-        """Local steps of all workers together that are done by now, as far as this rank can tell, per worker."""
+        """Local steps of all workers that are done by now, as far as this rank can tell, per worker.
+
+        Where the run has an end this is a share of the steps that were planned for each worker, and all of them then.
+        """
+        return self._progress_after(self.worker.round_steps)
+
+    @property
+    def next_progress(self) -> float:
+        """What :attr:`progress` will be when this rank has taken one step more."""
+        return self._progress_after(self.worker.round_steps + 1)
+
+    def _progress_after(self, steps: int) -> float:
         reply = self._reply
-        done = reply.progress + self.worker.round_steps * reply.pace
-        if self.total is not None:
-            done = min(done, float(self.total))
-        return done / self.workers
+        done = reply.progress + steps * reply.pace
+        if self.total is None or not self._settings.planned:
+            return done / self.workers
+        return min(done / self.total, 1.0) * self._settings.planned
+
+    def lease_stock(self, stream: str, items: int, unit: int, ordered: bool) -> LeaseStock:
+        """This rank's share of a data loader's items, see :meth:`.LeaseDesk.stock`."""
+        return self._leases.stock(stream, items, unit, ordered)
 
     def see_batch(self, samples: int) -> None:
         """A batch of ``samples`` samples is about to be trained on."""
         self._samples += samples
+        self._in_step = True
 
     def end_step(self) -> bool:
         """The loop has come to the end of an optimizer step; the round is exchanged if it is over.
@@ -163,16 +205,37 @@ class AsyncPhase:
             return False
         self.worker.end_step(self._samples)
         self._samples = 0
+        self._in_step = False
         self.worker.exchange.check()
         if not self.worker.due:
             return False
         self._end_round()
         return True
 
-    def finish(self) -> None:
-        """Ends training for everybody, if it has not ended yet, and adopts the final model."""
+    def settle(self) -> bool:
+        """A single worker ends its round early, so that the global model holds everything that it has learned.
+
+        Called before the global model is shown or saved. In the middle of a step, where weights must not change, and
+        with several workers, which are in the midst of their rounds all the time, nothing happens.
+
+        Returns:
+            Whether a model was adopted.
+
+        """
+        if self.workers > 1 or self.stopped or self._in_step or self._showing or self.worker.round_steps == 0:
+            return False
+        self._end_round()
+        return True
+
+    def finish(self, stop: bool) -> None:
+        """Hands in what there is, waits until everybody has, and adopts the final model.
+
+        Args:
+            stop: ends training for everybody; otherwise the others go on for as long as they have something to do.
+
+        """
         if not self.stopped:
-            self._end_round(final=True, stop=True)
+            self._end_round(final=True, stop=stop)
 
     def request_stop(self) -> None:
         """Rank 0 has decided to stop: everybody is told now, and handed the final model at their next step."""
@@ -201,15 +264,15 @@ class AsyncPhase:
         if self.server is None or self.stopped:
             return
         self.server.pause(self._rank)
-        tensors = self._binding.tensors()
+        tensors = self.binding.tensors()
         if self._held is None:
             self._held = [torch.empty_like(tensor) for tensor in tensors]
         with torch.no_grad():
             for held, tensor in zip(self._held, tensors, strict=True):
                 held.copy_(tensor)
-        snapshot = torch.empty(self._binding.layout.numel, dtype=torch.float32)
+        snapshot = torch.empty(self.binding.layout.numel, dtype=torch.float32)
         self._shown_version = self.server.copy_model(snapshot)
-        self._binding.load(snapshot)
+        self.binding.load(snapshot)
         self._showing = True
 
     def hide_global_model(self) -> None:
@@ -218,7 +281,7 @@ class AsyncPhase:
             return
         self._showing = False
         with torch.no_grad():
-            for held, tensor in zip(self._held, self._binding.tensors(), strict=True):
+            for held, tensor in zip(self._held, self.binding.tensors(), strict=True):
                 tensor.copy_(held)
         self.server.resume(self._rank)
         self.worker.interrupt()
@@ -229,32 +292,56 @@ class AsyncPhase:
         While a validation shows the global model these are the validated weights, otherwise those of this moment.
         """
         assert self.server is not None
-        flat = torch.empty(self._binding.layout.numel, dtype=torch.float32)
+        flat = torch.empty(self.binding.layout.numel, dtype=torch.float32)
         if self._showing:
-            self._binding.read(flat)
+            self.binding.read(flat)
             version = self._shown_version
         else:
             version = self.server.copy_model(flat)
             # A save between two steps takes time that is no computing.
             self.worker.interrupt()
-        return self._binding.layout.views(flat), version
+        return self.binding.layout.views(flat), version
 
-    def in_place_of(self, state: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    def in_place_of(self, state: dict[str, Any], tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], list[Tensor]]:
         """A module's ``state_dict`` with ``tensors`` (by name, fp32) where it shows the module's own.
 
         The module may have given its entries other names, or left some out; they are recognised by their memory, which
-        also covers tied parameters.
+        also covers tied parameters. Whatever training may still change is a copy, with memory of its own.
+
+        Returns:
+            The state, and those of its tensors that restore the exchanged model to the last bit; none if they don't,
+            because some are rounded from fp32 or left out.
+
         """
-        names = {
-            (tensor.data_ptr(), tensor.shape): entry.name
-            for entry, tensor in zip(self._binding.layout.entries, self._binding.tensors(), strict=True)
-            if tensor.numel() > 0
-        }
+        names = self._names()
+        frozen = {parameter.data_ptr() for parameter in self.module.parameters() if not parameter.requires_grad}
+        copies: dict[str, Tensor] = {}
         shown = dict(state)
         for key, value in state.items():
-            if isinstance(value, Tensor) and (value.data_ptr(), value.shape) in names:
-                shown[key] = tensors[names[value.data_ptr(), value.shape]].to(value.device, value.dtype)
-        return shown
+            if not isinstance(value, Tensor):
+                continue
+            name = names.get((value.data_ptr(), value.shape))
+            if name is None:
+                shown[key] = value if value.data_ptr() in frozen else value.clone()
+            else:
+                if name not in copies:
+                    copies[name] = tensors[name].to(value.device, value.dtype, copy=True)
+                shown[key] = copies[name]
+        return shown, list(copies.values()) if self.restored_by(state) else []
+
+    def restored_by(self, state: Mapping[str, Any]) -> bool:
+        """Whether a module's ``state_dict``, loaded again, restores the exchanged tensors to the last bit."""
+        shown = {(value.data_ptr(), value.shape) for value in state.values() if isinstance(value, Tensor)}
+        entries = self.binding.layout.entries
+        return all(entry.dtype == "torch.float32" for entry in entries) and self._names().keys() <= shown
+
+    def _names(self) -> dict[tuple[int, torch.Size], str]:
+        """The names of the exchanged tensors by their memory."""
+        return {
+            (tensor.data_ptr(), tensor.shape): entry.name
+            for entry, tensor in zip(self.binding.layout.entries, self.binding.tensors(), strict=True)
+            if tensor.numel() > 0
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Rank 0: the server's whole state, of one moment."""
@@ -267,6 +354,31 @@ class AsyncPhase:
         return self.server.totals()
 
     # -------------------------------------------------------------------- ending
+
+    def share_end(self, averaged: bool) -> bool:
+        """After the end: all ranks take what rank 0 has where it is not exchanged, or where hooks have changed it.
+
+        Args:
+            averaged: whether a callback has put averages into rank 0's module, frozen parameters included.
+
+        Returns:
+            On rank 0, whether the module still holds the final global model.
+
+        """
+        final = self.worker.model
+        changed = self.binding.changed_from(final)
+        if self._rendezvous is None:
+            return not changed
+        tensors = not_exchanged(self.module, self.binding.layout)
+        names = list(changed)
+        if self._rank == 0 and averaged:
+            names += [name for name, digest in digests(tensors).items() if self._digests[name] != digest]
+        names = self._rendezvous.broadcast(names)
+        if self._rank > 0:
+            self.binding.load(final)
+        tensors.update(self.binding.named())
+        send({**{name: tensors[name] for name in names}, **counters(self.module)}, self._rendezvous)
+        return not changed
 
     def survivors(self) -> set[int]:
         """Rank 0: the workers that are still there."""
@@ -305,7 +417,6 @@ class AsyncPhase:
 
             near = rendezvous.one_host()
             local, distant = rendezvous.broadcast(None)
-            share_integers(self._module, rendezvous)
             return WireExchange(
                 local if near[self._rank] and local is not None else distant,
                 layout,
@@ -315,20 +426,17 @@ class AsyncPhase:
         self.server = self._open_server(layout, restored)
         if rendezvous is not None:
             self._open_wire(rendezvous)
-            share_integers(self._module, rendezvous)
-        rule = self._settings.rule
-        exact = rendezvous is None and rule.replaces_model and all(e.dtype == "torch.float32" for e in layout.entries)
-        return LocalExchange(self.server, self._binding.read if exact else None, self._watch)
+        return LocalExchange(self.server, self.binding.read if self.keeps_weights else None, self._watch)
 
     def _open_server(self, layout: Layout, restored: dict[str, Any] | None) -> Server:
         settings = self._settings
         model = GlobalModel(layout, settings.rule, self.workers)
-        self._binding.read(model.theta)
+        self.binding.read(model.theta)
         coordinator = Coordinator(
             model,
             SpeedAwareSteps(settings.local_steps, settings.dynamic_local_steps),
             settings.grace,
-            Budget(settings.total, settings.done),
+            Budget(settings.total, settings.done, estimated=settings.ends_with_data),
             cohort=self.workers,
             incarnation=uuid.uuid4().hex,
         )
@@ -378,27 +486,6 @@ class AsyncPhase:
             self.server.close(reason)
         if self._wire is not None:
             self._wire.close()
-
-
-def _integers(module: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a module that are saved with it but not exchanged, because they aren't floating-point."""
-    return {
-        name: tensor
-        for name, tensor in module.state_dict(keep_vars=True).items()
-        if isinstance(tensor, Tensor) and not tensor.is_floating_point()
-    }
-
-
-def share_integers(module: nn.Module, rendezvous: Rendezvous | None) -> None:
-    """Gives every rank rank 0's values of the tensors that are not exchanged (counters, indices)."""
-    if rendezvous is None:
-        return
-    mine = _integers(module)
-    values = rendezvous.broadcast({name: tensor.detach().cpu() for name, tensor in mine.items()})
-    with torch.no_grad():
-        for name, tensor in mine.items():
-            if name in values and values[name].shape == tensor.shape:
-                tensor.copy_(values[name])
 
 
 def _rescaled(state: dict[str, Any], workers: int) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 Two ways lead to the same names. With the package installed, ``import torch`` finds the entry point that
 :mod:`lightning_async_localsgd_autoload` describes. Where that is switched off (``TORCH_DEVICE_BACKEND_AUTOLOAD=0``) or
-the package is only on the path, ``import lightning_async_localsgd`` does the same.
+the package is only on the path, ``import lightning_async_localsgd`` does the same. Both serve ``lightning.pytorch`` and
+``pytorch_lightning``: each finds the class that is made for it.
 """
 
 from __future__ import annotations

@@ -148,6 +148,15 @@ class Rendezvous:
         self._await(key)
         return pickle.loads(b"".join(self._store.get(f"{key}/{n}") for n in range(int(self._store.get(key)))))
 
+    def post(self, name: str, text: str) -> None:
+        """Leaves a note for rank 0, at any time; nobody waits for it."""
+        self._store.set(f"notes({name})/{self.rank}", text)
+
+    def posted(self, name: str) -> dict[int, str]:
+        """The notes of that name that have been left so far, by rank."""
+        keys = {rank: f"notes({name})/{rank}" for rank in range(self.world_size)}
+        return {rank: self._store.get(key).decode() for rank, key in keys.items() if self._has(key)}
+
     def one_host(self) -> dict[int, bool]:
         """For every rank, whether it is on rank 0's host."""
         key = self._next_key("host")

@@ -55,7 +55,10 @@ class ProgressSchedulers:
 
     def advance(self, progress: float) -> None:
         """Steps every scheduler as often as ``progress`` asks for. Going back is not possible and does nothing."""
+        in_use = self._trainer.strategy.lr_scheduler_configs
         for index, (config, period) in enumerate(zip(self._configs, self._periods, strict=True)):
+            if not any(config is one for one in in_use):
+                continue  # A callback (SWA) has put a scheduler of its own in this one's place.
             # The progress is a sum of estimates; a hair below a whole number is that number.
             for _ in range(self._taken[index], int((progress + 1e-6) // period)):
                 call._call_lightning_module_hook(self._trainer, "lr_scheduler_step", config.scheduler, None)

@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lightning_async_localsgd.coordinator import Coordinator, View, WorkerTotals
 from lightning_async_localsgd.exchange import Exchange, ExchangeError
+from lightning_async_localsgd.messages import Lease
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_async_localsgd.buffers import BufferLease, BufferPool
     from lightning_async_localsgd.layout import Layout
-    from lightning_async_localsgd.messages import Hello, Push, Reply
+    from lightning_async_localsgd.messages import Hello, LeaseRequest, Push, Reply
     from lightning_async_localsgd.wire.protocol import Outlet
 
 _log = logging.getLogger(__name__)
@@ -46,6 +47,9 @@ class Server:
         threaded: False runs every event at once in the caller's thread, for a world of one.
         clock: seconds, monotonic.
 
+    Attributes:
+        received_metrics: what workers have logged: their numbers and the texts of their pushes, in order of arrival.
+
     """
 
     def __init__(
@@ -57,7 +61,9 @@ class Server:
     ) -> None:
         self.incarnation = coordinator.incarnation
         self.buffers = buffers
+        self.received_metrics: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
         self._coordinator = coordinator
+        coordinator.on_metrics = lambda worker, text: self.received_metrics.put((worker, text))
         self._clock = clock
         self._outlets: dict[int, Outlet | _LocalOutlet] = {}
         self._spare: BufferLease | None = None
@@ -104,6 +110,10 @@ class Server:
         if lease is not None:
             lease.settle()
         self._submit(event)
+
+    def lease(self, request: LeaseRequest, answer: Callable[[Lease], None]) -> None:
+        """A worker asks for training data; the answer is given from the owner thread."""
+        self._submit(lambda: answer(self._on_lease(request)))
 
     def lost(self, worker: int, session: str, reason: str) -> None:
         """A worker is gone."""
@@ -167,6 +177,14 @@ class Server:
     def totals(self) -> dict[int, WorkerTotals]:
         """What each worker has done so far."""
         return self.ask(lambda coordinator: {n: WorkerTotals(**vars(t)) for n, t in coordinator.totals.items()})
+
+    def share(self, text: str) -> None:
+        """Every reply from now on tells ``text``."""
+
+        def event() -> None:
+            self._coordinator.shared = text
+
+        self._submit(event)
 
     def stop(self) -> None:
         """Training ends as soon as everybody has handed in what they have."""
@@ -257,6 +275,11 @@ class Server:
             outlet.refuse(refused)
             return
         self._outlets[push.worker] = outlet
+
+    def _on_lease(self, request: LeaseRequest) -> Lease:
+        if self._failure is not None:
+            return Lease(request.number, request.epoch, 0, 0, f"the server failed: {self._failure}")
+        return self._coordinator.lease(request)
 
     def _on_lost(self, worker: int, session: str, reason: str) -> None:
         if self._coordinator.leave(worker, session, self._clock(), reason):
@@ -362,6 +385,7 @@ class LocalExchange(Exchange):
         result: Callable[[Tensor], None] | None = None,
         watch: Callable[[], None] = lambda: None,
     ) -> None:
+        super().__init__()
         self._server = server
         self._watch = watch
         self._result = result
@@ -391,7 +415,13 @@ class LocalExchange(Exchange):
 
     def check(self) -> None:
         """See :meth:`Exchange.check`."""
-        self._server.raise_failure()
+        try:
+            self._server.raise_failure()
+        except RuntimeError as error:
+            raise ExchangeError(str(error)) from error
+
+    def _send_request(self, request: LeaseRequest, answer: Future[Lease]) -> None:
+        self._server.lease(request, answer.set_result)
 
     def close(self) -> None:
         """Nothing to close: the server is its owner's."""

@@ -8,60 +8,59 @@ alone validates, saves and logs, and the weights it does that with are the globa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import suppress
+import os
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.imports import _IS_INTERACTIVE
 from lightning.fabric.utilities.seed import reset_seed
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.accelerators import Accelerator, MPSAccelerator, XLAAccelerator
+from lightning.pytorch.callbacks import ModelPruning
 from lightning.pytorch.overrides.distributed import _sync_module_states
-from lightning.pytorch.plugins.precision import DeepSpeedPrecision, FSDPPrecision, XLAPrecision
+from lightning.pytorch.plugins.precision import DeepSpeedPrecision, FSDPPrecision, Precision, XLAPrecision
 from lightning.pytorch.strategies.ddp import DDPStrategy
 from lightning.pytorch.strategies.strategy import Strategy
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
-from lightning_utilities.core.rank_zero import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch.distributed.constants import default_pg_timeout
+from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_async_localsgd.averaging import averages, forgo_second_pass
 from lightning_async_localsgd.callback import AsyncLocalSGDCallback
+from lightning_async_localsgd.checkpoints import SavedModel, frozen_in_time, without_theta
+from lightning_async_localsgd.children import ended_ranks, raise_if_process_ended
+from lightning_async_localsgd.epochs import TrainingData
 from lightning_async_localsgd.grace import GraceWindow
-from lightning_async_localsgd.launcher import (
-    AsyncProcessLauncher,
-    AsyncScriptLauncher,
-    ended_ranks,
-    raise_if_process_ended,
-)
+from lightning_async_localsgd.launcher import AsyncProcessLauncher, AsyncScriptLauncher
 from lightning_async_localsgd.layout import Layout
 from lightning_async_localsgd.limits import LiftedLimits, run_budget
 from lightning_async_localsgd.options import ExchangeOptions
 from lightning_async_localsgd.outer import OuterOptimizer, resolve_outer_optimizer
 from lightning_async_localsgd.pacing import SpeedAwareSteps
-from lightning_async_localsgd.phase import AsyncPhase, PhaseSettings, share_integers
+from lightning_async_localsgd.phase import AsyncPhase, PhaseSettings
 from lightning_async_localsgd.registration import register_names
 from lightning_async_localsgd.rendezvous import Rendezvous
-from lightning_async_localsgd.schedules import ProgressSchedulers
 from lightning_async_localsgd.trainer_parts import (
-    RestingCallbacks,
-    batch_size,
     callbacks_of,
     load_states_of_callbacks,
-    make_finite,
+    may_unfreeze,
+    searches_learning_rate,
     states_of_callbacks,
-    torch_optimizer,
 )
+from lightning_async_localsgd.training import AsyncTraining
 
+# What the constructor's annotations name is imported above, at run time: command lines read it from the module.
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     import lightning.pytorch as pl
-    from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
     from lightning.fabric.utilities.types import _PATH
-    from lightning.pytorch.accelerators import Accelerator
-    from lightning.pytorch.plugins.precision import Precision
     from lightning.pytorch.strategies.strategy import TBroadcast
-    from torch.optim import Optimizer
+    from torch import Tensor
 
 CHECKPOINT_KEY = "async_localsgd"
 """Where a checkpoint holds the server's state."""
@@ -155,16 +154,24 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         self.start_timeout = float(start_timeout)
         self.silence_timeout = float(silence_timeout)
         self._rendezvous: Rendezvous | None = None
-        self._phase: AsyncPhase | None = None
+        self._training: AsyncTraining | None = None
         self._limits: LiftedLimits | None = None
-        self._schedulers: ProgressSchedulers | None = None
-        self._resting: RestingCallbacks | None = None
-        self._step_hook: Any = None
+        self._data: TrainingData | None = None
+        self._distributes_data = True
+        self._searching = False
         self._restored: dict[str, Any] | None = None
         self._last_state: dict[str, Any] | None = None
         self._done: int | None = None
         self._failed = False
-        self._saved_version = 0
+        self._saved = SavedModel()
+
+    @override
+    def __repr__(self) -> str:
+        # A Trainer of Lightning's other package refuses this object, and shows it when it does.
+        mine, other, path = "lightning.pytorch", "pytorch_lightning", "lightning_async_localsgd.pytorch_lightning"
+        if not Strategy.__module__.startswith(mine):
+            mine, other, path = other, mine, "lightning_async_localsgd"
+        return f"<{type(self).__name__} for {mine}.Trainer; for {other}.Trainer there is {path}.AsyncLocalSGDStrategy>"
 
     # ------------------------------------------------------------ registration
 
@@ -188,7 +195,12 @@ class AsyncLocalSGDStrategy(DDPStrategy):
     @property
     def phase(self) -> AsyncPhase | None:
         """The asynchronous phase while it lasts."""
-        return self._phase
+        return None if self._training is None else self._training.phase
+
+    @property
+    def training(self) -> AsyncTraining | None:
+        """What is done and held while ranks run at their own speed."""
+        return self._training
 
     @property
     def _trainer(self) -> pl.Trainer:
@@ -215,16 +227,21 @@ class AsyncLocalSGDStrategy(DDPStrategy):
                 raise_if_process_ended,
                 ended_ranks,
             )
-        else:
-            # Nothing to distribute: samples come in the order of the user's own sampler, as on a single device.
-            trainer._accelerator_connector.use_distributed_sampler = False
         if trainer.state.fn == TrainerFn.FITTING:
             self._last_state = None
             callbacks = callbacks_of(trainer)
-            if not any(isinstance(callback, AsyncLocalSGDCallback) for callback in callbacks):
-                # Before the callbacks that save checkpoints: these see what is there at the end of training.
-                at = sum(not isinstance(callback, Checkpoint) for callback in callbacks)
-                callbacks.insert(at, AsyncLocalSGDCallback())
+            own = next((one for one in callbacks if isinstance(one, AsyncLocalSGDCallback)), None)
+            if own is not None:
+                callbacks.remove(own)
+            # The first of all: whoever comes after it sees the run's counts, and at its end the final model.
+            callbacks.insert(0, own or AsyncLocalSGDCallback())
+            connector = trainer._accelerator_connector
+            self._distributes_data = connector.use_distributed_sampler
+            connector.use_distributed_sampler = False  # Training data is leased, rank 0 validates on everything.
+            seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+            if self._rendezvous is not None:
+                seed = self._rendezvous.broadcast(seed)
+            self._data = TrainingData(trainer, self.world_size, seed, self._distributes_data, self._rendezvous)
         elif self._rendezvous is not None:
             self._rendezvous.barrier("process group")
             self._process_group_backend = self._get_process_group_backend()
@@ -254,6 +271,16 @@ class AsyncLocalSGDStrategy(DDPStrategy):
 
     def _refuse_plugins(self) -> None:
         """What the trainer was given besides and cannot work here."""
+        if isinstance(self.accelerator, (MPSAccelerator, XLAAccelerator)):
+            raise ValueError(
+                f"accelerator={self.accelerator.name()!r} does not go together with strategy={self.strategy_name!r}: "
+                "ranks have CPUs or CUDA devices; choose accelerator='cpu', or another strategy"
+            )
+        if _IS_INTERACTIVE and self._start_method == "popen":
+            raise MisconfigurationException(
+                f"strategy={self.strategy_name!r} runs the script again for every rank, and an interactive session has "
+                "none; use strategy='async_localsgd_notebook'"
+            )
         if self._layer_sync is not None and self.num_nodes * self.num_processes > 1:
             raise ValueError(
                 "sync_batchnorm=True needs all ranks in every forward pass, but with async_localsgd ranks run at their "
@@ -272,8 +299,19 @@ class AsyncLocalSGDStrategy(DDPStrategy):
     def _refuse_unsupported(self, trainer: pl.Trainer) -> None:
         """What cannot work is refused before anything has been trained."""
         assert self.lightning_module is not None
-        Layout.of(self.lightning_module)
+        if any(isinstance(callback, ModelPruning) for callback in callbacks_of(trainer)):
+            raise ValueError(
+                "ModelPruning puts other parameters into the module while it trains, as each rank's local weights "
+                "suggest, and the global model would not follow; with async_localsgd train first and prune the trained "
+                "model in a fit with another strategy"
+            )
+        Layout.of(self.lightning_module, self._exchanges_frozen)
         run_budget(trainer, self.world_size)
+
+    @property
+    def _exchanges_frozen(self) -> bool:
+        frozen = self.exchange.frozen
+        return may_unfreeze(self._trainer) if frozen == "auto" else frozen
 
     # ------------------------------------------------- the asynchronous phase
 
@@ -281,17 +319,31 @@ class AsyncLocalSGDStrategy(DDPStrategy):
     def on_train_start(self) -> None:
         trainer = self._trainer
         assert self.lightning_module is not None
+        if searches_learning_rate(trainer):
+            # Rank 0 tries the learning rates, before anything is trained; the others wait for what it finds.
+            self._searching = True
+            if self.is_global_zero:
+                # With the user's own loader: nothing can be leased yet.
+                trainer.fit_loop._combined_loader = None
+                trainer.fit_loop.setup_data()
+            else:
+                trainer.fit_loop.epoch_loop.max_steps = trainer.global_step
+            return
         restored, self._restored = self._restored, None
         if restored is None and self._done is None and trainer.global_step > 0:
             rank_zero_info(
                 f"The checkpoint holds no state of an {self.strategy_name} run: the global model starts from its "
                 "weights, the outer optimizer from scratch."
             )
-        if self.world_size > 1 and any(config.reduce_on_plateau for config in self.lr_scheduler_configs):
-            raise ValueError(
-                "ReduceLROnPlateau follows a metric that rank 0 alone computes, and the other ranks run at their own "
-                "speed; with async_localsgd use a schedule over steps or epochs"
-            )
+        assert self._limits is not None
+        assert self._data is not None
+        if forgo_second_pass(trainer):
+            self._limits.lift_epochs()
+        budget = run_budget(trainer, self.world_size, self._data)
+        # What a checkpoint of another strategy says to be done is what every rank would have done.
+        done = self._done
+        if done is None:
+            done = round(trainer.global_step * budget.total_per_planned_step(self.world_size))
         settings = PhaseSettings(
             local_steps=self.local_steps,
             rule=resolve_outer_optimizer(self.outer_optimizer),
@@ -300,10 +352,13 @@ class AsyncLocalSGDStrategy(DDPStrategy):
             exchange=self.exchange,
             start_timeout=self.start_timeout,
             silence_timeout=self.silence_timeout,
-            total=run_budget(trainer, self.world_size),
-            done=trainer.global_step * self.world_size if self._done is None else self._done,
+            total=budget.total,
+            done=done,
+            planned=budget.planned,
+            ends_with_data=budget.ends_with_data,
+            frozen=self._exchanges_frozen,
         )
-        self._phase = AsyncPhase(
+        phase = AsyncPhase(
             settings,
             self.lightning_module,
             self._rendezvous,
@@ -312,32 +367,34 @@ class AsyncLocalSGDStrategy(DDPStrategy):
             restored=restored,
             watch=raise_if_process_ended,
         )
+        alone = restored.get("alone") if restored is not None and self.world_size == 1 else None
+        try:
+            self._training = AsyncTraining(trainer, phase, self._data, self._limits, budget, alone)
+        except BaseException:
+            phase.close()
+            raise
         launcher = self.launcher
         if self.is_global_zero and isinstance(launcher, (AsyncScriptLauncher, AsyncProcessLauncher)):
             launcher.mark_started()
         if self._rendezvous is not None:
             self._rendezvous.tolerate_deaths()
-        self._schedulers = ProgressSchedulers(trainer, self._phase.progress)
-        assert self._limits is not None
-        if self._phase.stopped:  # So few steps that none were left for this rank.
-            self._limits.stop()
-        self._step_hook = torch_optimizer(self.optimizers[0]).register_step_post_hook(self._on_optimizer_stepped)
-        for callback in callbacks_of(trainer):
-            if isinstance(callback, AsyncLocalSGDCallback):
-                callback.on_async_phase_start(trainer, self._phase)
-        if not self.is_global_zero:
-            # Ranks above 0 neither validate nor save.
-            trainer.limit_val_batches = 0
-            self._resting = RestingCallbacks(trainer)
+        if any(entry.dtype == "torch.float64" for entry in phase.binding.layout.entries):
+            rank_zero_warn(
+                f"The global model of {self.strategy_name} is kept in fp32: parameters and buffers of dtype fp64 are "
+                "rounded to it at every exchange. Within a round they are trained in fp64."
+            )
 
-    def _on_optimizer_stepped(self, *_: Any) -> None:
-        if self._phase is not None:
-            self._phase.worker.count_step()
+    @override
+    def process_dataloader(self, dataloader: object) -> object:
+        dataloader = super().process_dataloader(dataloader)
+        if self._data is not None and self._trainer.state.stage == RunningStage.TRAINING and not self._searching:
+            return self._data.take(dataloader)
+        return dataloader
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        if self._phase is not None:
-            self._phase.see_batch(batch_size(batch))
+        if self._training is not None:
+            self._training.see_batch(batch)
 
     @override
     def optimizer_step(
@@ -364,55 +421,31 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         return output
 
     def _end_step(self) -> None:
-        phase = self._phase
-        if phase is None or phase.stopped:
-            return
-        phase.end_step()
-        if phase.worker.diverged:
-            # The model that came back is sound, the optimizer's averages are not: what is not finite in them starts
-            # from zero again, everything else stays.
-            for optimizer in self.optimizers:
-                make_finite(torch_optimizer(optimizer))
-        self._follow(phase)
-
-    def _follow(self, phase: AsyncPhase) -> None:
-        """Schedulers follow the progress, and the trainer stops when the run has ended."""
-        assert self._schedulers is not None
-        assert self._limits is not None
-        self._schedulers.advance(phase.progress)
-        if phase.stopped:
-            self._limits.stop()
-
-    def finish_training(self) -> None:
-        """Ends training for everybody if it has not ended yet; afterwards the module holds the final global model.
-
-        Called where this rank's loop comes to its end by itself (``trainer.should_stop``).
-        """
-        phase = self._phase
-        if phase is not None and not phase.stopped:
-            phase.finish()
-            self._follow(phase)
+        if self._training is not None:
+            self._training.end_step()
 
     @override
     def on_validation_start(self) -> None:
-        if self._phase is not None:
-            self._phase.show_global_model()
+        if self._training is not None:
+            self._training.settle()
+            self._training.phase.show_global_model()
 
     @override
     def on_validation_end(self) -> None:
-        if self._phase is not None:
-            self._phase.hide_global_model()
-            trainer = self._trainer
-            if trainer.should_stop and trainer.fit_loop._can_stop_early and not self._phase.stopped:
-                self._phase.request_stop()
+        if self._training is not None:
+            self._training.phase.hide_global_model()
+            self._training.end_validation()
 
     @override
     def on_train_end(self) -> None:
-        self.finish_training()
-        phase, self._phase = self._phase, None
-        if phase is None:
+        self._searching = False
+        if self._training is not None:
+            self._training.finish()
+        # From here on collectives are real again.
+        training, self._training = self._training, None
+        if training is None:
             return
-        trainer = self._trainer
+        trainer, phase = self._trainer, training.phase
         assert self.lightning_module is not None
         if self._rendezvous is not None:
             if self.is_global_zero:
@@ -421,37 +454,26 @@ class AsyncLocalSGDStrategy(DDPStrategy):
             if self.is_global_zero:
                 left = phase.survivors()
                 self._rendezvous.survivors = lambda: left - ended_ranks()
-            share_integers(self.lightning_module, self._rendezvous)
+            training.agree(self._rendezvous)
+        untouched = phase.share_end(averaged=bool(averages(trainer)))
         if self.is_global_zero:
-            self._last_state = self._without_theta(phase.state_dict())
+            state = training.state_dict()
+            holds_it = untouched and phase.restored_by(self.lightning_module.state_dict())
+            self._last_state = without_theta(state) if holds_it else state
             self._done = self._last_state["budget"]["done"]
-        self._leave_phase()
+        training.release()
+        self._limits = None
         if self._rendezvous is not None:
             states = self._rendezvous.broadcast(states_of_callbacks(trainer))
             if not self.is_global_zero:
                 load_states_of_callbacks(trainer, states)
         phase.close()
 
-    def _leave_phase(self) -> None:
-        """Gives Lightning back what was taken from it."""
-        if self._step_hook is not None:
-            self._step_hook.remove()
-            self._step_hook = None
-        if self._schedulers is not None:
-            self._schedulers.release()
-            self._schedulers = None
-        if self._limits is not None:
-            self._limits.restore()
-            self._limits = None
-        if self._resting is not None:
-            self._resting.wake()
-            self._resting = None
-
     # -------------------------------------------------------------- collectives
 
     @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:
-        if self._phase is not None:
+        if self._training is not None or self._searching:
             return
         if torch.distributed.is_initialized():
             super().barrier(*args, **kwargs)
@@ -460,7 +482,7 @@ class AsyncLocalSGDStrategy(DDPStrategy):
 
     @override
     def broadcast(self, obj: TBroadcast, src: int = 0) -> TBroadcast:
-        if self._phase is not None:
+        if self._training is not None or self._searching:
             return obj
         if torch.distributed.is_initialized():
             return super().broadcast(obj, src)
@@ -469,57 +491,56 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         return obj
 
     @override
+    def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
+        if self._training is not None and self._training.local_values is not None:
+            self._training.local_values.gathers()
+        return super().all_gather(tensor, group, sync_grads)
+
+    @override
+    def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
+        if self._training is not None and self._training.local_values is not None:
+            self._training.local_values.reduces(tensor)
+        return super().reduce(tensor, group, reduce_op)
+
+    @override
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         # Without a group the inherited one would sum over one rank and compare with the world size.
         if torch.distributed.is_initialized():
             return super().reduce_boolean_decision(decision, all)
         return decision
 
-    @property
-    @override
-    def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        module = self.lightning_module
-        if module is not None and module._trainer is not None:
-            state = module.trainer.state
-            if state.fn == TrainerFn.FITTING and state.stage in (RunningStage.SANITY_CHECKING, RunningStage.VALIDATING):
-                # Rank 0 validates alone, so it validates on everything.
-                return {"num_replicas": 1, "rank": 0}
-        return super().distributed_sampler_kwargs
-
     # -------------------------------------------------------------- checkpoints
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = super().lightning_module_state_dict()
-        if self._phase is None or not self.is_global_zero:
+        if self._training is None or not self.is_global_zero:
             return state
-        tensors, self._saved_version = self._phase.global_tensors()
-        return self._phase.in_place_of(state, tensors)
+        self._training.settle()
+        tensors, version = self._training.phase.global_tensors()
+        shown, restoring = self._training.phase.in_place_of(state, tensors)
+        self._saved = SavedModel(version, restoring)
+        return shown
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
         if self.is_global_zero and "optimizer_states" in checkpoint:
             state = self._last_state
-            if self._phase is not None:
-                state = self._phase.state_dict()
-                if state["model"]["version"] == self._saved_version:
-                    state = self._without_theta(state)
+            if self._training is not None:
+                state = self._training.state_dict()
+                if self._saved.is_in(checkpoint, state["model"]["version"]):
+                    state = without_theta(state)
             if state is not None:
                 checkpoint[CHECKPOINT_KEY] = state
-        super().save_checkpoint(checkpoint, filepath, storage_options)
-
-    def _without_theta(self, state: dict[str, Any]) -> dict[str, Any]:
-        """The state without the model, where the checkpoint's own weights are the same to the last bit."""
-        module = self.lightning_module
-        assert module is not None
-        if any(p.dtype != torch.float32 for p in [*module.parameters(), *module.buffers()] if p.is_floating_point()):
-            return state
-        return {**state, "model": {key: value for key, value in state["model"].items() if key != "theta"}}
+        super().save_checkpoint(frozen_in_time(checkpoint, self.checkpoint_io), filepath, storage_options)
 
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, *args: Any, **kwargs: Any) -> dict[str, Any]:
         checkpoint: dict[str, Any] = super().load_checkpoint(checkpoint_path, *args, **kwargs)
-        if self._trainer.state.fn == TrainerFn.FITTING and self.is_global_zero:
+        module = self.lightning_module
+        # After a fit in spawned processes, the process that has started them has a module without a trainer.
+        attached = module is not None and module._trainer is not None
+        if attached and self._trainer.state.fn == TrainerFn.FITTING and self.is_global_zero:
             self._restored = checkpoint.get(CHECKPOINT_KEY)
         return checkpoint
 
@@ -531,20 +552,33 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         self._abandon(f"rank {self.global_rank} ended with {type(exception).__name__}: {exception}")
 
     def _abandon(self, reason: str) -> None:
-        phase, self._phase = self._phase, None
-        if phase is not None:
+        self._searching = False
+        training, self._training = self._training, None
+        if training is not None:
             with suppress(Exception):  # Whatever went wrong first is what the user must see.
-                phase.close(reason)
-        self._leave_phase()
+                training.phase.close(reason)
+            training.release()
+        elif self._limits is not None:
+            self._limits.restore()
+        self._limits = None
 
     @override
     def teardown(self) -> None:
         self._abandon("the trainer was torn down")
+        if self._data is not None:
+            self._trainer._accelerator_connector.use_distributed_sampler = self._distributes_data
+            self._data = None
         if self._rendezvous is not None:
             self._rendezvous.close_group()
             if not (self._failed and self.is_global_zero):
                 self._rendezvous.conclude()
             self._rendezvous = None
-        if self._failed and self.is_global_zero and isinstance(self.launcher, AsyncScriptLauncher):
-            self.launcher.end_processes()
-        super().teardown()
+        if self._failed and isinstance(self.launcher, AsyncScriptLauncher):
+            # In training the ranks of a node go on without the one that has launched them, elsewhere all are needed.
+            module = self.lightning_module
+            trainer = module._trainer if module is not None else None
+            if self.is_global_zero or trainer is None or trainer.state.fn != TrainerFn.FITTING:
+                self.launcher.end_processes()
+        # A model on the meta device was refused, and cannot be moved to the CPU: the refusal is what the user must see.
+        with suppress(NotImplementedError) if self._failed else nullcontext():
+            super().teardown()

@@ -4,14 +4,26 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
+from lightning.pytorch import callbacks
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    Checkpoint,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+)
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.tuner.lr_finder import _LRCallback
 from torch import Tensor
+from torch.optim import LBFGS
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
     from lightning.pytorch.callbacks import Callback
     from torch.optim import Optimizer
+
+WEIGHT_AVERAGING: Any = getattr(callbacks, "WeightAveraging", ())
+"""The class of callbacks that average weights by steps; nothing is one where Lightning is too old to have it."""
 
 
 def callbacks_of(trainer: pl.Trainer) -> list[Callback]:
@@ -19,16 +31,32 @@ def callbacks_of(trainer: pl.Trainer) -> list[Callback]:
     return trainer.callbacks  # type: ignore[attr-defined,no-any-return] # set by one of its connectors
 
 
-class RestingCallbacks:
-    """Keeps checkpoint and early-stopping callbacks out of a trainer, until :meth:`wake`.
+def model_checkpoints_of(trainer: pl.Trainer) -> list[ModelCheckpoint]:
+    """The callbacks that save checkpoints every so often."""
+    return [callback for callback in callbacks_of(trainer) if isinstance(callback, ModelCheckpoint)]
 
-    Ranks above 0 neither validate nor save: what does so, or acts on its outcome, rests on them.
+
+def accumulated_batches(trainer: pl.Trainer, epoch: int) -> int:
+    """Batches of one optimizer step in an epoch."""
+    if not trainer.lightning_module.automatic_optimization:
+        return 1
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, GradientAccumulationScheduler):
+            return int(callback.get_accumulate_grad_batches(epoch))
+    return int(trainer.accumulate_grad_batches)
+
+
+class RestingCallbacks:
+    """Keeps callbacks that are rank 0's alone out of a trainer, until :meth:`wake`.
+
+    Ranks above 0 neither validate nor save: what does so, or acts on its outcome, rests on them. So does what averages
+    weights: the average is that of the global model.
     """
 
     def __init__(self, trainer: pl.Trainer) -> None:
         self._trainer = trainer
         callbacks = enumerate(callbacks_of(trainer))
-        self._resting = [(at, callback) for at, callback in callbacks if _acts_on_validation(callback)]
+        self._resting = [(at, callback) for at, callback in callbacks if _is_of_rank_0(callback)]
         for _, callback in self._resting:
             callbacks_of(trainer).remove(callback)
 
@@ -40,19 +68,25 @@ class RestingCallbacks:
 
 
 def states_of_callbacks(trainer: pl.Trainer) -> list[dict[str, Any]]:
-    """What the checkpoint and early-stopping callbacks know, such as the best model's path."""
-    return [callback.state_dict() for callback in callbacks_of(trainer) if _acts_on_validation(callback)]
+    """What the callbacks of rank 0 alone know, such as the best model's path."""
+    return [callback.state_dict() for callback in callbacks_of(trainer) if _is_of_rank_0(callback)]
 
 
 def load_states_of_callbacks(trainer: pl.Trainer, states: list[dict[str, Any]]) -> None:
     """Makes the trainer's callbacks know what those of another rank know."""
-    mine = [callback for callback in callbacks_of(trainer) if _acts_on_validation(callback)]
+    mine = [callback for callback in callbacks_of(trainer) if _is_of_rank_0(callback)]
     for callback, state in zip(mine, states, strict=True):
-        callback.load_state_dict(state)
+        if state:  # As in a checkpoint: a callback that has none to give has none to load.
+            callback.load_state_dict(state)
 
 
-def _acts_on_validation(callback: Callback) -> bool:
-    return isinstance(callback, (Checkpoint, EarlyStopping))
+def _is_of_rank_0(callback: Callback) -> bool:
+    return isinstance(callback, (Checkpoint, EarlyStopping, WEIGHT_AVERAGING))
+
+
+def searches_learning_rate(trainer: pl.Trainer) -> bool:
+    """Whether this is Lightning's ``LearningRateFinder`` trying learning rates, not the training itself."""
+    return any(isinstance(callback, _LRCallback) for callback in callbacks_of(trainer))
 
 
 def torch_optimizer(optimizer: Any) -> Optimizer:
@@ -60,12 +94,29 @@ def torch_optimizer(optimizer: Any) -> Optimizer:
     return optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
 
 
-def make_finite(optimizer: Optimizer) -> None:
-    """Sets what is not finite in the optimizer's state to zero, and keeps the rest."""
-    for state in optimizer.state.values():
-        for value in state.values():
-            if isinstance(value, Tensor) and value.is_floating_point():
-                value.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+def may_unfreeze(trainer: pl.Trainer) -> bool:
+    """Whether a callback may make frozen parameters trainable while training runs."""
+    return any(isinstance(callback, BaseFinetuning) for callback in callbacks_of(trainer))
+
+
+def worker_has_moved(optimizer: Optimizer, diverged: bool) -> None:
+    """Fits the optimizer's state to weights that it has not put there itself. Averages and moments stay as they are.
+
+    Args:
+        optimizer: of a worker that has adopted the global model.
+        diverged: the worker's round came to values that are not finite. The model that came back is sound, the
+            optimizer's averages are not: what is not finite in them starts from zero again.
+
+    """
+    if isinstance(optimizer, LBFGS):
+        # Its memory pairs steps with the changes of the gradient along them; the way from its last weights to these is
+        # none of its steps. So it begins anew, with a step along the gradient.
+        optimizer.state.clear()
+    if diverged:
+        for state in optimizer.state.values():
+            for value in state.values():
+                if isinstance(value, Tensor) and value.is_floating_point():
+                    value.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def batch_size(batch: Any) -> int:

@@ -12,12 +12,12 @@ import uuid
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import torch
-
 from lightning_async_localsgd.exchange import ExchangeError
 from lightning_async_localsgd.messages import ALREADY_APPLIED, NOT_FINITE, PROTOCOL_VERSION, Hello, Push, Reply
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lightning_async_localsgd.exchange import Exchange
     from lightning_async_localsgd.layout import Binding
 
@@ -44,6 +44,8 @@ class Worker:
         total_steps: real optimizer steps of this worker since it joined.
         stopped: the final model has been adopted; there is nothing more to do.
         diverged: the last push was refused because it was not finite.
+        metrics: gives what this worker's module has logged since it was last asked, for a push.
+        used: gives the items of training data that were used since it was last asked, see :attr:`Push.used`.
 
     """
 
@@ -57,12 +59,13 @@ class Worker:
         self.total_steps = 0
         self.stopped = False
         self.diverged = False
+        self.metrics: Callable[[], str] = str
+        self.used: Callable[[], str] = str
         self.reply: Reply | None = None
         self._binding = binding
         self._clock = clock
-        size = binding.layout.numel
-        self._model = torch.zeros(size, dtype=torch.float32)
-        self._gradient = torch.zeros(size, dtype=torch.float32)
+        self._model = binding.new_flat()
+        self._gradient = binding.new_flat()
         self._sequence = 0
         self._refusals = 0
         self._samples = 0
@@ -71,6 +74,11 @@ class Worker:
         self._compute_seconds = 0.0
         self._exchange_seconds = 0.0
         self._mark: float | None = None
+
+    @property
+    def model(self) -> Tensor:
+        """The model of the last dispatch, flat fp32, as this worker's parameters could take it."""
+        return self._model
 
     def join(self) -> Reply:
         """Takes part: waits for the first dispatch and adopts it.
@@ -130,7 +138,12 @@ class Worker:
         """
         assert self.reply is not None
         assert not self.stopped
+        # A device may still have to compute what the loop has given it; that is part of the round, not of the exchange.
+        ahead = self._clock()
+        self._binding.synchronize()
         began = self._clock()
+        if self._timed_steps > 0:
+            self._compute_seconds += began - ahead
         self._sequence += 1
         push = Push(
             worker=self.number,
@@ -145,6 +158,8 @@ class Worker:
             exchange_seconds=self._exchange_seconds,
             final=final,
             stop=stop,
+            used=self.used(),
+            metrics=self.metrics(),
         )
         if self.round_steps > 0:
             self._binding.subtract_from(self._model, self._gradient)

@@ -110,23 +110,27 @@ class Pace(L.Callback):
     def __init__(self, options: dict[str, Any]) -> None:
         self.options = options
         self.steps = 0
-        self.resumed_at = 0
+        self.batches = 0
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.resumed_at = trainer.global_step
+        trainer.optimizers[0].register_step_post_hook(self.count)
+
+    def count(self, *_: Any) -> None:
+        self.steps += 1
 
     def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        module.seen["steps"] = trainer.global_step - self.resumed_at
+        module.seen["steps"] = self.steps
+        module.seen["global_step"] = trainer.global_step
         module.seen["digest"] = digest(module)
         module.seen["threads"] = [thread.name for thread in threading.enumerate()]
         note(trainer, module)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
-        self.steps += 1
+        self.batches += 1
         module.seen["rates"].append(trainer.optimizers[0].param_groups[0]["lr"])
         time.sleep(SECONDS[trainer.global_rank % len(SECONDS)])
         options = self.options
-        if trainer.global_rank == options.get("victim", -1) and self.steps == options.get("at_step"):
+        if trainer.global_rank == options.get("victim", -1) and self.batches == options.get("at_step"):
             if options["fate"] == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             elif options["fate"] == "raise":

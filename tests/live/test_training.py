@@ -26,6 +26,7 @@ def assert_budget_met(outcome: Outcome, steps: int) -> None:
     assert sum(worker["steps"] for worker in outcome.summary["workers"]) == steps
     assert outcome.summary["budget"] == steps
     assert sum(rank["steps"] for rank in outcome.ranks) == steps
+    assert {rank["global_step"] for rank in outcome.ranks} == {steps // len(outcome.ranks)}
 
 
 def logged(outcome: Outcome) -> dict[str, list[float]]:

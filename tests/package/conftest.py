@@ -47,13 +47,13 @@ def check_output(command: Sequence[str | Path], **options: Any) -> str:
 
 
 class FreshEnvironment:
-    """A virtual environment with the running one's packages, except ours.
+    """A virtual environment with the running one's packages, except ours and the one called ``without``.
 
     They are linked one by one: a search path onto the running environment would also offer its copy of this package,
     and so hide a file that the wheel has forgotten.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, without: str | None = None) -> None:
         self.path = path
         check_output([sys.executable, "-m", "venv", "--without-pip", path])
         self.python = path / "bin" / "python"
@@ -62,7 +62,9 @@ class FreshEnvironment:
         for folder in {paths["purelib"], paths["platlib"], str(Path(torch.__file__).parents[1])}:
             for entry in Path(folder).iterdir():
                 link = self.site_packages / entry.name
-                if entry.suffix != ".pth" and not entry.name.lstrip("_").startswith(OURS) and not link.exists():
+                unwanted = entry.suffix == ".pth" or entry.name.lstrip("_").startswith(OURS)
+                unwanted |= entry.name == without or entry.name.startswith(f"{without}-")
+                if not unwanted and not link.exists():
                     link.symlink_to(entry)
 
     def install(self, *arguments: str | Path) -> None:
@@ -109,6 +111,14 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> FreshEnvironment:
 def with_wheel(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> FreshEnvironment:
     """An environment with the wheel installed. Not to be changed."""
     environment = FreshEnvironment(tmp_path_factory.mktemp("with_wheel") / "env")
+    environment.install(wheel)
+    return environment
+
+
+@pytest.fixture(scope="session")
+def without_lightning(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> FreshEnvironment:
+    """An environment with the wheel and ``pytorch_lightning``, but no ``lightning``. Not to be changed."""
+    environment = FreshEnvironment(tmp_path_factory.mktemp("without_lightning") / "env", without="lightning")
     environment.install(wheel)
     return environment
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -14,7 +15,16 @@ from lightning_async_localsgd.coordinator import Coordinator
 from lightning_async_localsgd.global_model import GlobalModel
 from lightning_async_localsgd.grace import GraceWindow
 from lightning_async_localsgd.layout import Layout
-from lightning_async_localsgd.messages import ALREADY_APPLIED, PROTOCOL_VERSION, Hello, Push, Reply
+from lightning_async_localsgd.messages import (
+    ALREADY_APPLIED,
+    NOT_FINITE,
+    PROTOCOL_VERSION,
+    Hello,
+    Lease,
+    LeaseRequest,
+    Push,
+    Reply,
+)
 from lightning_async_localsgd.outer import DelayedNesterov, OuterOptimizer, TorchOptimizer
 from lightning_async_localsgd.pacing import SpeedAwareSteps
 
@@ -434,3 +444,129 @@ def test_a_loss_after_the_end_leaves_the_final_model_alone() -> None:
     final = coordinator.model.theta.clone()
     coordinator.leave(2, "s2", now + 1, "goodbye")
     assert torch.equal(coordinator.model.theta, final)
+
+
+# ---------------------------------------------------------------- data leases
+
+
+def ask(coordinator: Coordinator, worker: int, number: int, session: str | None = None) -> Lease:
+    return coordinator.lease(LeaseRequest(worker, session or f"s{worker}", number, "0", 40, 1, 0, False))
+
+
+def free(coordinator: Coordinator) -> list[list[int]]:
+    found: list[list[int]] = coordinator.state_dict()["leases"]["0"]["free"]
+    return found
+
+
+def test_items_count_when_their_push_is_settled_and_are_free_again_when_it_is_refused() -> None:
+    coordinator = make(workers=1)
+    player = Player(coordinator)
+    player.join_all(1)
+    assert ask(coordinator, 0, 1) == Lease(1, 0, 0, 10, None)
+    push = player.push(0, 1.0, used='{"0":3}')
+    player.flush(1.0)
+    assert free(coordinator) == [[0, 3, 40]]
+    assert coordinator.push(push, torch.ones(LAYOUT.numel), 1.5) is None
+    assert player.flush(1.5)[0].refused == ALREADY_APPLIED
+    assert free(coordinator) == [[0, 3, 40]]
+    player.push(0, 2.0, torch.full((LAYOUT.numel,), float("nan")), used='{"0":5}')
+    assert player.flush(2.0)[0].refused == NOT_FINITE
+    assert free(coordinator) == [[0, 5, 40]]
+    # A round that is refused is lost with what was learnt from its items: they are for others, and it goes on.
+    player.push(0, 3.0, base_version=77, used='{"0":8}')
+    player.flush(3.0)
+    assert ask(coordinator, 0, 2).start == 5
+    player.push(0, 4.0, used='{"0":10}')
+    assert player.flush(4.0)[0].refused is None
+    assert free(coordinator) == [[0, 5, 8], [0, 10, 40]]
+
+
+@pytest.mark.parametrize("used", ['{"0":11}', '{"1":1}', "{", "[1]", '{"0":-1}'])
+def test_a_push_that_claims_other_items_than_its_worker_was_leased_is_refused(used: str) -> None:
+    coordinator = make(workers=1)
+    player = Player(coordinator)
+    player.join_all(1)
+    ask(coordinator, 0, 1)
+    player.push(0, 1.0, used=used)
+    assert "items" in (player.flush(1.0)[0].refused or "")
+    assert coordinator.model.version == 0
+    assert free(coordinator) == [[0, 0, 40]]
+    player.push(0, 2.0, used='{"0":10}')
+    assert player.flush(2.0)[0].refused is None
+    assert free(coordinator) == [[0, 10, 40]]
+
+
+def test_leases_of_a_session_end_with_it() -> None:
+    coordinator = make(workers=2)
+    player = Player(coordinator)
+    player.join_all(2)
+    ask(coordinator, 0, 1)
+    assert coordinator.join(hello(0, "newer"), 1.0) is None
+    player.flush(1.0)
+    assert "not a live one" in (ask(coordinator, 0, 2).refused or "")
+    assert "not a live one" in (ask(coordinator, 7, 1).refused or "")
+    player.push(0, 2.0, used='{"0":2}')
+    assert free(coordinator) == [[0, 0, 40]]
+    # The newer session counts its requests and its items from the beginning.
+    first = ask(coordinator, 0, 1, "newer")
+    assert first.refused is None
+    player.sequences[0] = 0
+    player.push(0, 3.0, session="newer", used=json.dumps({"0": first.stop - first.start}))
+    assert player.flush(3.0)[0].refused is None
+
+
+def test_a_worker_whose_connection_was_lost_asks_on_and_comes_back_with_its_items() -> None:
+    coordinator = make(workers=2)
+    player = Player(coordinator)
+    player.join_all(2)
+    first = ask(coordinator, 0, 1)
+    coordinator.leave(0, "s0", 1.0, "its connection ended")
+    second = ask(coordinator, 0, 2)
+    assert second.refused is None
+    assert coordinator.join(hello(0, rejoining=True), 2.0) is None
+    count = first.stop - first.start + second.stop - second.start
+    player.push(0, 3.0, used=json.dumps({"0": count}))
+    assert player.flush(3.0)[0].refused is None
+    assert sum(stop - start for _, start, stop in free(coordinator)) == 40 - count
+
+
+def test_a_worker_that_comes_back_too_late_is_refused_one_round_and_goes_on() -> None:
+    coordinator = make(workers=2)
+    player = Player(coordinator)
+    player.join_all(2)
+    ask(coordinator, 0, 1)
+    coordinator.leave(0, "s0", 1.0, "its connection ended")
+    count, number = 0, 0
+    while True:
+        number += 1
+        lease = ask(coordinator, 1, number)
+        if lease.start == lease.stop:
+            break
+        count += lease.stop - lease.start
+    assert count == 40
+    assert coordinator.join(hello(0, rejoining=True), 2.0) is None
+    player.push(0, 3.0, used='{"0":5}')
+    assert "went to others" in (player.flush(3.0)[0].refused or "")
+    player.push(1, 4.0, used='{"0":40}')
+    assert player.flush(4.0)[1].refused is None
+    assert free(coordinator) == []
+    player.push(0, 5.0)
+    assert player.flush(5.0)[0].refused is None
+
+
+def test_positions_in_the_data_are_saved_and_may_be_missing() -> None:
+    coordinator = make(workers=1)
+    player = Player(coordinator)
+    player.join_all(1)
+    ask(coordinator, 0, 1)
+    player.push(0, 1.0, used='{"0":4}')
+    state = coordinator.state_dict()
+    later = make(workers=1)
+    later.load_state_dict(state)
+    Player(later).join_all(1)
+    assert ask(later, 0, 1).start == 4
+    del state["leases"]
+    without = make(workers=1)
+    without.load_state_dict(state)
+    Player(without).join_all(1)
+    assert ask(without, 0, 1).start == 0

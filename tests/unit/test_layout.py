@@ -31,18 +31,19 @@ class Mixed(nn.Module):
         self.register_buffer("nothing", None)
 
 
-def test_order_is_parameters_then_persistent_floating_buffers() -> None:
+@pytest.mark.parametrize("frozen", [True, False])
+def test_order_is_parameters_then_persistent_floating_buffers(frozen: bool) -> None:
     module = Mixed()
-    layout = Layout.of(module)
+    layout = Layout.of(module, frozen)
 
-    parameters = [name for name, _ in module.named_parameters()]
+    parameters = [name for name, _ in module.named_parameters() if frozen or name != "frozen"]
     assert [entry.name for entry in layout.entries if entry.kind == "parameter"] == parameters
     assert [entry.name for entry in layout.entries if entry.kind == "buffer"] == [
         "table",
         "norm.running_mean",
         "norm.running_var",
     ]
-    assert layout.parameter_numel == sum(parameter.numel() for parameter in module.parameters())
+    assert layout.parameter_numel == sum(dict(module.named_parameters())[name].numel() for name in parameters)
     assert layout.numel == layout.parameter_numel + 4 + 3 + 3
     assert [entry.offset for entry in layout.entries] == [
         sum(entry.numel for entry in layout.entries[:index]) for index in range(len(layout.entries))
@@ -129,8 +130,7 @@ def with_parameter(tensor: torch.Tensor) -> nn.Module:
     [
         (nn.Linear(2, 2).requires_grad_(False), "Linear has no trainable parameter"),
         (nn.Identity(), "no trainable parameter"),
-        (nn.Conv2d(4, 4, 3).to(memory_format=torch.channels_last), r"'weight'.*not contiguous.*\.contiguous\(\)"),
-        (with_parameter(torch.ones(2, 3).t()), "'odd'.*not contiguous"),
+        (with_parameter(torch.ones(3).expand(2, 3)), r"'odd'.*is expanded.*\.contiguous\(\)"),
         (with_parameter(torch.ones(2, dtype=torch.complex64)), "'odd' is complex"),
         (with_parameter(torch.ones(2, 2).to_sparse()), "'odd' is sparse"),
         (with_parameter(torch.ones(2).to(torch.float8_e5m2)), "'odd' is torch.float8_e5m2"),
@@ -174,6 +174,7 @@ def test_load_then_read_gives_what_was_loaded_after_rounding() -> None:
     assert torch.equal(read, flat)
     rounded = layout.views(flat)
     for name, view in layout.views(sent).items():
+        # fp64 takes any fp32 value.
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(name, torch.float32)
         assert torch.equal(rounded[name], view.to(dtype).float()), name
     assert torch.equal(module.head.weight, rounded["embedding.weight"])
@@ -206,6 +207,50 @@ def test_push_holds_differences_of_parameters_and_values_of_buffers() -> None:
     split = layout.parameter_numel
     assert torch.equal(out[:split], (base - local)[:split])
     assert torch.equal(out[split:], local[split:])
+
+
+@pytest.mark.parametrize(
+    "module", [nn.Conv2d(4, 4, 3).to(memory_format=torch.channels_last), with_parameter(torch.ones(2, 3).t())]
+)
+def test_strides_are_the_modules_own(module: nn.Module) -> None:
+    strides = [parameter.stride() for parameter in module.parameters()]
+    layout = Layout.of(module)
+    binding = Binding(layout, module)
+    base = torch.randn(layout.numel)
+    binding.load(base)
+    assert binding.changed_from(base) == []
+    for name, parameter in module.named_parameters():
+        assert torch.equal(parameter, layout.views(base)[name])
+    assert [parameter.stride() for parameter in module.parameters()] == strides
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.sub_(1.0)
+    out = torch.empty_like(base)
+    binding.subtract_from(base, out)
+    assert torch.allclose(out, torch.ones_like(out))
+    assert binding.changed_from(base) == [entry.name for entry in layout.entries]
+
+
+def test_a_parameter_that_is_unfrozen_though_it_is_left_out_is_named() -> None:
+    module = Mixed()
+    layout = Layout.of(module)
+    binding = Binding(layout, module)
+    base = torch.zeros(layout.numel)
+    binding.subtract_from(base, torch.empty_like(base))
+    module.frozen.requires_grad_(True)
+    with pytest.raises(RuntimeError, match=r"'frozen' was frozen.*ExchangeOptions\(frozen=True\)"):
+        binding.subtract_from(base, torch.empty_like(base))
+
+
+def test_parameters_may_be_unfrozen_where_frozen_ones_belong_to_the_layout() -> None:
+    module = Mixed()
+    layout = Layout.of(module, frozen=True)
+    binding = Binding(layout, module)
+    module.frozen.requires_grad_(True)
+    module.fp16.requires_grad_(False)
+    base = torch.zeros(layout.numel)
+    binding.subtract_from(base, torch.empty_like(base))
+    assert binding.named()["frozen"] is module.frozen
 
 
 def test_an_autograd_graph_notices_that_weights_were_replaced() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelPruning
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision, FSDPPrecision
 from torch.utils.data import DataLoader, IterableDataset
@@ -38,6 +39,8 @@ from lightning_async_localsgd import AsyncLocalSGDStrategy, DelayedNesterov, Exc
         (lambda: AsyncLocalSGDStrategy(exchange="tcp"), TypeError, "exchange='tcp'"),
         (lambda: ExchangeOptions(transport="pigeon"), ValueError, "exchange.transport='pigeon'"),
         (lambda: ExchangeOptions(port=70000), ValueError, "exchange.port=70000"),
+        (lambda: ExchangeOptions(frozen="sometimes"), ValueError, "exchange.frozen='sometimes'"),
+        (lambda: ExchangeOptions(frozen=1), ValueError, "exchange.frozen=1"),
         (lambda: ExchangeOptions(transport="ipc", encrypt=True), ValueError, "exchange.encrypt=True"),
     ],
 )
@@ -82,14 +85,14 @@ class Frozen(BoringModel):
         self.layer.requires_grad_(False)
 
 
-class Strided(BoringModel):
+class Expanded(BoringModel):
     def __init__(self) -> None:
         super().__init__()
-        self.layer.weight = torch.nn.Parameter(torch.zeros(32, 2).t())
+        self.layer.weight = torch.nn.Parameter(torch.zeros(32).expand(2, 32))
 
 
 @pytest.mark.parametrize(
-    ("module", "text"), [(Frozen, "no trainable parameter"), (Strided, r"parameter 'layer.weight'.*contiguous")]
+    ("module", "text"), [(Frozen, "no trainable parameter"), (Expanded, r"parameter 'layer.weight'.*contiguous")]
 )
 def test_models_that_cannot_be_exchanged_are_refused_before_training(
     module: type[L.LightningModule], text: str
@@ -111,3 +114,8 @@ def test_epochs_of_unknown_length_are_refused_and_steps_are_not() -> None:
     fitted = trainer(max_epochs=-1, limit_val_batches=0)
     fitted.fit(BoringModel(), loader)
     assert fitted.global_step == 4
+
+
+def test_pruning_while_training_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"ModelPruning.*prune the trained model"):
+        trainer(callbacks=[ModelPruning("l1_unstructured", amount=0.5)]).fit(BoringModel())

@@ -75,3 +75,14 @@ def test_what_cannot_follow_is_left_to_lightning(monkeypatch: pytest.MonkeyPatch
     trainer.lightning_module.automatic_optimization = False
     ProgressSchedulers(trainer, 0.0)
     assert entry.frequency == 1
+
+
+def test_a_scheduler_that_a_callback_has_replaced_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, entry, scheduler = build(monkeypatch, interval="step")
+    schedulers = ProgressSchedulers(trainer, 0.0)
+    schedulers.advance(2.0)
+    trainer.strategy.lr_scheduler_configs[0] = LRSchedulerConfig(torch.optim.swa_utils.SWALR(scheduler.optimizer, 0.1))
+    schedulers.advance(9.0)
+    assert scheduler.last_epoch == 2
+    schedulers.release()
+    assert entry.frequency == 1

@@ -12,10 +12,12 @@ import torch
 from lightning_async_localsgd.budget import Budget
 from lightning_async_localsgd.buffers import BufferLease, BufferPool
 from lightning_async_localsgd.coordinator import Coordinator
+from lightning_async_localsgd.exchange import ExchangeError
 from lightning_async_localsgd.global_model import GlobalModel
 from lightning_async_localsgd.grace import GraceWindow
 from lightning_async_localsgd.layout import Binding, Layout
-from lightning_async_localsgd.messages import PROTOCOL_VERSION, Hello, Push, Reply
+from lightning_async_localsgd.leases import LeaseDesk
+from lightning_async_localsgd.messages import PROTOCOL_VERSION, Hello, LeaseRequest, Push, Reply
 from lightning_async_localsgd.outer import DelayedNesterov, OuterOptimizer
 from lightning_async_localsgd.pacing import SpeedAwareSteps
 from lightning_async_localsgd.server import LocalExchange, Server
@@ -244,3 +246,81 @@ def test_a_closed_server_refuses_those_who_wait_and_releases_what_it_holds(serve
     assert server.buffers.in_use == 0
     with pytest.raises(RuntimeError, match="closed"):
         server.ask(lambda coordinator: coordinator.live)
+
+
+# ---------------------------------------------------------------- data leases
+
+
+def test_workers_of_unequal_speed_share_each_epoch(servers: list[Server]) -> None:
+    server = build(workers=3, total=None)
+    servers.append(server)
+    seen: list[list[tuple[int, int]]] = [[], [], []]
+    failures: list[BaseException] = []
+
+    def work(number: int) -> None:
+        try:
+            worker = Worker(number, Binding(server.layout, torch.nn.Linear(4, 3)), LocalExchange(server))
+            desk = LeaseDesk(worker.exchange, number, worker.session)
+            worker.used = desk.used
+            stock = desk.stock("0", 100, 1)
+            worker.join()
+            for epoch in range(2):
+                while (item := stock.next(epoch)) is not None:
+                    seen[number].append(item)
+                    stock.mark_used(1)
+                    time.sleep(0.0005 * (1 + 4 * number))
+                    worker.count_step()
+                    worker.end_step(samples=1)
+                    if worker.due:
+                        worker.end_round()
+            worker.end_round(final=True)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+        assert not thread.is_alive()
+    assert not failures
+    expected = [(epoch, item) for epoch in range(2) for item in range(100)]
+    assert sorted(item for items in seen for item in items) == expected
+    assert server.state_dict()["leases"]["0"]["free"] == []
+    assert sum(totals.steps for totals in server.totals().values()) == 200
+
+
+def ask(session: str = "s") -> LeaseRequest:
+    return LeaseRequest(0, session, 1, "0", 10, 1, 0, False)
+
+
+def test_a_lease_of_a_server_that_failed_is_refused_with_the_reason(servers: list[Server]) -> None:
+    server = build(workers=1, total=100, rule=Broken())
+    servers.append(server)
+    exchange = LocalExchange(server)
+    worker = Worker(0, Binding(server.layout, torch.nn.Linear(4, 3)), exchange)
+    worker.join()
+    worker.count_step()
+    with pytest.raises(RuntimeError, match="the rule broke"):
+        worker.end_round()
+    exchange.request_lease(ask(worker.session))
+    assert "the rule broke" in (exchange.take_lease(1).refused or "")
+
+
+def test_a_lease_that_waits_for_a_closed_server_says_so(servers: list[Server]) -> None:
+    server = build(workers=1, total=100)
+    exchange = LocalExchange(server)
+    server.close()
+    exchange.request_lease(ask())
+    with pytest.raises(ExchangeError, match="is closed"):
+        exchange.take_lease(1)
+
+
+def test_a_world_of_one_has_its_lease_at_once(servers: list[Server]) -> None:
+    server = build(workers=1, total=23, threaded=False)
+    servers.append(server)
+    exchange = LocalExchange(server)
+    worker = Worker(0, Binding(server.layout, torch.nn.Linear(4, 3)), exchange)
+    worker.join()
+    desk = LeaseDesk(exchange, 0, worker.session)
+    assert desk.stock("0", 10, 1).next(0) == (0, 0)

@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -113,10 +113,43 @@ def test_a_resumed_schedule_ends_where_the_budget_ends(tmp_path: Any) -> None:
 
     steps = {"max_steps": 20, "enable_checkpointing": False, "limit_val_batches": 0}
     whole, _ = fit(AsyncLocalSGDStrategy(local_steps=5), module=Exact(), callbacks=[Save()], **steps)
-    # Saved in mid-round: three of its eight steps are lost and taken again, the schedule does not see them twice.
+    # Saved in mid-round, which ended the round: nothing is taken twice.
     rest, _ = fit(AsyncLocalSGDStrategy(local_steps=5), tmp_path / "mid.ckpt", module=Exact(), **steps)
-    assert len(rest.rates) == 15
-    assert rest.rates[-1] == whole.rates[-1]
+    assert rest.rates == whole.rates[8:]
+
+
+def test_a_run_interrupted_anywhere_goes_on_as_if_it_had_not_been(tmp_path: Any) -> None:
+    """In the middle of an epoch and of a round, with shuffled data and dropout."""
+
+    class Dropping(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dropout = torch.nn.Dropout(0.3)
+            self.trained_on: list[float] = []
+
+        def training_step(self, batch: Any, index: int) -> torch.Tensor:
+            self.trained_on += batch[0][:, 0].tolist()
+            return super().training_step([self.dropout(batch[0]), batch[1]], index)
+
+    def strategy() -> AsyncLocalSGDStrategy:
+        return AsyncLocalSGDStrategy(local_steps=6, outer_optimizer=DelayedNesterov(lr=0.5))
+
+    def save(path: Any) -> L.Callback:
+        return ModelCheckpoint(dirpath=path, filename="{step}", every_n_train_steps=16, save_top_k=-1)
+
+    def run(folder: Any, ckpt_path: Any = None) -> Dropping:
+        # A save ends the round, so all of them save.
+        options = {"max_steps": 40, "limit_val_batches": 0, "callbacks": [save(folder)]}
+        module, _ = fit(strategy(), ckpt_path, module=Dropping(), **options)
+        assert isinstance(module, Dropping)
+        return module
+
+    whole = run(tmp_path)
+    assert len(set(whole.trained_on)) < len(whole.trained_on)  # More than an epoch.
+    for at in (16, 32):
+        rest = run(tmp_path / str(at), tmp_path / f"step={at}.ckpt")
+        assert rest.trained_on == whole.trained_on[8 * at :]
+        assert equal(whole, rest)
 
 
 def test_evaluating_a_checkpoint_does_not_touch_a_later_fit(tmp_path: Any) -> None:
@@ -194,7 +227,7 @@ def test_a_worker_that_diverges_ends_with_a_clear_error() -> None:
         fit(AsyncLocalSGDStrategy(local_steps=2), module=module, max_steps=100, enable_checkpointing=False)
 
 
-def test_validation_sees_the_global_model_and_gives_the_local_weights_back() -> None:
+def test_a_single_worker_hands_in_what_it_has_learned_before_a_validation() -> None:
     states: list[tuple[str, torch.Tensor]] = []
 
     class Look(L.Callback):
@@ -213,10 +246,10 @@ def test_validation_sees_the_global_model_and_gives_the_local_weights_back() -> 
     )  # fmt: skip
     start = states[0][1]
     at = next(n for n, (kind, _) in enumerate(states) if kind == "shown")
-    # In mid-round, at step 5 of 10, the global model is still the one that the round began with.
-    assert torch.equal(states[at][1], start)
-    assert not torch.equal(states[at - 1][1], start)
-    assert torch.equal(states[at + 1][1], states[at - 1][1])
+    # In mid-round, at step 5 of 10: the outer step is taken then, and training goes on from its outcome.
+    assert not torch.equal(states[at][1], start)
+    assert not torch.equal(states[at][1], states[at - 1][1])
+    assert torch.equal(states[at + 1][1], states[at][1])
 
 
 @pytest.mark.parametrize("bar", [TQDMProgressBar, RichProgressBar])

@@ -16,7 +16,7 @@ import zmq
 
 from lightning_async_localsgd.buffers import BufferLease, BufferPool
 from lightning_async_localsgd.layout import Layout
-from lightning_async_localsgd.messages import PROTOCOL_VERSION, Hello, Push, Reply
+from lightning_async_localsgd.messages import PROTOCOL_VERSION, Hello, Lease, LeaseRequest, Push, Reply
 from lightning_async_localsgd.wire import Endpoints, Outlet, WireExchange, WireServer, frames
 from lightning_async_localsgd.wire.auth import introduce
 
@@ -43,8 +43,15 @@ def wait_for(condition: Callable[[], object], what: str = "") -> None:
         time.sleep(0.005)
 
 
+def ask(number: int, worker: int = 1, session: str = "life-1") -> LeaseRequest:
+    return LeaseRequest(worker, session, number, "0", 100, 1, 0, False)
+
+
 class FakeServer:
-    """Subtracts every push from the model once, and answers at once unless told to hold its answers."""
+    """Subtracts every push from the model once, and answers at once unless told to hold its answers.
+
+    The lease of request n is item n.
+    """
 
     def __init__(self, numel: int, incarnation: str = "start-1", most: int = 8) -> None:
         self.incarnation = incarnation
@@ -57,6 +64,7 @@ class FakeServer:
         self.pushed: list[tuple[Push, bool]] = []
         self.applied: dict[str, int] = {}
         self.departed: list[tuple[int, str, str]] = []
+        self.asked: list[LeaseRequest] = []
         self.answering = threading.Event()
         self.answering.set()
         self.refusing: str | None = None
@@ -88,6 +96,14 @@ class FakeServer:
             self.answer(push.sequence, refused, outlet, lease)
 
         self.pushed.append((push, lease is not None))
+        self._events.put(event)
+
+    def lease(self, request: LeaseRequest, answer: Callable[[Lease], None]) -> None:
+        def event() -> None:
+            assert self.answering.wait(PATIENCE)
+            answer(Lease(request.number, request.epoch, request.number, request.number + 1, None))
+
+        self.asked.append(request)
         self._events.put(event)
 
     def lost(self, worker: int, session: str, reason: str) -> None:

@@ -18,6 +18,7 @@ from tests.wire.fakes import (
     PATIENCE,
     FakeServer,
     Wire,
+    ask,
     hello,
     layout_of,
     open_descriptors,
@@ -274,3 +275,45 @@ def test_options_that_make_no_sense_are_named(wire: Wire) -> None:
     exchange = wire.worker(server.local_endpoints, fake)
     with pytest.raises(ValueError, match="999 elements, the layout 1000"):
         exchange.join(hello(fake.layout), torch.zeros(999))
+
+
+def test_leases_are_asked_for_without_waiting_and_taken_in_any_order(way: Open, wire: Wire) -> None:
+    fake, server, endpoints = way()
+    exchange = wire.worker(endpoints, fake)
+    exchange.join(hello(fake.layout), torch.zeros(1000))
+    fake.answering.clear()
+    for number in (1, 2, 3):
+        exchange.request_lease(ask(number))
+    wait_for(lambda: len(fake.asked) == 3, "the requests arrive")
+    fake.answering.set()
+    assert [exchange.take_lease(number).start for number in (2, 3, 1)] == [2, 3, 1]
+    assert fake.asked == [ask(1), ask(2), ask(3)]
+    assert server.rejected_messages == 0
+
+
+def test_a_lease_does_not_wait_for_the_model_that_is_on_its_way(way: Open, wire: Wire) -> None:
+    numel = 4 * WINDOW * FRAME
+    fake, server, endpoints = way(numel)
+    exchange = wire.worker(endpoints, fake)
+    exchange.join(hello(fake.layout), torch.zeros(numel))
+    # Another connection of the same worker that takes nothing of what is sent to it.
+    raw = wire.raw(endpoints)
+    raw.greet(fake.layout, 2, "life-2")
+    wait_for(lambda: server.bytes_sent > 4 * numel + WINDOW * FRAME_BYTES, "a window of the model is sent")
+    exchange.request_lease(ask(1))
+    assert exchange.take_lease(1).start == 1
+
+
+def test_a_lease_comes_after_joining_and_before_closing(way: Open, wire: Wire) -> None:
+    fake, _, endpoints = way()
+    exchange = wire.worker(endpoints, fake)
+    with pytest.raises(ExchangeError, match="comes after join"):
+        exchange.request_lease(ask(1))
+    exchange.join(hello(fake.layout), torch.zeros(1000))
+    fake.answering.clear()
+    exchange.request_lease(ask(1))
+    exchange.close()
+    with pytest.raises(ExchangeError, match="is closed"):
+        exchange.take_lease(1)
+    with pytest.raises(ExchangeError, match="is closed"):
+        exchange.request_lease(ask(2))

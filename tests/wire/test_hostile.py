@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -14,8 +14,10 @@ import torch
 import zmq
 
 from lightning_async_localsgd.exchange import ExchangeError
+from lightning_async_localsgd.messages import Lease
 from lightning_async_localsgd.wire import Endpoints, WireExchange, WireServer, frames
-from tests.wire.fakes import FakeServer, Wire, hello, layout_of, push, wait_for
+from lightning_async_localsgd.wire.heart import Heart
+from tests.wire.fakes import FakeServer, Wire, ask, hello, layout_of, push, wait_for
 
 Open = Callable[..., tuple[FakeServer, WireServer, Endpoints]]
 NUMEL = frames.FRAME_BYTES // 2
@@ -218,6 +220,9 @@ NOT_A_TRANSFER = frames.pack_part(frames.DATA, 1, 0)
         [frames.HELLO, bytes(16)],
         [frames.HELLO],
         [frames.BEAT + b"{}"],
+        [frames.ASK + ask(1).encode()],
+        [frames.ASK + b"{}"],
+        [frames.LEASE + b"{}"],
         [NOT_A_TRANSFER, bytes(100)],
         [frames.CREDIT],
         [frames.BYE],
@@ -246,6 +251,7 @@ BROKEN_WORDS: dict[str, list[bytes]] = {
     "short credit": [frames.CREDIT + b"123"],
     "too much credit": [frames.pack_part(frames.CREDIT, 1, 2**60)],
     "hello of another kind": [frames.HELLO + b"{}", bytes(16)],
+    "request for data in the wrong place": [frames.ASK + ask(1).encode()],
     "hello without nonce": [frames.HELLO + hello(layout_of(NUMEL)).encode()],
 }
 
@@ -318,3 +324,79 @@ def test_hello_twice_over_one_connection_is_one_worker(way: Open, wire: Wire) ->
     worker.close()
     wait_for(lambda: fake.departed, "its end is noticed")
     assert fake.departed == [(1, "life-1", "its connection ended")]
+
+
+BROKEN_REQUESTS: dict[str, bytes] = {
+    "empty": frames.ASK,
+    "not json": frames.ASK + b"\xff\xfe",
+    "deep": frames.ASK + b"[" * 50_000,
+    "no fields": frames.ASK + b"{}",
+    "huge numbers": frames.ASK + replace(ask(1), items=2**60).encode(),
+    "a name that is too long": frames.ASK + replace(ask(1), stream="x" * 20_000).encode(),
+    "another worker's": frames.ASK + ask(1, worker=9, session="life-9").encode(),
+    "another session's": frames.ASK + ask(1, session="life-2").encode(),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_REQUESTS)
+def test_a_broken_request_for_data_is_counted_and_does_no_harm(way: Open, wire: Wire, case: str) -> None:
+    fake, server, endpoints = way(NUMEL)
+    bystander = Bystander(wire, fake, endpoints)
+    worker = wire.worker(endpoints, fake)
+    worker.join(hello(fake.layout), torch.zeros(NUMEL))
+    heart = wire.raw(endpoints)
+    heart.say(frames.BEAT + frames.Beat(1, "life-1", "nonce").encode())
+    heart.hear(frames.ANSWER)
+    heart.say(BROKEN_REQUESTS[case])
+    heart.hear(frames.UNKNOWN)
+    assert server.rejected_messages == 1
+    assert not fake.asked
+    # Not even to its own worker.
+    worker.request_lease(ask(1))
+    assert worker.take_lease(1).start == 1
+    assert bystander.works()
+    assert not fake.departed
+
+
+def test_somebody_who_only_asks_for_data_is_not_listened_to(way: Open, wire: Wire) -> None:
+    fake, server, endpoints = way(NUMEL)
+    bystander = Bystander(wire, fake, endpoints)
+    fake.answering.clear()
+    heart = wire.raw(endpoints)
+    heart.say(frames.BEAT + frames.Beat(1, "life-1", "nonce").encode())
+    for number in range(1, 100):
+        heart.say(frames.ASK + ask(number).encode())
+    wait_for(lambda: server.rejected_messages == 35, "what is too much is refused")
+    assert len(fake.asked) == 64
+    fake.answering.set()
+    heart.hear(frames.LEASE)
+    assert bystander.works()
+    heart.say(frames.ASK + ask(100).encode())
+    wait_for(lambda: len(fake.asked) == 65, "it is listened to again")
+
+
+def test_an_impostor_s_lease_is_not_believed() -> None:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    gate, router = context.socket(zmq.REP), context.socket(zmq.ROUTER)
+    try:
+        gate.bind("inproc://zeromq.zap.01")
+        router.setsockopt(zmq.PLAIN_SERVER, 1)
+        router.setsockopt(zmq.ZAP_DOMAIN, b"async_localsgd")
+        router.setsockopt(zmq.LINGER, 0)
+        router.bind("tcp://127.0.0.1:*")
+        endpoints = Endpoints(router.get_string(zmq.LAST_ENDPOINT).rstrip("\0"), "start-1", "the-token")
+        heart = Heart(zmq.Context.instance(), endpoints, 1, "life-1", 30.0)
+        answer: Future[Lease] = Future()
+        heart.ask(ask(1), answer)
+        version, request, *_ = gate.recv_multipart()
+        gate.send_multipart([version, request, b"200", b"OK", b"", b""])
+        identity, beat = router.recv_multipart()
+        assert beat[:1] == frames.BEAT
+        assert router.recv_multipart()[1][:1] == frames.ASK
+        router.send_multipart([identity, frames.LEASE + Lease(1, 0, 0, 9, None).encode()])
+        router.send_multipart([identity, frames.ANSWER + frames.Answer("start-1", -1, "0" * 64).encode()])
+        wait_for(lambda: heart.gone, "the impostor is noticed")
+        assert not answer.done()
+        heart.close()
+    finally:
+        context.destroy(0)

@@ -25,7 +25,7 @@ from lightning_async_localsgd.exchange import ExchangeError
 from lightning_async_localsgd.messages import Push
 from lightning_async_localsgd.wire import Endpoints, WireServer, frames
 from tests.wire import programs
-from tests.wire.fakes import PATIENCE, FakeServer, Wire, hello, listening, push, wait_for
+from tests.wire.fakes import PATIENCE, FakeServer, Wire, ask, hello, listening, push, wait_for
 
 Open = Callable[..., tuple[FakeServer, WireServer, Endpoints]]
 FRAME = frames.FRAME_BYTES // 4
@@ -155,7 +155,7 @@ def test_a_worker_killed_in_an_exchange_leaves_nothing(wire: Wire, start: Start,
 
 
 @pytest.mark.parametrize("way_in", [0, 1], ids=["ipc", "tcp"])
-@pytest.mark.parametrize("moment", ["round", "wait"])
+@pytest.mark.parametrize("moment", ["round", "wait", "lease"])
 def test_a_worker_of_a_killed_server_ends_and_nothing_remains(
     wire: Wire, start: Start, way_in: int, moment: str, files: Callable[[], list[Path]]
 ) -> None:
@@ -170,6 +170,12 @@ def test_a_worker_of_a_killed_server_ends_and_nothing_remains(
         host.killed()
         with pytest.raises(ExchangeError, match=f"the server at {endpoints.address} is gone"):
             wait_for(lambda: exchange.check(), "the end is noticed")
+    elif moment == "lease":
+        assert host.told("hold") == "holding"
+        exchange.request_lease(ask(1))
+        host.killed()
+        with pytest.raises(ExchangeError, match=f"the server at {endpoints.address} is gone"):
+            exchange.take_lease(1)
     else:
         assert host.told("hold") == "holding"
         with ThreadPoolExecutor(1) as pool:
@@ -404,6 +410,30 @@ def test_a_push_whose_answer_was_lost_is_sent_again_under_its_number(
     assert (reply.version, reply.refused) == (1, "already applied")
     assert torch.equal(model, fake.model)
     wait_for(lambda: fake.buffers.in_use == 0, "all buffers are free")
+
+
+def test_a_lease_that_was_lost_is_asked_for_again_under_its_number(
+    road: tuple[FakeServer, WireServer, Road], wire: Wire
+) -> None:
+    fake, server, way = road
+    exchange = wire.worker(way.endpoints, fake)
+    exchange.join(hello(fake.layout), torch.zeros(fake.layout.numel))
+    fake.answering.clear()
+    exchange.request_lease(ask(1))
+    wait_for(lambda: fake.asked, "the request arrives")
+    for breaks in (1, 2):
+        way.break_()
+        wait_for(lambda breaks=breaks: len(fake.asked) > breaks, "it is sent again")
+    exchange.request_lease(ask(2))
+    fake.answering.set()
+    assert exchange.take_lease(1).start == 1
+    assert exchange.take_lease(2).start == 2
+    assert fake.asked == [ask(1), ask(1), ask(1), ask(2)]
+    # While nobody is connected.
+    way.break_()
+    exchange.request_lease(ask(3))
+    assert exchange.take_lease(3).start == 3
+    assert server.rejected_messages == 0
 
 
 def test_a_worker_whose_first_model_is_cut_off_joins_again(

@@ -25,10 +25,12 @@ from lightning_async_localsgd.wire.link import Link, LinkLost, retry
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from concurrent.futures import Future
 
     from torch import Tensor
 
     from lightning_async_localsgd.layout import Layout
+    from lightning_async_localsgd.messages import Lease, LeaseRequest
     from lightning_async_localsgd.wire.auth import Endpoints
 
 _log = logging.getLogger(__name__)
@@ -59,6 +61,7 @@ class WireExchange(Exchange):
         for name, value in (("silence_timeout", silence_timeout), ("connect_timeout", connect_timeout)):
             if not value > 0:
                 raise ValueError(f"{name}={value!r} must be a positive number of seconds")
+        super().__init__()
         frames.keep_freed_memory()
         self._endpoints = endpoints
         self._layout = layout
@@ -117,11 +120,19 @@ class WireExchange(Exchange):
         self._closed = True
         if self._heart is not None:
             self._heart.close()
+        for answer in self._leases.values():
+            if not answer.done():
+                answer.set_exception(ExchangeError("the exchange is closed"))
         if self._link is not None:
             self._link.send(frames.BYE)
             self._drop_link(linger=_GOODBYE_SECONDS)
         self._tally()
         self._context.term()
+
+    def _send_request(self, request: LeaseRequest, answer: Future[Lease]) -> None:
+        if self._closed or self._heart is None:
+            raise ExchangeError("the exchange is closed" if self._closed else "request_lease() comes after join()")
+        self._heart.ask(request, answer)
 
     # --------------------------------------------------------------- connection
 

@@ -16,12 +16,15 @@ MODEL      transfer, offset in bytes              the bytes
 CREDIT     transfer, frames received so far       none
 BEAT       :class:`Beat` as JSON                  none
 ANSWER     :class:`Answer` as JSON                none
+ASK        :class:`LeaseRequest` as JSON          none
+LEASE      :class:`Lease` as JSON                 none
 UNKNOWN    nothing                                none
 BYE        nothing                                none
 =========  =====================================  ==========================================================
 
 An upload waits for GO, so that the server needs memory only for those it has asked for. A download runs on credit: the
-server sends at most :data:`WINDOW` frames more than the worker has confirmed, and so never waits for a slow one.
+server sends at most :data:`WINDOW` frames more than the worker has confirmed, and so never waits for a slow one. BEAT
+and ASK come over a connection of their own, so that neither waits for bulk data.
 """
 
 from __future__ import annotations
@@ -59,8 +62,8 @@ MAX_DESCRIPTION_BYTES = 64 << 20
 
 NONCE_BYTES = 16
 
-HELLO, WELCOME, REFUSE, PUSH, GO, DATA, REPLY, MODEL, CREDIT, BEAT, ANSWER, UNKNOWN, BYE = (
-    bytes([code]) for code in b"HWNPGDRMCBAUX"
+HELLO, WELCOME, REFUSE, PUSH, GO, DATA, REPLY, MODEL, CREDIT, BEAT, ANSWER, ASK, LEASE, UNKNOWN, BYE = (
+    bytes([code]) for code in b"HWNPGDRMCBAKLUX"
 )
 
 _TRANSFER = struct.Struct("<cQ")

@@ -1,4 +1,7 @@
-"""A worker's heartbeat: a thread with a connection of its own, so that beats never queue behind bulk data."""
+"""A worker's heartbeat: a thread with a connection of its own, so that beats never queue behind bulk data.
+
+Requests for training data go over the same connection.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,16 @@ from typing import TYPE_CHECKING
 import zmq
 
 from lightning_async_localsgd.exchange import ExchangeError
-from lightning_async_localsgd.messages import MessageError
+from lightning_async_localsgd.messages import Lease, MessageError
 from lightning_async_localsgd.wire import frames
 from lightning_async_localsgd.wire.auth import is_proof
 from lightning_async_localsgd.wire.frames import Answer, Beat, Waker
 from lightning_async_localsgd.wire.link import Link, LinkLost
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from lightning_async_localsgd.messages import LeaseRequest
     from lightning_async_localsgd.wire.auth import Endpoints
 
 _log = logging.getLogger(__name__)
@@ -67,10 +73,21 @@ class Heart:
         self._heard_at = time.monotonic()
         self._refused_at: float | None = None
         self._nonces: list[str] = []
+        # What has no answer yet, by number. Put in by the worker's thread, taken out by this one.
+        self._requests: dict[int, tuple[LeaseRequest, Future[Lease]]] = {}
+        self._asked: set[int] = set()
+        self._beating = False
+        self._proven = False
         self._closing = threading.Event()
         self._waker = Waker()
         self._thread = threading.Thread(target=self._run, name="async_localsgd-heartbeat", daemon=True)
         self._thread.start()
+
+    def ask(self, request: LeaseRequest, answer: Future[Lease]) -> None:
+        """Has the server asked for training data, again over a new connection if the present one breaks."""
+        self._requests[request.number] = (request, answer)
+        if self._beating:  # If not, a connection is being dialled, and nothing may interrupt that.
+            self._waker.wake()
 
     def close(self) -> None:
         """Ends the thread; may be called twice."""
@@ -104,6 +121,9 @@ class Heart:
         return self._received + (self._link.received if self._link is not None else 0)
 
     def _live_through_a_link(self) -> None:
+        self._waker.clear()  # Of requests that came late: only the end may interrupt what follows.
+        if self._closing.is_set():
+            return
         attempt = min(5.0, self._silence_timeout)
         try:
             self._link = Link(self._context, self._endpoints, self._silence_timeout, attempt, self._waker)
@@ -114,12 +134,16 @@ class Heart:
             self._judge()
             self._sleep(min(0.2, self._beat_seconds))
         finally:
+            self._beating = False
+            self._proven = False
+            self._asked.clear()
             if self._link is not None:
                 self._link.close()
                 self._sent, self._received, self._link = self.sent, self.received, None
 
     def _beat_over(self, link: Link) -> None:
         due = time.monotonic()
+        self._beating = True
         while not self._closing.is_set() and self.gone is None:
             now = time.monotonic()
             if now - due > 2 * self._beat_seconds:
@@ -130,26 +154,44 @@ class Heart:
                 self._nonces = [*self._nonces[-3:], nonce]
                 link.send(frames.BEAT + Beat(self._worker, self._session, nonce).encode())
                 due = now + self._beat_seconds
+            self._waker.clear()
+            self._send_requests(link)
             while not self._closing.is_set() and link.wait(max(0.0, due - time.monotonic())):
                 self._listen(link)
             self._judge()
+
+    def _send_requests(self, link: Link) -> None:
+        for number, (request, _) in list(self._requests.items()):
+            if number not in self._asked and link.send(frames.ASK + request.encode()):
+                self._asked.add(number)
 
     def _listen(self, link: Link) -> None:
         message = link.receive()
         link.skip()
         try:
-            if message[:1] != frames.ANSWER:
-                raise MessageError(f"unknown kind {message[:1]!r}")
-            answer = Answer.decode(message[1:])
+            if message[:1] == frames.ANSWER:
+                self._on_answer(Answer.decode(message[1:]))
+            elif message[:1] == frames.LEASE and self._proven:
+                self._on_lease(Lease.decode(message[1:]))
+            else:
+                raise MessageError(f"{message[:1]!r} was not to be expected")
         except MessageError as error:
-            _log.warning("worker %d received no answer to its heartbeat: %s", self._worker, error)
-            return
+            _log.warning("worker %d received nonsense over the connection of its heartbeat: %s", self._worker, error)
+
+    def _on_lease(self, lease: Lease) -> None:
+        _, answer = self._requests.pop(lease.number, (None, None))
+        self._asked.discard(lease.number)
+        if answer is not None:
+            answer.set_result(lease)
+
+    def _on_answer(self, answer: Answer) -> None:
         statement = f"{answer.incarnation} {answer.wanted}"
         if not any(is_proof(answer.proof, self._endpoints.token, n.encode(), statement) for n in self._nonces):
             self.gone = f"another program has taken the place of the server at {self._endpoints.address}"
         elif answer.incarnation != self._endpoints.incarnation:
             self.gone = f"the server at {self._endpoints.address} was started anew"
         else:
+            self._proven = True
             self._heard_at = time.monotonic()
             self.wanted_version = answer.wanted
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import zmq
 
-from lightning_async_localsgd.messages import PROTOCOL_VERSION, Hello, MessageError, Push
+from lightning_async_localsgd.messages import PROTOCOL_VERSION, Hello, Lease, LeaseRequest, MessageError, Push
 from lightning_async_localsgd.wire import frames
 from lightning_async_localsgd.wire.auth import proof
 from lightning_async_localsgd.wire.frames import Answer, Beat, Welcome
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _Key = tuple[Way, bytes]
+
+_MOST_ASKED = 64
+"""A worker that asks for more leases than this before it has an answer has gone wrong."""
 
 
 class Hub:
@@ -62,6 +65,7 @@ class Hub:
         self._peers: dict[_Key, Peer] = {}
         self._sessions: dict[tuple[int, str], Peer] = {}
         self._pulses: dict[_Key, Beat] = {}
+        self._asking: dict[_Key, int] = {}
         self._connections: dict[tuple[Way, int], _Key] = {}
         self._ended: list[_Key] = []
         self._waiting: deque[Peer] = deque()
@@ -88,6 +92,8 @@ class Hub:
                 self._on_data(self._peers.get(key), key, header)
             elif kind == frames.BEAT:
                 self._on_beat(key, source_of(frame), header)
+            elif kind == frames.ASK:
+                self._on_ask(key, header)
             elif kind == frames.HELLO:
                 self._on_hello(key, source_of(frame), header)
             else:
@@ -109,6 +115,7 @@ class Hub:
         """Acts on the ends noted before."""
         for key in self._ended:
             self._pulses.pop(key, None)
+            self._asking.pop(key, None)
             peer = self._peers.pop(key, None)
             if peer is not None:
                 self._lose(peer, "its connection ended")
@@ -161,6 +168,22 @@ class Hub:
         if peer is not None:
             peer.heard_at = time.monotonic()
         self._answer(key, beat)
+
+    def _on_ask(self, key: _Key, header: bytes) -> None:
+        request = LeaseRequest.decode(header[1:])
+        beat = self._pulses.get(key)
+        if beat is None:
+            raise MessageError("asks for data without a heartbeat")
+        if (request.worker, request.session) != (beat.worker, beat.session):
+            raise MessageError(f"asks for data of worker {request.worker} with the heartbeat of worker {beat.worker}")
+        if self._asking.get(key, 0) >= _MOST_ASKED:
+            raise MessageError(f"asks for data {_MOST_ASKED} times without waiting for an answer")
+        self._asking[key] = self._asking.get(key, 0) + 1
+
+        def answer(lease: Lease) -> None:
+            self._post(lambda: self._hand_lease(key, lease))
+
+        self._server.lease(request, answer)
 
     def _on_word(self, peer: Peer, kind: bytes, header: bytes) -> None:
         if kind == frames.PUSH:
@@ -287,6 +310,11 @@ class Hub:
         incarnation, wanted = self._server.incarnation, self._server.wanted.get(beat.worker, -1)
         said = proof(self._token, beat.nonce.encode(), f"{incarnation} {wanted}")
         self._say(key, frames.ANSWER + Answer(incarnation, wanted, said).encode())
+
+    def _hand_lease(self, key: _Key, lease: Lease) -> None:
+        if key in self._asking:
+            self._asking[key] -= 1
+        self._say(key, frames.LEASE + lease.encode())  # If the connection is gone, it is asked for again.
 
     def _tell(self, peer: Peer, *parts: bytes) -> bool:
         if self._say((peer.way, peer.identity), *parts):

@@ -17,6 +17,7 @@ from zmq.utils.monitor import recv_monitor_message
 from lightning_async_localsgd.exchange import ExchangeError
 from lightning_async_localsgd.wire import frames
 from lightning_async_localsgd.wire.auth import Endpoints, introduce
+from lightning_async_localsgd.wire.forks import close_in_children
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,7 +28,8 @@ _ATTEMPT_SECONDS = 5.0
 _HANDSHAKE_FAILED = (
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 )
-_EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | _HANDSHAKE_FAILED | zmq.EVENT_CLOSED | zmq.EVENT_DISCONNECTED
+_ENDS = zmq.EVENT_CLOSED | zmq.EVENT_DISCONNECTED
+_EVENTS = zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | _HANDSHAKE_FAILED | _ENDS
 """After the handshake, any of them is the end of the link."""
 
 
@@ -139,6 +141,9 @@ class Link:
     def _shaken(self) -> bool:
         event = recv_monitor_message(self._monitor, zmq.NOBLOCK)
         kind, value = event["event"], event["value"]
+        if kind == zmq.EVENT_CONNECTED:
+            close_in_children(value)
+            return False
         if kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             return True
         if kind == zmq.EVENT_HANDSHAKE_FAILED_AUTH:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from lightning_async_localsgd.buffers import BufferLease, BufferPool
     from lightning_async_localsgd.layout import Layout
-    from lightning_async_localsgd.messages import Hello, Push, Reply
+    from lightning_async_localsgd.messages import Hello, Lease, LeaseRequest, Push, Reply
 
 
 class Outlet(Protocol):
@@ -70,6 +70,15 @@ class ServerPort(Protocol):
             lease: holds the complete pseudo-gradient and belongs to the server from now on, which releases it. None
                 if nothing was uploaded: the push has no steps, or another server's incarnation.
             outlet: where the answer goes.
+
+        """
+
+    def lease(self, request: LeaseRequest, answer: Callable[[Lease], None]) -> None:
+        """A worker asks for training data. So may one whose connection is lost, and whose session is about to rejoin.
+
+        Args:
+            request: its worker and session are those of the heartbeat of this connection.
+            answer: to be called once, from any thread.
 
         """
 

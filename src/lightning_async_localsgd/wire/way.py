@@ -15,6 +15,7 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from lightning_async_localsgd.wire import frames
+from lightning_async_localsgd.wire.forks import close_in_children
 from lightning_async_localsgd.wire.link import heartbeat_options
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ _FAILURES: dict[int, str] = {
     zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "broke the protocol",
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: "handshake not completed",
 }
-_EVENTS = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | sum(_FAILURES)
+_EVENTS = zmq.EVENT_LISTENING | zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | sum(_FAILURES)
 
 
 class Tally:
@@ -169,6 +170,8 @@ class Way:
         while self.monitor.poll(0):
             event = recv_monitor_message(self.monitor, zmq.NOBLOCK)
             kind, descriptor = event["event"], event["value"]
+            if kind in (zmq.EVENT_LISTENING, zmq.EVENT_ACCEPTED):
+                close_in_children(descriptor)
             if kind == zmq.EVENT_ACCEPTED:
                 self._strangers.add(descriptor)
             elif kind in _FAILURES:

@@ -1,0 +1,205 @@
+"""A fit's asynchronous training on one rank: its phase, and what is held of the trainer while it lasts."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+from lightning_async_localsgd.agreement import Agreement
+from lightning_async_localsgd.averaging import GlobalAverages
+from lightning_async_localsgd.callback import AsyncLocalSGDCallback
+from lightning_async_localsgd.counts import GlobalCounts
+from lightning_async_localsgd.local_values import LocalValues
+from lightning_async_localsgd.schedules import ProgressSchedulers
+from lightning_async_localsgd.trainer_parts import (
+    RestingCallbacks,
+    batch_size,
+    callbacks_of,
+    torch_optimizer,
+    worker_has_moved,
+)
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+    from lightning_async_localsgd.epochs import TrainingData
+    from lightning_async_localsgd.limits import LiftedLimits, RunBudget
+    from lightning_async_localsgd.phase import AsyncPhase
+    from lightning_async_localsgd.rendezvous import Rendezvous
+
+
+class AsyncTraining:
+    """What the strategy's hooks come to while ranks run at their own speed, until :meth:`release`.
+
+    Args:
+        trainer: the trainer, about to run its first batch.
+        phase: this rank's part in the exchange, just begun.
+        data: the training data.
+        limits: the trainer's limits, lifted; given back at the end.
+        budget: what these limits come to.
+        restored: of a single rank's training data, see :meth:`.TrainingData.state_dict`.
+
+    """
+
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        phase: AsyncPhase,
+        data: TrainingData,
+        limits: LiftedLimits,
+        budget: RunBudget,
+        restored: dict[str, Any] | None,
+    ) -> None:
+        self.phase = phase
+        self.local_values: LocalValues | None = None
+        self._trainer = trainer
+        self._data = data
+        self._limits = limits
+        self._budget = budget
+        self._data_ended = False
+        self._agreement: Agreement | None = None
+        self._held = ExitStack()
+        try:
+            self._begin(restored)
+        except BaseException:
+            self.release()
+            raise
+
+    def _begin(self, restored: dict[str, Any] | None) -> None:
+        """Takes hold of the trainer. What is taken first is given back last."""
+        trainer, phase, held = self._trainer, self.phase, self._held
+        held.callback(self._limits.restore)
+        if self._budget.ends_with_data:
+            self._limits.keep_epochs()
+        if not trainer.is_global_zero:
+            # Ranks above 0 neither validate nor save.
+            trainer.limit_val_batches = 0
+            held.callback(RestingCallbacks(trainer).wake)
+        held.callback(self._data.end)
+        self._data.begin(phase.lease_stock, restored)
+        if trainer.is_global_zero:
+            held.callback(GlobalAverages(trainer, phase, self._data.global_epochs).release)
+        self._counts = GlobalCounts(trainer, phase, self._data)
+        held.callback(self._counts.release)
+        if phase.workers > 1:
+            self._agreement = Agreement(trainer, phase)
+            held.callback(self._agreement.release)
+            self.local_values = LocalValues(trainer)
+        self._schedulers = ProgressSchedulers(trainer, self._counts.steps)
+        held.callback(self._schedulers.release)
+        if phase.stopped:  # So few steps that none were left for this rank.
+            self._follow()
+        optimizer = torch_optimizer(trainer.strategy.optimizers[0])
+        held.callback(optimizer.register_step_post_hook(lambda *_: phase.worker.count_step()).remove)
+        for callback in callbacks_of(trainer):
+            if isinstance(callback, AsyncLocalSGDCallback):
+                callback.on_async_phase_start(trainer, phase)
+
+    # ---------------------------------------------------------------- the loop
+
+    @property
+    def global_epochs(self) -> bool:
+        """Whether the ranks' epochs are the run's, and not each rank's own."""
+        return self._data.global_epochs
+
+    @property
+    def ends_with_this_epoch(self) -> bool:
+        """Whether the run ends with this rank's epoch, after its last batch."""
+        return self._budget.ends_with_data and self._trainer.current_epoch + 1 >= (self._trainer.max_epochs or 0)
+
+    def before_epoch(self) -> None:
+        """An epoch of this rank is about to begin, its data loaders are set up."""
+        self._data.prepare()
+        self._counts.before_epoch()
+
+    def before_batch(self) -> None:
+        """A batch is about to be trained on; called before any callback sees it."""
+        self._counts.before_batch()
+
+    def see_batch(self, batch: Any) -> None:
+        """The same, after all callbacks."""
+        self._data.see_batch(batch)
+        self.phase.see_batch(batch_size(batch))
+
+    def end_step(self) -> None:
+        """An optimizer step has been taken, or skipped."""
+        if self.phase.stopped:
+            return
+        adopted = self.phase.end_step()
+        last = self._trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        if self.ends_with_this_epoch and last and not self.phase.stopped:
+            # All wait for one another here, so that the last validation and the last checkpoint are of the final model.
+            self._data_ended = adopted = True
+            self.phase.finish(stop=False)
+        if adopted:
+            self._adapt_optimizers()
+        self._follow()
+
+    def after_batch(self) -> None:
+        """A batch has been trained on; called before any callback sees it."""
+        self._counts.after_batch()
+
+    def settle(self) -> None:
+        """The global model is about to be shown or saved: a single worker hands in what it has learned so far."""
+        if self.phase.settle():
+            self._adapt_optimizers()
+            self._follow()
+
+    def end_validation(self) -> None:
+        """Rank 0 has validated, and may have decided to stop."""
+        if self._agreement is not None:
+            self._agreement.end_validation()
+        trainer = self._trainer
+        if trainer.should_stop and trainer.fit_loop._can_stop_early and not self.phase.stopped:
+            self.phase.request_stop()
+
+    def finish(self) -> None:
+        """Ends training if it has not ended yet; afterwards the module holds the final global model.
+
+        Called where this rank's loop comes to its end by itself: because its data has ended, which the others go on
+        to do in their own time, or else (``trainer.should_stop``) for everybody.
+        """
+        if not self.phase.stopped:
+            self._data_ended = self._budget.ends_with_data and not self._trainer.should_stop
+            self.phase.finish(stop=not self._data_ended)
+            self._follow()
+
+    # ----------------------------------------------------------------- the end
+
+    def agree(self, rendezvous: Rendezvous) -> None:
+        """After the end: all ranks count as rank 0 does, and hold its learning rates."""
+        if self._agreement is not None:
+            self._agreement.agree(rendezvous)
+        self._counts.agree(rendezvous.broadcast(self._counts.steps))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Rank 0: what a checkpoint holds of the run."""
+        state = self.phase.state_dict()
+        if self.phase.workers == 1:
+            state["alone"] = self._data.state_dict()
+        return state
+
+    def release(self) -> None:
+        """Gives the trainer back what was taken from it. May be called twice."""
+        self._held.close()
+        self.local_values = None
+
+    # ---------------------------------------------------------------- internal
+
+    def _adapt_optimizers(self) -> None:
+        """The module holds other weights than its optimizers have left there."""
+        if not self.phase.keeps_weights:
+            for optimizer in self._trainer.strategy.optimizers:
+                worker_has_moved(torch_optimizer(optimizer), self.phase.worker.diverged)
+
+    def _follow(self) -> None:
+        """Schedulers follow the progress, and the trainer stops when the run has ended."""
+        if self.phase.stopped:
+            self._counts.finish()
+        self._schedulers.advance(self._counts.steps)
+        if self._agreement is not None:
+            self._agreement.follow()
+        if self.phase.stopped:
+            budget = self._budget
+            by_steps = budget.limit == "max_steps" and self.phase.progress >= (budget.planned or 0)
+            self._limits.stop(met=self._data_ended or by_steps)

@@ -1,0 +1,74 @@
+"""Two unequal ranks on CUDA devices, for ``test_cuda.py``: ``python cuda_job.py OUT JSON``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.demos.boring_classes import BoringModel
+
+from lightning_async_localsgd import AsyncLocalSGDStrategy
+
+
+class Module(BoringModel):
+    def __init__(self, out: Path) -> None:
+        super().__init__()
+        self.out = out
+        self.seen: dict[str, Any] = {"steps": 0}
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.seen["steps"] += 1
+        self.seen["device"] = str(self.layer.weight.device)
+        time.sleep((0.01, 0.04)[self.global_rank])
+
+    def on_fit_end(self) -> None:
+        state = hashlib.sha256(b"".join(p.detach().cpu().numpy().tobytes() for p in self.parameters()))
+        self.seen["digest"] = state.hexdigest()
+        self.write()
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.seen["backend"] = torch.distributed.get_backend()
+        self.log("rank", torch.tensor(float(self.global_rank), device=self.device), sync_dist=True)
+
+    def on_test_end(self) -> None:
+        # In a process of its own under "spawn": what fit noted lies in the file.
+        before = json.loads((self.out / f"rank_{self.global_rank}.json").read_text())
+        self.seen = {**before, **self.seen, "steps": before["steps"]}
+        self.seen["metric"] = float(self.trainer.callback_metrics["rank"])
+        self.write()
+
+    def write(self) -> None:
+        (self.out / f"rank_{self.global_rank}.json").write_text(json.dumps(self.seen))
+
+
+def main(out: Path, options: dict[str, Any]) -> None:
+    strategy = AsyncLocalSGDStrategy(
+        local_steps=10,
+        parallel_devices=[torch.device("cuda", 0)] * 2 if options.get("share") else None,
+        process_group_backend=options.get("backend"),
+        start_method=options.get("start_method", "popen"),
+    )
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = L.Trainer(
+        strategy=strategy,
+        accelerator="gpu",
+        devices=1 if options.get("share") else 2,
+        max_steps=50,
+        max_epochs=-1,
+        enable_model_summary=False,
+        default_root_dir=out,
+        **quiet,
+    )
+    module = Module(out)
+    trainer.fit(module)
+    trainer.test(module, verbose=False)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))

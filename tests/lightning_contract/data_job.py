@@ -1,0 +1,227 @@
+"""What every rank trained on, for each of the cases of ``test_data.py``: ``python data_job.py OUT JSON``.
+
+All cases run one after the other in one set of processes. Every rank writes ``OUT/<case>_<rank>.json``. With the
+option ``dies_at`` rank 1 kills itself at so many batches, when it has written what it was trained on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import CombinedLoader
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    SequentialSampler,
+    WeightedRandomSampler,
+)
+
+from lightning_async_localsgd import AsyncLocalSGDStrategy
+
+SECONDS = (0.004, 0.02)
+"""Least seconds of a batch, by rank."""
+
+
+class Numbers(Dataset[torch.Tensor]):
+    """Each sample is its own number."""
+
+    def __init__(self, samples: int, first: int = 0) -> None:
+        self.samples = samples
+        self.first = first
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.tensor(float(self.first + index))
+
+
+class Stream(IterableDataset[torch.Tensor]):
+    """An iterable dataset that gives every rank the same."""
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return iter(torch.arange(64.0))
+
+
+class Backwards(SequentialSampler):
+    """A user's own sampler."""
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(reversed(range(len(self.data_source))))
+
+
+class Pairs(BatchSampler):
+    """A user's own batch sampler: sample i and its mirror image."""
+
+    def __init__(self, samples: int) -> None:
+        self.samples = samples
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return ([i, self.samples - 1 - i] for i in range(self.samples // 2))
+
+    def __len__(self) -> int:
+        return self.samples // 2
+
+
+class Model(L.LightningModule):
+    """Notes what it is trained on, by epoch."""
+
+    def __init__(self, dies_at: int = 0, out: Path = Path()) -> None:
+        super().__init__()
+        self.dies_at = dies_at
+        self.out = out
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen: list[list[Any]] = []
+        self.epochs: list[int] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        time.sleep(SECONDS[self.global_rank % len(SECONDS)])
+        self.seen[-1].append(
+            {key: value.tolist() for key, value in batch.items()} if isinstance(batch, dict) else batch.tolist()
+        )
+        if self.global_rank == 1 and sum(map(len, self.seen)) == self.dies_at:
+            (self.out / "dead_1.json").write_text(json.dumps({"seen": self.seen}))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return (self.weight - 1) ** 2
+
+    def on_train_epoch_start(self) -> None:
+        self.seen.append([])
+        self.epochs.append(self.current_epoch)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+class Module(L.LightningDataModule):
+    """Notes its hooks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hooks: list[str] = []
+
+    def prepare_data(self) -> None:
+        self.hooks.append("prepare_data")
+
+    def setup(self, stage: str) -> None:
+        self.hooks.append("setup " + stage)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        self.hooks.append("train_dataloader")
+        assert self.trainer is not None
+        # Another dataset in each epoch.
+        return DataLoader(Numbers(20, first=100 * self.trainer.current_epoch), batch_size=2, shuffle=True)
+
+    def teardown(self, stage: str) -> None:
+        self.hooks.append("teardown " + stage)
+
+
+class Streamed(L.LightningDataModule):
+    """The recipe of docs/lightning.md, on a stream that needs no network."""
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        from datasets import Dataset as Table
+        from datasets.distributed import split_dataset_by_node
+
+        assert self.trainer is not None
+        stream = Table.from_dict({"number": [float(n) for n in range(96)]}).to_iterable_dataset(num_shards=4)
+        mine = split_dataset_by_node(stream, rank=self.trainer.global_rank, world_size=self.trainer.world_size)
+        return DataLoader(mine, batch_size=4, collate_fn=lambda rows: torch.tensor([row["number"] for row in rows]))
+
+
+def shuffled(**options: Any) -> DataLoader[Any]:
+    return DataLoader(Numbers(103), batch_size=4, shuffle=True, **options)
+
+
+CASES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "shuffled": (shuffled, {"max_epochs": 3}),
+    "shuffled_again": (shuffled, {"max_epochs": 1}),
+    "drop_last": (lambda: shuffled(drop_last=True), {"max_epochs": 2}),
+    "workers": (lambda: shuffled(num_workers=2, prefetch_factor=2), {"max_epochs": 2}),
+    "long": (lambda: shuffled(num_workers=2), {"max_epochs": 6}),
+    "persistent": (
+        lambda: shuffled(num_workers=1, persistent_workers=True, drop_last=True),
+        {"max_epochs": 3},
+    ),
+    "in_order": (lambda: DataLoader(Numbers(40), batch_size=2), {"max_epochs": 1}),
+    "unbatched": (lambda: DataLoader(Numbers(31), batch_size=None, shuffle=True), {"max_epochs": 2}),
+    "own_sampler": (lambda: DataLoader(Numbers(40), batch_size=2, sampler=Backwards(range(40))), {"max_epochs": 1}),
+    "own_batch_sampler": (lambda: DataLoader(Numbers(40), batch_sampler=Pairs(40)), {"max_epochs": 2}),
+    "weighted": (
+        lambda: DataLoader(Numbers(40), batch_size=2, sampler=WeightedRandomSampler([1.0] * 40, 60)),
+        {"max_epochs": 1},
+    ),
+    "limited": (shuffled, {"max_epochs": 2, "limit_train_batches": 5}),
+    "limited_share": (shuffled, {"max_epochs": 1, "limit_train_batches": 0.5}),
+    "overfit": (shuffled, {"max_epochs": 2, "overfit_batches": 3}),
+    "fast_dev_run": (shuffled, {"fast_dev_run": 3}),
+    "accumulated": (lambda: DataLoader(Numbers(98), batch_size=4), {"max_epochs": 2, "accumulate_grad_batches": 3}),
+    "cycled": (
+        lambda: {"long": DataLoader(Numbers(60), batch_size=3), "short": DataLoader(Numbers(8), batch_size=2)},
+        {"max_epochs": 2},
+    ),
+    "shortest": (
+        lambda: CombinedLoader(
+            {"long": DataLoader(Numbers(60), batch_size=2), "short": DataLoader(Numbers(20), batch_size=2)}, "min_size"
+        ),
+        {"max_epochs": 2},
+    ),
+    "by_steps": (shuffled, {"max_steps": 30}),
+    "left_alone": (lambda: DataLoader(Numbers(20), batch_size=2), {"max_steps": 10, "use_distributed_sampler": False}),
+    "stream": (lambda: DataLoader(Stream(), batch_size=4), {"max_steps": 12}),
+    "streamed": (Streamed, {"max_steps": 20}),
+    "reloaded": (Module, {"max_epochs": 3, "reload_dataloaders_every_n_epochs": 1}),
+}
+
+
+def run(case: str, out: Path, dies_at: int = 0) -> None:
+    make, options = CASES[case]
+    L.seed_everything(7, verbose=False)
+    trainer = L.Trainer(
+        strategy=AsyncLocalSGDStrategy(local_steps=4),
+        accelerator="cpu",
+        devices=2,
+        logger=CSVLogger(out, name="", version="") if dies_at else False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=out,
+        **options,
+    )
+    model, data = Model(dies_at, out), make()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(
+            model, **({"datamodule": data} if isinstance(data, L.LightningDataModule) else {"train_dataloaders": data})
+        )
+    (out / f"{case}_{trainer.global_rank}.json").write_text(
+        json.dumps(
+            {
+                "seen": model.seen,
+                "epochs": model.epochs,
+                "hooks": getattr(data, "hooks", []),
+                "global_step": trainer.global_step,
+                "current_epoch": trainer.current_epoch,
+                "warnings": [str(warning.message) for warning in caught],
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    given = json.loads(sys.argv[2])
+    for name in given.get("cases", CASES):
+        run(name, Path(sys.argv[1]), given.get("dies_at", 0))

@@ -1,0 +1,78 @@
+"""A run for the test of Lightning's hooks: ``python hooks_job.py OUT STRATEGY``.
+
+Two ranks fit, validate, test and predict. Every rank notes in ``OUT/rank_<n>.json`` how often each hook of module,
+callback and datamodule was called in each stage.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.core.hooks import CheckpointHooks, DataHooks, ModelHooks
+from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
+
+OF_MODULES = {
+    *("training_step", "validation_step", "test_step", "predict_step", "backward", "optimizer_step"),
+    *("optimizer_zero_grad", "configure_gradient_clipping", "configure_optimizers", "configure_callbacks"),
+}
+NOT_COUNTED = {"configure_sharded_model", "lr_scheduler_step"}
+"""Overriding the first is deprecated; the second is called by the run's progress, not by the rank's."""
+
+
+def public(*classes: type) -> set[str]:
+    return {name for one in classes for name in vars(one) if not name.startswith("_")} - NOT_COUNTED
+
+
+def counted(own: type, names: set[str], calls: Counter[str]) -> type:
+    """A subclass that counts the calls of its methods."""
+
+    def counting(name: str) -> Any:
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            calls[f"{own.__name__}.{name}"] += 1
+            return getattr(super(found, self), name)(*args, **kwargs)
+
+        return method
+
+    found: type = type(own.__name__, (own,), {name: counting(name) for name in names if callable(getattr(own, name))})
+    return found
+
+
+def main(out: Path, strategy: str) -> None:
+    calls: Counter[str] = Counter()
+    module = counted(BoringModel, public(ModelHooks, DataHooks, CheckpointHooks) | OF_MODULES, calls)()
+    callback = counted(Callback, public(Callback) - {"state_key"}, calls)()
+    data = counted(BoringDataModule, public(DataHooks) | {"state_dict"}, calls)()
+    noted = {}
+    for stage in ("fit", "validate", "test", "predict"):
+        calls.clear()
+        trainer = L.Trainer(
+            strategy=strategy,
+            accelerator="cpu",
+            devices=2,
+            max_epochs=2,
+            limit_train_batches=8,
+            limit_val_batches=3,
+            limit_test_batches=3,
+            limit_predict_batches=3,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=out,
+            callbacks=[callback, ModelCheckpoint()],
+        )
+        getattr(trainer, stage)(module, datamodule=data)
+        noted[stage] = dict(calls)
+    rank = trainer.global_rank
+    (out / f"rank_{rank}.json").write_text(json.dumps(noted))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,192 @@
+"""CUDA devices: one process for each, copies through pinned memory, NCCL where ranks are in step.
+
+Two ranks on one device stand in for two devices where there is only one; NCCL refuses that, so gloo takes its place.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.demos.boring_classes import BoringModel
+from torch import nn
+
+from lightning_async_localsgd import AsyncLocalSGDStrategy
+from lightning_async_localsgd.layout import Binding, Layout
+from lightning_async_localsgd.messages import Reply
+from lightning_async_localsgd.worker import Worker
+from tests.processes import Jobs, jobs
+
+JOB = Path(__file__).with_name("cuda_job.py")
+
+
+def needs_gpus(number: int) -> Callable[[Callable[..., None]], Any]:
+    there = torch.cuda.device_count()
+    skip = pytest.mark.skipif(there < number, reason=f"needs {number} CUDA device(s), has {there}")
+    return lambda test: pytest.mark.gpu(skip(test))
+
+
+class Mixed(nn.Module):
+    """Parameters of two dtypes and statistics, some of them on the CPU."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.wide = nn.Linear(512, 512, device=device)
+        self.half = nn.Linear(512, 64, device=device, dtype=torch.bfloat16)
+        self.norm = nn.BatchNorm1d(64, device=device)
+        self.register_buffer("kept", torch.full((3,), 5.0))
+
+
+@pytest.fixture
+def modules() -> tuple[Mixed, Mixed]:
+    """The same module on the CPU and on a device."""
+    torch.manual_seed(0)
+    here, there = Mixed("cpu"), Mixed("cuda")
+    there.load_state_dict(here.state_dict())
+    return here, there
+
+
+def test_flat_vectors_of_a_module_on_the_cpu_are_ordinary_memory() -> None:
+    module = Mixed("cpu")
+    flat = Binding(Layout.of(module), module).new_flat()
+    assert not flat.is_pinned()
+    assert not flat.any()
+
+
+@needs_gpus(1)
+def test_flat_vectors_of_a_module_on_a_device_are_pinned() -> None:
+    module = Mixed("cuda")
+    flat = Binding(Layout.of(module), module).new_flat()
+    assert flat.is_pinned()
+    assert not flat.any()
+
+
+@needs_gpus(1)
+def test_copies_are_complete_when_they_return(modules: tuple[Mixed, Mixed]) -> None:
+    bindings = [Binding(Layout.of(module), module) for module in modules]
+    flats = [binding.new_flat() for binding in bindings]
+    values = torch.randn(bindings[0].layout.numel)
+    for binding, flat in zip(bindings, flats, strict=True):
+        flat.copy_(values)
+        binding.load(flat)
+        rounded = flat.clone()
+        flat.fill_(torch.nan)  # Would show if a copy were still reading, or came later.
+        binding.read(flat)
+        torch.testing.assert_close(flat, rounded, rtol=0, atol=0)
+    torch.testing.assert_close(*flats, rtol=0, atol=0)
+
+    pushes = [binding.new_flat() for binding in bindings]
+    for module, binding, flat, push in zip(modules, bindings, flats, pushes, strict=True):
+        with torch.no_grad():
+            # Still being computed when the push is formed.
+            for _ in range(200):
+                for parameter in module.parameters():
+                    parameter.mul_(1.0)
+            for parameter in module.parameters():
+                parameter.mul_(0.5)
+        binding.subtract_from(flat, push)
+    torch.testing.assert_close(*pushes, rtol=0, atol=0)
+    half = bindings[0].layout.views(pushes[0])["wide.weight"]
+    torch.testing.assert_close(half, bindings[0].layout.views(flats[0])["wide.weight"] / 2)
+
+
+class Device:
+    """Stands in for a binding whose device is behind by so many seconds."""
+
+    def __init__(self, clock: list[float], behind: float) -> None:
+        module = nn.Linear(2, 2)
+        self._binding = Binding(Layout.of(module), module)
+        self._clock = clock
+        self._behind = behind
+
+    def synchronize(self) -> None:
+        self._clock[0] += self._behind
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._binding, name)
+
+
+def test_what_a_device_still_computes_belongs_to_the_round() -> None:
+    clock = [0.0]
+    exchange = Mock(wanted_version=-1)
+    reply = Reply(
+        incarnation="i",
+        sequence=0,
+        version=1,
+        staleness=0,
+        local_steps=4,
+        progress=0.0,
+        pace=1.0,
+        wait_seconds=0.0,
+        stop=False,
+        refused=None,
+    )
+    exchange.join.return_value = exchange.push.return_value = reply
+    worker = Worker(0, Device(clock, behind=3.0), exchange, clock=lambda: clock[0])  # type: ignore[arg-type]
+    worker.join()
+    for _ in range(3):
+        clock[0] += 1.0
+        worker.count_step()
+        worker.end_step(8)
+    worker.end_round()
+    push = exchange.push.call_args[0][0]
+    assert (push.timed_steps, push.compute_seconds) == (2, 5.0), "the first step is not timed"
+
+
+def trainer(folder: Path, **options: Any) -> L.Trainer:
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return L.Trainer(**{"accelerator": "gpu", "devices": 1, "default_root_dir": folder, **quiet, **options})
+
+
+@needs_gpus(1)
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed", "bf16-mixed", "bf16-true"])
+def test_one_device_trains_validates_saves_and_resumes(tmp_path: Path, precision: Any) -> None:
+    module = BoringModel()
+    strategy = AsyncLocalSGDStrategy(local_steps=5)
+    fit = trainer(tmp_path, strategy=strategy, precision=precision, max_steps=20, val_check_interval=5)
+    fit.fit(module)
+    assert fit.strategy.root_device.type == "cuda"
+    assert fit.global_step == 20
+    saved = torch.load(fit.checkpoint_callback.best_model_path, weights_only=True)
+    for name, tensor in module.state_dict().items():
+        torch.testing.assert_close(saved["state_dict"][name].cpu(), tensor.cpu(), rtol=0, atol=0)
+    again = trainer(tmp_path, strategy=AsyncLocalSGDStrategy(local_steps=5), precision=precision, max_steps=30)
+    again.fit(BoringModel(), ckpt_path=fit.checkpoint_callback.best_model_path)
+    assert again.global_step == 30
+    again.validate(module, verbose=False)
+
+
+@pytest.fixture
+def started() -> Iterator[Jobs]:
+    with jobs() as started:
+        yield started
+
+
+def launch(started: Jobs, tmp_path: Path, **options: Any) -> list[dict[str, Any]]:
+    code, text = started.finish(started.start([sys.executable, JOB, tmp_path, json.dumps(options)]))
+    assert code == 0, text[-6000:]
+    ranks = [json.loads((tmp_path / f"rank_{n}.json").read_text()) for n in (0, 1)]
+    assert ranks[0]["digest"] == ranks[1]["digest"]
+    assert sum(rank["steps"] for rank in ranks) == 100
+    assert [rank["metric"] for rank in ranks] == [0.5, 0.5], "the mean over both ranks"
+    return ranks
+
+
+@needs_gpus(1)
+def test_two_ranks_that_share_a_device(started: Jobs, tmp_path: Path) -> None:
+    ranks = launch(started, tmp_path, share=True, backend="gloo")
+    assert [(rank["device"], rank["backend"]) for rank in ranks] == [("cuda:0", "gloo")] * 2
+
+
+@needs_gpus(2)
+@pytest.mark.parametrize("start_method", ["popen", "spawn"])
+def test_two_ranks_with_a_device_each(started: Jobs, tmp_path: Path, start_method: str) -> None:
+    ranks = launch(started, tmp_path, start_method=start_method)
+    assert [(rank["device"], rank["backend"]) for rank in ranks] == [("cuda:0", "nccl"), ("cuda:1", "nccl")]
