@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, TCPStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
 
 _log = logging.getLogger(__name__)
 
@@ -71,6 +71,14 @@ def _host_identity() -> str:
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
         parts.append(os.readlink("/proc/self/ns/net"))
     return "/".join(parts)
+
+
+def open_group_of_one(backend: str, timeout: timedelta | None, **kwargs: Any) -> bool:
+    """In a world of one: opens the default process group, unless there is one; returns whether it did."""
+    if dist.is_initialized():
+        return False
+    dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout, **kwargs)
+    return True
 
 
 class Rendezvous:

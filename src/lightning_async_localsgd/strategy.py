@@ -16,13 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.utilities.imports import _IS_INTERACTIVE
 from lightning.fabric.utilities.seed import reset_seed
-from lightning.pytorch.accelerators import Accelerator, MPSAccelerator, XLAAccelerator
-from lightning.pytorch.callbacks import ModelPruning
+from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.overrides.distributed import _sync_module_states
-from lightning.pytorch.plugins.precision import DeepSpeedPrecision, FSDPPrecision, Precision, XLAPrecision
+from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies.ddp import DDPStrategy
 from lightning.pytorch.strategies.strategy import Strategy
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
@@ -44,8 +41,9 @@ from lightning_async_localsgd.options import ExchangeOptions
 from lightning_async_localsgd.outer import OuterOptimizer, resolve_outer_optimizer
 from lightning_async_localsgd.pacing import SpeedAwareSteps
 from lightning_async_localsgd.phase import AsyncPhase, PhaseSettings
+from lightning_async_localsgd.refusals import refuse_callbacks, refuse_plugins, refuse_process_group
 from lightning_async_localsgd.registration import register_names
-from lightning_async_localsgd.rendezvous import Rendezvous
+from lightning_async_localsgd.rendezvous import Rendezvous, open_group_of_one
 from lightning_async_localsgd.trainer_parts import (
     callbacks_of,
     load_states_of_callbacks,
@@ -159,6 +157,7 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         self._data: TrainingData | None = None
         self._distributes_data = True
         self._searching = False
+        self._alone_in_group = False
         self._restored: dict[str, Any] | None = None
         self._last_state: dict[str, Any] | None = None
         self._done: int | None = None
@@ -183,8 +182,10 @@ class AsyncLocalSGDStrategy(DDPStrategy):
     @override
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None
-        # The trainer has just given this strategy everything that was chosen: the earliest moment to refuse.
-        self._refuse_plugins()
+        refuse_plugins(self, self._start_method)
+        # Whether the outer optimizer's options fit the number of workers: tried on a model of one parameter.
+        rule = resolve_outer_optimizer(self.outer_optimizer)
+        rule.setup(torch.zeros(1), {"": torch.zeros(1)}, max(1, self.num_nodes * self.num_processes))
         if self._start_method == "popen":
             self._launcher = AsyncScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
         else:
@@ -228,6 +229,8 @@ class AsyncLocalSGDStrategy(DDPStrategy):
                 ended_ranks,
             )
         if trainer.state.fn == TrainerFn.FITTING:
+            if self.world_size > 1:
+                refuse_process_group()
             self._last_state = None
             callbacks = callbacks_of(trainer)
             own = next((one for one in callbacks if isinstance(one, AsyncLocalSGDCallback)), None)
@@ -242,19 +245,29 @@ class AsyncLocalSGDStrategy(DDPStrategy):
             if self._rendezvous is not None:
                 seed = self._rendezvous.broadcast(seed)
             self._data = TrainingData(trainer, self.world_size, seed, self._distributes_data, self._rendezvous)
-        elif self._rendezvous is not None:
+        else:
+            self._open_group()
+
+    def _open_group(self) -> None:
+        """``validate``, ``test`` and ``predict`` have a process group, as with DDP."""
+        self._process_group_backend = self._get_process_group_backend()
+        device = self.root_device
+        options: dict[str, Any] = {"device_id": None if device.type == "cpu" else device}
+        if self._rendezvous is None:
+            self._alone_in_group = open_group_of_one(self._process_group_backend, self._timeout, **options)
+        else:
             self._rendezvous.barrier("process group")
-            self._process_group_backend = self._get_process_group_backend()
-            device = self.root_device
-            self._rendezvous.open_group(
-                self._process_group_backend, self._timeout, device_id=None if device.type == "cpu" else device
-            )
+            self._rendezvous.open_group(self._process_group_backend, self._timeout, **options)
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting:
-            self._refuse_unsupported(trainer)
+            # What cannot work is refused before anything has been trained.
+            assert self.lightning_module is not None
+            refuse_callbacks(trainer)
+            Layout.of(self.lightning_module, self._exchanges_frozen)
+            run_budget(trainer, self.world_size)
         Strategy.setup(self, trainer)
         if fitting and trainer.max_steps != 0 and trainer.fit_loop.max_epochs != 0:
             # Before the loop first asks whether it is done: a resumed rank's own count may be past a limit that all
@@ -268,45 +281,6 @@ class AsyncLocalSGDStrategy(DDPStrategy):
     def _setup_model(self, model: torch.nn.Module) -> torch.nn.Module:  # type: ignore[override]
         """No wrapper: gradients are not reduced."""
         return model
-
-    def _refuse_plugins(self) -> None:
-        """What the trainer was given besides and cannot work here."""
-        if isinstance(self.accelerator, (MPSAccelerator, XLAAccelerator)):
-            raise ValueError(
-                f"accelerator={self.accelerator.name()!r} does not go together with strategy={self.strategy_name!r}: "
-                "ranks have CPUs or CUDA devices; choose accelerator='cpu', or another strategy"
-            )
-        if _IS_INTERACTIVE and self._start_method == "popen":
-            raise MisconfigurationException(
-                f"strategy={self.strategy_name!r} runs the script again for every rank, and an interactive session has "
-                "none; use strategy='async_localsgd_notebook'"
-            )
-        if self._layer_sync is not None and self.num_nodes * self.num_processes > 1:
-            raise ValueError(
-                "sync_batchnorm=True needs all ranks in every forward pass, but with async_localsgd ranks run at their "
-                "own speed; use sync_batchnorm=False: running statistics are merged with the model"
-            )
-        if isinstance(self.precision_plugin, (FSDPPrecision, DeepSpeedPrecision, XLAPrecision)):
-            plugin = type(self.precision_plugin).__name__
-            raise ValueError(
-                f"plugins={plugin} belongs to another strategy; with async_localsgd every rank holds the whole model: "
-                "leave the plugin out and choose Trainer(precision=...)"
-            )
-        # Whether the outer optimizer's options fit the number of workers: tried on a model of one parameter.
-        rule = resolve_outer_optimizer(self.outer_optimizer)
-        rule.setup(torch.zeros(1), {"": torch.zeros(1)}, max(1, self.num_nodes * self.num_processes))
-
-    def _refuse_unsupported(self, trainer: pl.Trainer) -> None:
-        """What cannot work is refused before anything has been trained."""
-        assert self.lightning_module is not None
-        if any(isinstance(callback, ModelPruning) for callback in callbacks_of(trainer)):
-            raise ValueError(
-                "ModelPruning puts other parameters into the module while it trains, as each rank's local weights "
-                "suggest, and the global model would not follow; with async_localsgd train first and prune the trained "
-                "model in a fit with another strategy"
-            )
-        Layout.of(self.lightning_module, self._exchanges_frozen)
-        run_budget(trainer, self.world_size)
 
     @property
     def _exchanges_frozen(self) -> bool:
@@ -568,6 +542,9 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         if self._data is not None:
             self._trainer._accelerator_connector.use_distributed_sampler = self._distributes_data
             self._data = None
+        if self._alone_in_group:
+            torch.distributed.destroy_process_group()
+            self._alone_in_group = False
         if self._rendezvous is not None:
             self._rendezvous.close_group()
             if not (self._failed and self.is_global_zero):

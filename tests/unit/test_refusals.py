@@ -119,3 +119,12 @@ def test_epochs_of_unknown_length_are_refused_and_steps_are_not() -> None:
 def test_pruning_while_training_is_refused() -> None:
     with pytest.raises(ValueError, match=r"ModelPruning.*prune the trained model"):
         trainer(callbacks=[ModelPruning("l1_unstructured", amount=0.5)]).fit(BoringModel())
+
+
+def test_a_process_group_that_was_left_behind_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_async_localsgd.refusals import refuse_process_group
+
+    refuse_process_group()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    with pytest.raises(RuntimeError, match="destroy_process_group"):
+        refuse_process_group()
