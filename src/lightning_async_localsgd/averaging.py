@@ -73,9 +73,9 @@ class GlobalAverages:
                 self._replace(callback, "update_parameters", _by_epochs(callback.update_parameters, model))
                 self._replace(callback, "transfer_weights", _with_buffers(callback.transfer_weights))
             elif model is not None:
-                average = callback._average_model
-                updates = _by_steps(average.update_parameters, model, callback, trainer)
-                self._replace(average, "update_parameters", updates)
+                steps = _StepsGoneBy(callback, model, trainer.global_step)
+                self._replace(callback, "should_update", steps.should_update)
+                self._replace(callback._average_model, "update_parameters", steps.update_parameters)
 
     def release(self) -> None:
         """The callbacks average what they are given again."""
@@ -83,27 +83,41 @@ class GlobalAverages:
             delattr(owner, name)  # The class's own shows again.
         self._replaced = []
 
-    def _replace(self, owner: Any, name: str, method: Callable[..., None]) -> None:
+    def _replace(self, owner: Any, name: str, method: Callable[..., Any]) -> None:
         setattr(owner, name, method)
         self._replaced.append((owner, name))
 
 
-def _by_steps(
-    update: Callable[[Any], None], model: _GlobalModelView, callback: Any, trainer: pl.Trainer
-) -> Callable[[Any], None]:
-    """What stands in for ``AveragedModel.update_parameters``."""
-    seen = trainer.global_step
+class _StepsGoneBy:
+    """Stands between a ``WeightAveraging`` and its average, for which each of the run's global steps counts once.
 
-    def updates(_: Any) -> None:
-        nonlocal seen
-        now = trainer.global_step
-        # The callback itself asks for the last of the steps only.
-        missed = sum(bool(callback.should_update(step_idx=step)) for step in range(seen, now - 1))
-        seen = now
-        for _ in range(missed + 1):
-            update(model)
+    Args:
+        callback: the callback.
+        model: what is averaged.
+        seen: global steps that have gone by.
 
-    return updates
+    """
+
+    def __init__(self, callback: Any, model: _GlobalModelView, seen: int) -> None:
+        self._wants: Callable[..., bool] = callback.should_update
+        self._update: Callable[[Any], None] = callback._average_model.update_parameters
+        self._model = model
+        self._seen = seen
+        self._due = 0
+
+    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+        """The callback asks for the last global step only; how many of those since then it wants is remembered."""
+        if step_idx is None:
+            return self._wants(step_idx=step_idx, epoch_idx=epoch_idx)
+        self._due += sum(bool(self._wants(step_idx=step)) for step in range(self._seen, step_idx + 1))
+        self._seen = max(self._seen, step_idx + 1)
+        return self._due > 0
+
+    def update_parameters(self, _: Any) -> None:
+        """Takes the model into the average as often as was wanted; once at an epoch's end."""
+        for _ in range(max(1, self._due)):
+            self._update(self._model)
+        self._due = 0
 
 
 def _by_epochs(update: Callable[..., None], model: _GlobalModelView | None) -> Callable[..., None]:

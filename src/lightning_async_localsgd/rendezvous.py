@@ -22,12 +22,16 @@ from typing import Any
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
 
+from lightning_async_localsgd.liveness import has_ended, this_process
+
 _log = logging.getLogger(__name__)
 
 # Seconds between two looks into the store while waiting. Its own blocking wait cannot be used: it prints a warning at
 # each time-out, and holds the client that other threads share.
 _FIRST_PAUSE = 0.001
 _LONGEST_PAUSE = 0.05
+
+_PROCESS = "process"
 
 _stores: dict[tuple[str, int], TCPStore] = {}
 """One store a process and address, kept for the process's life: a second Trainer in the same script meets on it too."""
@@ -126,6 +130,7 @@ class Rendezvous:
         restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = _open_store(host, port, rank == 0 and not agent, timeout)
         self._store = PrefixStore(f"async_localsgd/{restart}/{_runs}", store)
+        self.post(_PROCESS, this_process())
 
     def barrier(self, name: str | None = None) -> None:
         """Returns when all ranks have come here.
@@ -235,7 +240,8 @@ class Rendezvous:
                 self._watch()
             else:
                 alive = self.survivors()
-                missing = [rank for rank in missing if rank in alive]
+                processes = self.posted(_PROCESS)
+                missing = [rank for rank in missing if rank in alive and not has_ended(processes.get(rank, ""))]
             if missing and time.monotonic() > until:
                 ranks = ", ".join(map(str, missing))
                 raise RendezvousError(

@@ -39,6 +39,10 @@ class AsyncTraining:
         budget: what these limits come to.
         restored: of a single rank's training data, see :meth:`.TrainingData.state_dict`.
 
+    Attributes:
+        phase: as given.
+        local_values: warns of collectives that are local; None on a single rank.
+
     """
 
     def __init__(

@@ -1,7 +1,8 @@
 """What every rank trained on, for each of the cases of ``test_data.py``: ``python data_job.py OUT JSON``.
 
 All cases run one after the other in one set of processes. Every rank writes ``OUT/<case>_<rank>.json``. With the
-option ``dies_at`` rank 1 kills itself at so many batches, when it has written what it was trained on.
+option ``dies_at`` rank 1 kills itself at so many batches, when it has written what it was trained on. With the option
+``ckpt_path`` the case goes on from there, with ``devices`` on so many ranks.
 """
 
 from __future__ import annotations
@@ -89,6 +90,8 @@ class Model(L.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         time.sleep(SECONDS[self.global_rank % len(SECONDS)])
+        if not self.seen:
+            self.seen.append([])  # Lightning does not begin an epoch again in whose middle it goes on.
         self.seen[-1].append(
             {key: value.tolist() for key, value in batch.items()} if isinstance(batch, dict) else batch.tolist()
         )
@@ -128,6 +131,14 @@ class Module(L.LightningDataModule):
         self.hooks.append("teardown " + stage)
 
 
+class Save(L.Callback):
+    """Saves in the middle of the first epoch."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.current_epoch == 0 and trainer.global_step == 6:
+            trainer.save_checkpoint(Path(trainer.default_root_dir) / "middle.ckpt")
+
+
 class Streamed(L.LightningDataModule):
     """The recipe of docs/lightning.md, on a stream that needs no network."""
 
@@ -163,6 +174,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
         lambda: DataLoader(Numbers(40), batch_size=2, sampler=WeightedRandomSampler([1.0] * 40, 60)),
         {"max_epochs": 1},
     ),
+    "saved": (shuffled, {"max_epochs": 2, "enable_checkpointing": True, "callbacks": [Save()]}),
     "limited": (shuffled, {"max_epochs": 2, "limit_train_batches": 5}),
     "limited_share": (shuffled, {"max_epochs": 1, "limit_train_batches": 0.5}),
     "overfit": (shuffled, {"max_epochs": 2, "overfit_batches": 3}),
@@ -186,26 +198,24 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-def run(case: str, out: Path, dies_at: int = 0) -> None:
+def run(case: str, out: Path, dies_at: int = 0, ckpt_path: str | None = None, devices: int = 2) -> None:
     make, options = CASES[case]
     L.seed_everything(7, verbose=False)
     trainer = L.Trainer(
         strategy=AsyncLocalSGDStrategy(local_steps=4),
         accelerator="cpu",
-        devices=2,
+        devices=devices,
         logger=CSVLogger(out, name="", version="") if dies_at else False,
-        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=out,
-        **options,
+        **{"enable_checkpointing": False, **options},
     )
     model, data = Model(dies_at, out), make()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer.fit(
-            model, **({"datamodule": data} if isinstance(data, L.LightningDataModule) else {"train_dataloaders": data})
-        )
+        given = {"datamodule": data} if isinstance(data, L.LightningDataModule) else {"train_dataloaders": data}
+        trainer.fit(model, **given, ckpt_path=ckpt_path)
     (out / f"{case}_{trainer.global_rank}.json").write_text(
         json.dumps(
             {
@@ -224,4 +234,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     given = json.loads(sys.argv[2])
     for name in given.get("cases", CASES):
-        run(name, Path(sys.argv[1]), given.get("dies_at", 0))
+        more = {option: given[option] for option in ("dies_at", "ckpt_path", "devices") if option in given}
+        run(name, Path(sys.argv[1]), **more)

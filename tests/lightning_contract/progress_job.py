@@ -73,14 +73,16 @@ class Model(L.LightningModule):
             ),
             "by_epoch": lambda: lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5),
             "every_five": lambda: lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.9),
+            "several": lambda: lr_scheduler.ExponentialLR(optimizer, gamma=0.99),
         }
         config = {"scheduler": schedules[kind](), "interval": "step"}
         if kind == "by_epoch":
             config["interval"] = "epoch"
         if kind == "every_five":
             config["frequency"] = 5
-            second = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-            del second
+        if kind == "several":
+            by_epoch = {"scheduler": lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5), "interval": "epoch"}
+            return [optimizer], [config, by_epoch]
         return {"optimizer": optimizer, "lr_scheduler": config}
 
 
@@ -107,6 +109,7 @@ CASES: dict[str, dict[str, Any]] = {
     "one_cycle_slow_zero": {"slow_rank": 0, "schedule": "one_cycle", "trainer": {"max_epochs": 2}},
     "warm_cosine": {"schedule": "warm_cosine", "trainer": {"max_steps": 60}},
     "by_epoch": {"schedule": "by_epoch", "trainer": {"max_epochs": 4}},
+    "several": {"schedule": "several", "trainer": {"max_epochs": 2}},
     "every_five": {"schedule": "every_five", "trainer": {"max_steps": 30}},
 }
 

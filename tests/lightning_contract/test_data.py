@@ -10,11 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.utils.data import DataLoader
 
+from lightning_async_localsgd.sampling import EpochOrder
 from tests.processes import jobs
 
 JOB = Path(__file__).with_name("data_job.py")
 Ranks = list[dict[str, Any]]
+MIDDLE: list[Path] = []
+"""The checkpoint that the case "saved" has left."""
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +29,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ranks]:
     with jobs() as started:
         code, text = started.finish(started.start([sys.executable, JOB, folder, "{}"]), timeout=240)
     assert code == 0, text[-6000:]
+    MIDDLE[:] = [folder / "middle.ckpt"]
     cases: dict[str, Ranks] = {}
     for path in sorted(folder.glob("*.json")):
         cases.setdefault(path.stem[:-2], []).append(json.loads(path.read_text()))
@@ -68,6 +74,26 @@ def test_what_a_dead_worker_had_leased_goes_to_the_others(tmp_path: Path) -> Non
     assert 0 < worker["steps"] < 7
     counted = [*chain.from_iterable(mine), *theirs[: worker["steps"]]]
     assert sorted(chain.from_iterable(counted)) == sorted(list(range(103)) * 6)
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_a_run_goes_on_in_the_middle_of_an_epoch(seen: dict[str, Ranks], tmp_path: Path, workers: int) -> None:
+    """With as many workers as before, or more; what had been handed in is not trained on again."""
+    saved = torch.load(MIDDLE[0], weights_only=True)
+    free = saved["async_localsgd"]["leases"]["0"]["free"]
+    left = [number for epoch, start, stop in free for number in range(start, stop)]
+    assert {epoch for epoch, _, _ in free} == {0}
+    assert 0 < len(left) < 26
+    options = json.dumps({"cases": ["saved"], "ckpt_path": str(MIDDLE[0]), "devices": workers})
+    with jobs() as started:
+        code, text = started.finish(started.start([sys.executable, JOB, tmp_path, options]))
+    assert code == 0, text[-6000:]
+    ranks = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("saved_*.json"))]
+    assert len(ranks) == workers
+    first, second = epochs(ranks)
+    order = EpochOrder(DataLoader(range(103), batch_size=4, shuffle=True), seed=7, alone=False)  # type: ignore[arg-type]
+    assert sorted(map(tuple, first)) == sorted(tuple(map(float, order.item(0, number))) for number in left)
+    assert samples(second) == list(range(103))
 
 
 def test_a_fast_rank_takes_more(seen: dict[str, Ranks]) -> None:

@@ -175,7 +175,9 @@ def test_one_device(started: Jobs, out: Path) -> None:
     seen = notes(out)
     assert seen["fit", 0][0]["steps"] == 100
     assert seen["fit", 0][0]["world_size"] == 1
-    assert not any(note["group"] for [note] in seen.values())
+    assert {call: note["group"] for (call, _), [note] in seen.items()} == {
+        "fit": False, "validate": True, "test": True, "predict": True
+    }  # fmt: skip
     assert {call for call, _ in seen} == {"fit", "validate", "test", "predict"}
 
 
@@ -379,9 +381,8 @@ class Remembering(BoringModel):
         return {"loss": (self(batch) * self.scale).sum()}
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        # Lightning's own choice, whatever the trainer was told; its other stages follow that.
-        inside_fit = self.trainer.state.fn == "fit"
-        assert torch.is_inference_mode_enabled() == (self.trainer.validate_loop.inference_mode and not inside_fit)
+        # In fit, and with a process group of gloo, Lightning turns gradients off in another way.
+        assert not torch.is_inference_mode_enabled()
         self(batch)
         self.scale.mul_(0.5)
 

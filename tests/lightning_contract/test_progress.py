@@ -170,6 +170,12 @@ def test_epoch_schedules_follow_epochs_of_all_workers(cases: dict[str, Case]) ->
             assert rate == 0.5 ** (step // 20)
 
 
+def test_several_schedules_of_one_optimizer(cases: dict[str, Case]) -> None:
+    for rank in cases["several"].ranks:
+        for step, (rate,) in zip(rank["shown"], rank["rates"], strict=True):
+            assert rate == pytest.approx(0.99**step * 0.5 ** (step // 20))
+
+
 def test_the_monitor_logs_the_rates(cases: dict[str, Case]) -> None:
     logged = cases["warm_cosine"].column("lr-SGD")
     assert list(logged) == list(range(4, 60, 5))
