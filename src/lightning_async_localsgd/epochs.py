@@ -58,7 +58,6 @@ class TrainingData:
         self._leased = leased
         self._open: OpenStock | None = None
         self._samplers: dict[str, LeasedSampler] = {}
-        self._resumed = False
         self._rendezvous = rendezvous
         self._same_samples: SameSamples | None = None
         self._fetcher: _DataFetcher | None = None
@@ -98,7 +97,6 @@ class TrainingData:
 
         """
         self._open = open_stock
-        self._resumed = restored is not None
         self.prepare()
         loop = self._trainer.fit_loop
         if restored is not None:
@@ -161,11 +159,14 @@ class TrainingData:
         if self._same_samples is not None:
             self._same_samples.see_batch(batch)
 
-    def end(self) -> None:
-        """Training is over: Lightning ends epochs again as it is used to."""
+    def agree(self) -> None:
+        """All ranks have come to the end: the last look at whether they were trained on the same samples."""
         if self._same_samples is not None:
             self._same_samples.look()
-            self._same_samples = None
+
+    def end(self) -> None:
+        """Training is over: Lightning ends epochs again as it is used to."""
+        self._same_samples = None
         loop = self._trainer.fit_loop.epoch_loop
         loop.__dict__.pop("_num_ready_batches_reached", None)
         if self._fetcher is not None and self._own_class is not None:
@@ -201,7 +202,8 @@ class TrainingData:
     def _watch_epochs(self, loader: CombinedLoader) -> None:
         """Has an epoch end where its data does."""
         loop = self._trainer.fit_loop
-        if not self.global_epochs or (self._ranks == 1 and not self._resumed):
+        # A single rank has as many batches as its loader says, unless it goes on in the middle of an epoch.
+        if not self.global_epochs or (self._ranks == 1 and not loop.restarting):
             return
         fetcher = loop._data_fetcher
         assert fetcher is not None

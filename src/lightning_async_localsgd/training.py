@@ -175,6 +175,7 @@ class AsyncTraining:
         if self._agreement is not None:
             self._agreement.agree(rendezvous)
         self._counts.agree(rendezvous.broadcast(self._counts.steps))
+        self._data.agree()
 
     def state_dict(self) -> dict[str, Any]:
         """Rank 0: what a checkpoint holds of the run."""

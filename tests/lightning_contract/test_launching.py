@@ -26,6 +26,8 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning_async_localsgd import AsyncLocalSGDStrategy
 from tests.processes import Jobs, jobs
 
+pytestmark = pytest.mark.slow
+
 JOB = Path(__file__).with_name("launching_job.py")
 BUDGET = 200
 """Steps of two ranks together: the job has ``max_steps=100``."""
