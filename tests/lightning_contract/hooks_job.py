@@ -76,3 +76,6 @@ def main(out: Path, strategy: str) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(Path(sys.argv[1]), sys.argv[2])
+    if torch.distributed.is_initialized():
+        # DDP leaves its group to the end of the process, whose threads now and then abort it.
+        torch.distributed.destroy_process_group()
