@@ -78,14 +78,14 @@ class AsyncLocalSGDCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         training = _training_of(trainer)
-        if training is not None:
-            training.after_batch()
-        phase = _phase_of(trainer)
-        if phase is None or phase.server is None or not trainer.loggers:
+        if training is None:
+            return
+        training.after_batch()
+        if training.phase.server is None or not trainer.loggers:
             return
         # Only where the loggers will take it: with many workers this is many values.
         if trainer._logger_connector.should_update_logs:
-            for name, value in run_metrics(phase).items():
+            for name, value in run_metrics(training.phase).items():
                 pl_module.log(name, value, on_step=True, on_epoch=False, batch_size=1)
 
     @override
@@ -115,10 +115,9 @@ class AsyncLocalSGDCallback(Callback):
         if training is not None:
             training.finish()
         self._give_back_bar()
-        phase = _phase_of(trainer)
-        if phase is None or phase.server is None:
+        if training is None or training.phase.server is None:
             return
-        summary = run_summary(phase)
+        summary = run_summary(training.phase)
         # Without a logger there is no log directory, only the working directory: nothing is written there unasked.
         if trainer.loggers and trainer.log_dir is not None:
             path = Path(trainer.log_dir) / SUMMARY_FILE
@@ -218,11 +217,6 @@ def format_table(summary: dict[str, Any]) -> str:
 
 def _training_of(trainer: pl.Trainer) -> AsyncTraining | None:
     return getattr(trainer.strategy, "training", None)
-
-
-def _phase_of(trainer: pl.Trainer) -> AsyncPhase | None:
-    training = _training_of(trainer)
-    return None if training is None else training.phase
 
 
 class _GlobalProgress:

@@ -132,7 +132,6 @@ class Coordinator:
         budget: local steps of all workers together.
         cohort: how many workers must have joined before the first dispatch.
         incarnation: random name of this start of the server.
-        seed: of the draws of data shards.
 
     Attributes:
         on_metrics: called with a worker's number and what its module has logged in a round, as the push has it.
@@ -148,7 +147,6 @@ class Coordinator:
         budget: Budget,
         cohort: int,
         incarnation: str,
-        seed: int = 0,
     ) -> None:
         self.model = model
         self.budget = budget
@@ -161,7 +159,7 @@ class Coordinator:
         self.refusals: Counter[str] = Counter()
         self._pacing = pacing
         self._grace = grace
-        self._leases = DataLeases(cohort, seed)
+        self._leases = DataLeases(cohort)
         self._cohort = cohort
         self._started = False
         self._members: dict[int, _Member] = {}
