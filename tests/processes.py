@@ -17,7 +17,8 @@ from typing import Any
 import psutil
 import pytest
 
-_OF_A_LAUNCHER = ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "RANK", "WORLD_SIZE", "MASTER_", "SLURM_", "TORCHELASTIC_")
+_OF_A_LAUNCHER = ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "RANK", "WORLD_SIZE", "MASTER_", "SLURM_", "TORCHELASTIC_",
+                  "ASYNC_LOCALSGD_")  # fmt: skip
 
 _MARK = "ASYNC_LOCALSGD_TEST_JOB"
 

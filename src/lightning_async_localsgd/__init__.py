@@ -19,6 +19,8 @@ from lightning_async_localsgd.registration import register_when_lightning_is_imp
 if TYPE_CHECKING:
     from lightning_async_localsgd.callback import AsyncLocalSGDCallback
     from lightning_async_localsgd.emulation import EmulatedDevices
+    from lightning_async_localsgd.faults import FaultInjection
+    from lightning_async_localsgd.injection import Fault, FaultKind
     from lightning_async_localsgd.options import ExchangeOptions
     from lightning_async_localsgd.outer import DelayedNesterov, OuterOptimizer, TorchOptimizer
     from lightning_async_localsgd.strategy import AsyncLocalSGDStrategy
@@ -31,6 +33,9 @@ __all__ = [
     "DelayedNesterov",
     "EmulatedDevices",
     "ExchangeOptions",
+    "Fault",
+    "FaultInjection",
+    "FaultKind",
     "OuterOptimizer",
     "TorchOptimizer",
 ]
@@ -42,6 +47,9 @@ HOMES = {
     "DelayedNesterov": "outer",
     "EmulatedDevices": "emulation",
     "ExchangeOptions": "options",
+    "Fault": "injection",
+    "FaultInjection": "faults",
+    "FaultKind": "injection",
     "OuterOptimizer": "outer",
     "TorchOptimizer": "outer",
 }

@@ -57,7 +57,10 @@ class Budget:
 
     @property
     def done(self) -> int:
-        """Steps that were handed in. May exceed ``total`` where a worker took more than it was granted."""
+        """Steps that were handed in.
+
+        May exceed ``total`` where a worker took more than it was granted, or came back when it had been given up.
+        """
         return self._done
 
     @property
@@ -94,6 +97,14 @@ class Budget:
         steps = int(max(1, min(wanted, self._unreserved(), self._fair_share(worker, now, speeds))))
         self._reservations[worker] = _Reservation(steps, now)
         return steps
+
+    def resume(self, worker: int, steps: int, now: float) -> None:
+        """A round of ``steps`` steps that had been given up goes on after all.
+
+        They are the worker's again, even if others have been granted them meanwhile: then there are more than ``total``
+        in the end.
+        """
+        self._reservations[worker] = _Reservation(steps, now)
 
     def settle(self, worker: int, steps: int) -> None:
         """A round was handed in with its true number of steps, whatever was granted; 0 for one that does not count."""

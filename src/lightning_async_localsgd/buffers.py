@@ -93,6 +93,11 @@ class BufferPool:
         self._free: list[Tensor] = []
         self._leases: set[BufferLease] = set()
 
+    def allow(self, most: int) -> None:
+        """From now on ``most`` buffers may exist, if that is more than before."""
+        with self.lock:
+            self._most = max(self._most, most)
+
     @property
     def in_use(self) -> int:
         """Buffers that somebody holds."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +12,14 @@ from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning_utilities.core.rank_zero import rank_zero_info
 from typing_extensions import override
 
+from lightning_async_localsgd.ledger import Ledger
+from lightning_async_localsgd.records import FORMER
+
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
-    from lightning_async_localsgd.coordinator import View
     from lightning_async_localsgd.phase import AsyncPhase
+    from lightning_async_localsgd.records import View
     from lightning_async_localsgd.training import AsyncTraining
 
 SUMMARY_FILE = "async_localsgd_summary.json"
@@ -34,14 +38,20 @@ class AsyncLocalSGDCallback(Callback):
       ``exchange_seconds`` (the last exchange, without the waiting), ``steps_per_second`` (of computing);
     * for the run: ``async/version`` (pushes applied), ``async/alive_workers``, ``async/merging_workers`` (whose pushes
       were among the latest), ``async/update_norm`` (of the last pseudo-gradient), ``async/momentum_cosine`` (between it
-      and the outer momentum), ``async/refused_pushes``, ``async/bytes_sent`` and ``async/bytes_received`` (by the
-      server, over the network or sockets).
+      and the outer momentum), ``async/refused_pushes`` and, for each kind that there was, how many of that kind
+      (``async/refused_pushes/not_finite``), ``async/bytes_sent`` and ``async/bytes_received`` (by the server, over the
+      network or sockets).
 
     At the end a table of the workers is printed, and the same numbers are written to ``async_localsgd_summary.json``
     in the trainer's log directory (with ``logger=False`` there is none).
 
     Args:
         table: whether the table is printed at the end.
+        ledger: file to which rank 0 appends a line of JSON for every push that was applied or refused, with the fields
+            of :class:`.Settled`; None for no such file. It is made, with its folder, if it is not there.
+
+    Raises:
+        ValueError: ``ledger`` is no path of a file.
 
     Example::
 
@@ -52,14 +62,21 @@ class AsyncLocalSGDCallback(Callback):
 
     """
 
-    def __init__(self, table: bool = True) -> None:
+    def __init__(self, table: bool = True, ledger: str | PathLike[str] | None = None) -> None:
+        if ledger is not None and (not str(ledger) or Path(ledger).is_dir()):
+            raise ValueError(f"ledger must be the path of a file, or None for no ledger, got {ledger!r}")
         self.table = table
+        self.ledger = None if ledger is None else Path(ledger)
         self._bar: _GlobalProgress | None = None
+        self._open_ledger: Ledger | None = None
 
     def on_async_phase_start(self, trainer: pl.Trainer, phase: AsyncPhase) -> None:
         """Called by the strategy, on every rank, when the asynchronous phase has begun and before its first epoch."""
-        if trainer.is_global_zero:
+        if phase.server is not None:
             self._bar = _take_over(trainer.progress_bar_callback, phase)
+            if self.ledger is not None:
+                self._open_ledger = Ledger(self.ledger)
+            phase.server.record(None if self._open_ledger is None else self._open_ledger.write)
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -108,6 +125,11 @@ class AsyncLocalSGDCallback(Callback):
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._give_back_bar()
+        self._close_ledger()
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._close_ledger()
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -126,6 +148,11 @@ class AsyncLocalSGDCallback(Callback):
         if self.table:
             rank_zero_info("\n" + format_table(summary))
 
+    def _close_ledger(self) -> None:
+        if self._open_ledger is not None:
+            self._open_ledger.close()
+            self._open_ledger = None
+
     def _give_back_bar(self) -> None:
         if self._bar is not None:
             self._bar.give_back()
@@ -143,6 +170,7 @@ def run_metrics(phase: AsyncPhase) -> dict[str, float]:
         "async/refused_pushes": view.refused_pushes,
         "async/bytes_sent": phase.bytes_sent,
         "async/bytes_received": phase.bytes_received,
+        **{f"async/refused_pushes/{kind}": count for kind, count in view.refusals.items()},
     }
     if view.update_norm is not None:
         metrics["async/update_norm"] = view.update_norm
@@ -162,6 +190,7 @@ def run_summary(phase: AsyncPhase) -> dict[str, Any]:
     totals = phase.totals()
     all_steps = sum(worker.steps for worker in totals.values())
     view = phase.server.view
+    present = phase.survivors()
     return {
         "workers": [
             {
@@ -176,6 +205,10 @@ def run_summary(phase: AsyncPhase) -> dict[str, Any]:
                 "exchange_seconds": worker.exchange_seconds,
                 "share": worker.steps / all_steps if all_steps else 0.0,
                 "refused": worker.refused,
+                "sessions": worker.sessions,
+                "departures": worker.departures,
+                "present": number in present,
+                "quarantined": number in view.quarantined,
             }
             for number, worker in sorted(totals.items())
         ],
@@ -183,6 +216,8 @@ def run_summary(phase: AsyncPhase) -> dict[str, Any]:
         "budget": view.total,
         "version": view.version,
         "refused_pushes": view.refused_pushes,
+        "refusals": dict(view.refusals),
+        "lost": [{"worker": worker, "seconds": when, "reason": why} for worker, when, why in phase.lost_workers],
         "seconds": phase.seconds,
         "bytes_sent": phase.bytes_sent,
         "bytes_received": phase.bytes_received,
@@ -194,7 +229,7 @@ def format_table(summary: dict[str, Any]) -> str:
     columns = ("worker", "steps", "rounds", "mean H", "mean staleness", "waiting s", "exchange s", "share")
     rows = [
         (
-            str(worker["worker"]),
+            "former" if worker["worker"] == FORMER else str(worker["worker"]),
             str(worker["steps"]),
             str(worker["rounds"]),
             f"{worker['mean_local_steps']:.1f}",
@@ -208,11 +243,31 @@ def format_table(summary: dict[str, Any]) -> str:
     widths = [max(len(row[at]) for row in (columns, *rows)) for at in range(len(columns))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in (columns, *rows)]
     lines.insert(1, "-" * len(lines[0]))
+    kinds = sorted(summary["refusals"].items())
     lines.append(
         f"{summary['steps']} local steps of all workers in {summary['seconds']:.1f} s, "
         f"{summary['version']} pushes merged, {summary['refused_pushes']} refused"
+        + (f" ({', '.join(f'{count} {kind}' for kind, count in kinds)})" if kinds else "")
     )
+    lines += [text for worker in summary["workers"] if (text := _fate(worker, summary["lost"]))]
     return "\n".join(lines)
+
+
+def _fate(worker: dict[str, Any], lost: list[dict[str, Any]]) -> str:
+    """What has happened to a worker, in a sentence; empty if it was there all the time."""
+    number = worker["worker"]
+    if number == FORMER:
+        return ""
+    if worker["quarantined"]:
+        return f"worker {number} was refused for the rest of the run, after {worker['refused']} refused pushes"
+    if not worker["departures"]:
+        return ""
+    times = ", ".join(f"{one['seconds']:.1f} s ({one['reason']})" for one in lost if one["worker"] == number)
+    again = worker["sessions"] - 1
+    return (
+        f"worker {number} was lost {worker['departures']} time(s){', after ' if times else ''}{times}; it joined again "
+        f"{again} time(s) and was {'' if worker['present'] else 'not '}there at the end"
+    )
 
 
 def _training_of(trainer: pl.Trainer) -> AsyncTraining | None:

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from lightning.fabric.plugins import CheckpointIO
 
 
+CHECKPOINT_KEY = "async_localsgd"
+"""Where a checkpoint holds the server's state."""
+
+
 class SavedModel:
     """Which tensors of a checkpoint are the global model, and of which version.
 
@@ -41,6 +45,18 @@ class SavedModel:
 def without_theta(state: dict[str, Any]) -> dict[str, Any]:
     """The server's state without the global model, which the checkpoint holds to the last bit anyway."""
     return {**state, "model": {key: value for key, value in state["model"].items() if key != "theta"}}
+
+
+def on_host(tree: Any) -> Any:
+    """The same with copies of all tensors in the host's memory, each with memory of its own."""
+    copies: dict[int, Tensor] = {}
+
+    def copy(tensor: Tensor) -> Tensor:
+        if id(tensor) not in copies:  # Tied weights stay one tensor.
+            copies[id(tensor)] = tensor.detach().to("cpu", copy=True)
+        return copies[id(tensor)]
+
+    return apply_to_collection(tree, Tensor, copy)
 
 
 def frozen_in_time(checkpoint: dict[str, Any], checkpoint_io: CheckpointIO) -> dict[str, Any]:

@@ -6,27 +6,35 @@ object, and the same events in the same order give the same global model to the 
 
 A worker is *computing* between a dispatch and its push, *waiting* from its push to its dispatch (for the grace window
 to close), and *resting* when there are no local steps left to give it. When everybody rests, training is over and all
-are handed the same final model.
+are handed the same final model. Whoever was away then is handed it, too, when it comes back; what it had not handed in
+by then is refused.
+
+Each push counts once: the last sequence number of each session is remembered, with what became of it, for as long as
+the session may come back. A push that is sent again is answered again, and changes nothing.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from lightning_async_localsgd.attendance import Attendance
 from lightning_async_localsgd.grace import Pending
-from lightning_async_localsgd.messages import (
-    ALREADY_APPLIED,
-    NOT_FINITE,
-    PROTOCOL_VERSION,
-    Hello,
-    Lease,
-    LeaseRequest,
-    Push,
-    Reply,
+from lightning_async_localsgd.guard import Conduct, UpdateGuard
+from lightning_async_localsgd.messages import Lease, Reply
+from lightning_async_localsgd.objections import (
+    DIVERGED,
+    OTHER_INCARNATION,
+    REPEATED,
+    TOO_LATE,
+    Objection,
+    form_objection,
+    not_live,
+    other_base,
+    quarantined,
+    too_large,
 )
+from lightning_async_localsgd.records import Records, View, WorkerTotals, WorkerView, settled
 from lightning_async_localsgd.sharding import DataLeases
 
 if TYPE_CHECKING:
@@ -37,86 +45,12 @@ if TYPE_CHECKING:
     from lightning_async_localsgd.budget import Budget
     from lightning_async_localsgd.global_model import GlobalModel
     from lightning_async_localsgd.grace import GraceWindow, Plan
+    from lightning_async_localsgd.membership import Member
+    from lightning_async_localsgd.messages import Hello, LeaseRequest, Push
     from lightning_async_localsgd.pacing import SpeedAwareSteps
+    from lightning_async_localsgd.records import Settled
 
 _log = logging.getLogger(__name__)
-
-
-def _not_live(worker: int, session: str) -> str:
-    return (
-        f"session {session} of worker {worker} is not a live one: a newer session has taken its place, or the server "
-        "had given it up; start the worker again to rejoin"
-    )
-
-
-@dataclass
-class WorkerTotals:
-    """What one worker has done so far, over all its sessions.
-
-    Attributes:
-        rounds: pushes applied.
-        steps: local steps in them.
-        samples: samples in them.
-        staleness: sum over the pushes.
-        wait_seconds: sum of the times between application and dispatch, the end of the budget included.
-        compute_seconds: sum of the timed computing.
-        exchange_seconds: sum of the exchanges, without the waiting.
-        refused: pushes refused.
-
-    """
-
-    rounds: int = 0
-    steps: int = 0
-    samples: int = 0
-    staleness: int = 0
-    wait_seconds: float = 0.0
-    compute_seconds: float = 0.0
-    exchange_seconds: float = 0.0
-    refused: int = 0
-
-
-@dataclass
-class _Member:
-    session: str
-    state: Literal["computing", "waiting", "resting"] = "waiting"
-    sequence: int = 0
-    version: int = 0
-    """Of the model it was dispatched last."""
-    dispatched_at: float = 0.0
-    local_steps: int = 0
-    arrived_at: float = 0.0
-    staleness: int = 0
-    exchange_seconds: float = 0.0
-    paused_at: float | None = None
-    final: bool = False
-    called_in: bool = False
-    refused: str | None = None
-
-
-@dataclass(frozen=True)
-class WorkerView:
-    """One live worker at a glance: its latest values, for logging."""
-
-    staleness: int
-    local_steps: int
-    wait_seconds: float
-    exchange_seconds: float
-    steps_per_second: float | None
-
-
-@dataclass(frozen=True)
-class View:
-    """The whole run at a glance. Immutable, so that any thread may read it."""
-
-    version: int = 0
-    progress: int = 0
-    total: int | None = None
-    alive_workers: int = 0
-    merging_workers: int = 0
-    update_norm: float | None = None
-    momentum_cosine: float | None = None
-    refused_pushes: int = 0
-    workers: Mapping[int, WorkerView] = field(default_factory=dict)
 
 
 class Coordinator:
@@ -130,12 +64,15 @@ class Coordinator:
         pacing: local steps per worker (DyLU, the paper's equation 6).
         grace: the window in which arrivals are dispatched together (Algorithms 2 and 5).
         budget: local steps of all workers together.
-        cohort: how many workers must have joined before the first dispatch.
+        cohort: how many workers must have joined before the first dispatch; their numbers are 0, 1, ...
         incarnation: random name of this start of the server.
+        guard: tells which pushes are too large; one with its own default if there is none.
 
     Attributes:
         on_metrics: called with a worker's number and what its module has logged in a round, as the push has it.
+        on_settled: called with each push that has been decided on.
         shared: what every reply tells, see :class:`~lightning_async_localsgd.messages.Reply`.
+        attendance: who takes part.
 
     """
 
@@ -147,30 +84,26 @@ class Coordinator:
         budget: Budget,
         cohort: int,
         incarnation: str,
+        guard: UpdateGuard | None = None,
     ) -> None:
         self.model = model
         self.budget = budget
         self.incarnation = incarnation
         self.on_metrics: Callable[[int, str], None] = lambda worker, text: None
+        self.on_settled: Callable[[Settled], None] = lambda settled: None
         self.shared = ""
         self.stopping = False
-        self.finished = False
-        self.totals: dict[int, WorkerTotals] = {}
-        self.refusals: Counter[str] = Counter()
         self._pacing = pacing
         self._grace = grace
+        self._guard = guard if guard is not None else UpdateGuard()
+        self._conduct = Conduct()
         self._leases = DataLeases(cohort)
-        self._cohort = cohort
-        self._started = False
-        self._members: dict[int, _Member] = {}
-        self._departed: dict[int, tuple[str, _Member]] = {}
+        self._records = Records()
+        self.attendance = Attendance(cohort, model, budget, pacing, self._leases, self._conduct, self._records)
+        self._members = self.attendance.live
         self._window: Plan | None = None
         self._progress = float(budget.done)
         self._latest_arrival = float("-inf")
-        self._update_norm: float | None = None
-        self._momentum_cosine: float | None = None
-        self._last_views: dict[int, WorkerView] = {}
-        self._recent: list[int] = []
 
     # ------------------------------------------------------------------ events
 
@@ -181,44 +114,18 @@ class Coordinator:
             Why it is refused for good, or None: it waits for its dispatch.
 
         """
-        if hello.protocol != PROTOCOL_VERSION:
-            return (
-                f"worker {hello.worker} speaks protocol {hello.protocol}, the server speaks {PROTOCOL_VERSION}: "
-                "install the same version of lightning-async-localsgd on every machine"
-            )
-        if self.finished:
-            return f"training is over; worker {hello.worker} came too late to take part"
-        known = self._members.get(hello.worker)
-        if known is not None and known.session == hello.session:
-            if not hello.rejoining and known.state == "computing":
-                known.state = "waiting"  # Its first dispatch was lost on the way: it gets another.
-                self.budget.release(hello.worker)
-            return None
-        if hello.rejoining:
-            session, departed = self._departed.get(hello.worker, ("", None))
-            if known is not None or departed is None or session != hello.session:
-                return _not_live(hello.worker, hello.session)
-            # Only its connection was lost: the push that follows is based on what it was dispatched.
-            departed.state = "computing"
-            self._members[hello.worker] = departed
-            del self._departed[hello.worker]
-            self._leases.unpark(hello.worker)
-            if hello.worker == 0:
-                self._leases.lead(0)
-            self.model.set_workers(len(self._members))
-            return None
-        if known is not None:
-            self._remove(hello.worker, now, "superseded by a newer session")
-        self._departed.pop(hello.worker, None)
-        self._leases.forget(hello.worker)
-        if hello.worker == 0:
-            self._leases.lead(0)
-        self._members[hello.worker] = _Member(hello.session, arrived_at=now)
-        self.totals.setdefault(hello.worker, WorkerTotals())
-        self._started = self._started or len(self._members) >= self._cohort
-        if self._started:
-            self.model.set_workers(len(self._members))
-        return None
+        return self.attendance.join(hello, now)
+
+    def revive(self, worker: int, session: str, now: float) -> bool:
+        """A worker that was given up shows a sign of life: it goes on where it was.
+
+        It may hand in the round that it was dispatched, or again what it has had no answer to.
+
+        Returns:
+            Whether the session is live. It cannot be once a newer one has taken its place, or if it is in quarantine.
+
+        """
+        return self.attendance.find(worker, session, now) is not None
 
     def session_of(self, worker: int) -> str | None:
         """The present session of a live worker; None if there is none."""
@@ -236,62 +143,64 @@ class Coordinator:
                 :attr:`~lightning_async_localsgd.outer.OuterOptimizer.replaces_model`).
 
         Returns:
-            Why this *session* is refused for good (it is not a live worker's present one), else None: the worker
-            waits for its dispatch, whether its push was applied or not.
+            Why this *session* is refused for good (another one has taken its place, or it is in quarantine), else None:
+            the worker waits for its dispatch, whether its push was applied or not.
 
         """
-        member = self._members.get(push.worker)
-        if member is None or member.session != push.session:
-            return self._refuse_session(push)
-        if push.sequence == member.sequence:
-            # Sent again because the answer was lost. The first copy counts; the worker waits for the same answer.
-            self._count_refusal(push, ALREADY_APPLIED)
-            if member.state == "computing":
-                self._wait(push, member, now)
-            member.refused = ALREADY_APPLIED
+        worker = push.worker
+        member = self.attendance.find(worker, push.session, now)
+        if member is None:
+            return self._refuse_session(push, now)
+        if push.sequence <= member.sequence:
+            self._repeated(push, member, now)
             return None
-        reason = self._objection(push, gradient, member)
+        objection = self._objection(push, gradient, member)
         member.staleness = 0
-        if reason is None and push.steps > 0:
+        if objection is None and push.steps > 0:
             assert gradient is not None
-            reason = self._apply(push, gradient, result, member)
-        member.sequence = max(member.sequence, push.sequence)
-        member.refused = reason
-        if reason is not None:
-            self._count_refusal(push, reason)
-        # The steps of a worker that has diverged were taken, though they taught nothing: the run must come to an end.
-        counts = reason in (None, NOT_FINITE)
+            objection = self._apply(push, gradient, result, member)
+        member.sequence = push.sequence
+        member.answer = objection
+        member.bases.clear()
+        counts = objection is None or objection.counts
         if push.metrics and counts:
-            self.on_metrics(push.worker, push.metrics)
-        self.budget.settle(push.worker, push.steps if counts else 0)
-        self._leases.settle(push.worker, push.used, consumed=counts)
+            self.on_metrics(worker, push.metrics)
+        if push.inner and (objection is None or not objection.nonsense):
+            self.attendance.inner_states[worker] = push.inner
+        self.budget.settle(worker, push.steps if counts else 0)
+        self._leases.settle(worker, push.used, consumed=counts)
+        self._settle(push, objection, now, member.staleness)
         if push.stop and not self.stopping:
             self.stop()
+        offences = self._conduct.note(worker, objection is not None and objection.offence)
+        if offences is not None:
+            assert objection is not None
+            reason = self.attendance.quarantine(worker, f"{offences} were refused (the last one: {objection.text})")
+            self._close_window_of_the_gone()
+            return reason
         self._wait(push, member, now)
+        self.attendance.wake()
         return None
 
     def leave(self, worker: int, session: str, now: float, reason: str) -> bool:
-        """A worker is gone (it died, hung up, or was given up).
+        """A worker is gone (it died, hung up, or was given up). Its session may come back, see :meth:`revive`.
 
         Returns:
             Whether it was a live worker's present session.
 
         """
-        if self.session_of(worker) != session:
-            return False
-        self._departed[worker] = (session, self._members[worker])
-        self._leases.park(worker)
-        self._remove(worker, now, reason)
-        return True
+        live = self.attendance.leave(worker, session, reason)
+        if live:
+            self._close_window_of_the_gone()
+        return live
 
     def lease(self, request: LeaseRequest) -> Lease:
         """A worker asks for training data.
 
         So may one whose connection was lost: before it has some it cannot finish the round to come back with.
         """
-        session, _ = self._departed.get(request.worker, (self.session_of(request.worker), None))
-        if session != request.session:
-            refused = _not_live(request.worker, request.session)
+        refused = self.attendance.refuses_lease(request.worker, request.session)
+        if refused is not None:
             return Lease(request.number, request.epoch, 0, 0, refused)
         return self._leases.grant(request, len(self._members))
 
@@ -323,7 +232,12 @@ class Coordinator:
     @property
     def missing(self) -> list[int]:
         """The workers of the first cohort (0, 1, ...) that have not joined yet; empty once training has started."""
-        return [] if self._started else [n for n in range(self._cohort) if n not in self._members]
+        return self.attendance.missing
+
+    @property
+    def finished(self) -> bool:
+        """Everybody has been handed the final model."""
+        return self.attendance.finished
 
     def deadline(self) -> float | None:
         """When to look again though nothing happened (seconds, same clock), or None."""
@@ -331,15 +245,16 @@ class Coordinator:
 
     def ready(self, now: float) -> bool:
         """Whether somebody is to be dispatched now."""
-        if not self._started or self.finished:
+        if not self.attendance.started:
             return False
-        if not any(member.state == "waiting" for member in self._members.values()):
-            return self._everybody_rests()
+        members = self._members
+        if not any(member.state == "waiting" for member in members.values()):
+            return not self.finished and self._everybody_rests()
         if self._window is None or now >= self._window.deadline:
             return True
         return not any(
             member.state == "computing" and member.paused_at is None and worker in self._window.expected
-            for worker, member in self._members.items()
+            for worker, member in members.items()
         )
 
     def dispatch(self, now: float) -> dict[int, Reply]:
@@ -351,30 +266,36 @@ class Coordinator:
 
         """
         self._window = None
-        waiting = [worker for worker in self.live if self._members[worker].state == "waiting"]
-        speeds = {worker: self._pacing.speed(worker) for worker in self._members}
+        members = self._members
+        speeds = {worker: self._pacing.speed(worker) for worker, member in members.items() if not member.final}
         progress = self._expected_progress(now, speeds)
         replies = {}
-        for worker in waiting:
-            member = self._members[worker]
+        for worker in self.live:
+            member = members[worker]
+            if member.state != "waiting":
+                continue
             steps = 0
-            if not (self.stopping or member.final):
+            if not (self.stopping or self.finished or member.final):
                 wanted = self._pacing.steps_for(worker, self.live)
                 steps = self.budget.grant(worker, wanted, now, speeds)
             if steps == 0:
                 member.state = "resting"
+                self.budget.release(worker)  # Of a dispatch that did not reach it.
+                if self.finished:  # It was away, or its connection was, when the others got this.
+                    replies[worker] = self._reply(worker, member, now, progress, stop=True)
                 continue
             member.state = "computing"
             member.local_steps = steps
             member.version = self.model.version
+            member.bases.append(self.model.version)
             member.dispatched_at = now
             member.paused_at = None
             member.called_in = False
             replies[worker] = self._reply(worker, member, now, progress, stop=False)
         self._call_in_the_unknown()
-        if self._everybody_rests():
-            self.finished = True
-            for worker, member in self._members.items():
+        if not self.finished and self._everybody_rests():
+            self.attendance.finished = True
+            for worker, member in members.items():
                 replies[worker] = self._reply(worker, member, now, progress, stop=True)
         return replies
 
@@ -387,37 +308,34 @@ class Coordinator:
         return {
             worker: member.version
             for worker, member in self._members.items()
-            if member.state == "computing" and (self.stopping or member.called_in)
+            if member.state == "computing" and (self.stopping or self.finished or member.called_in)
         }
 
     def view(self) -> View:
         """The run at a glance."""
-        return View(
-            version=self.model.version,
-            progress=self.budget.done,
-            total=self.budget.total,
-            alive_workers=len(self._members),
-            merging_workers=len(set(self._recent)),
-            update_norm=self._update_norm,
-            momentum_cosine=self._momentum_cosine,
-            refused_pushes=sum(self.refusals.values()),
-            workers=dict(self._last_views),
-        )
+        return self._records.view(self.model.version, self.budget, len(self._members), self.attendance.quarantined)
+
+    @property
+    def totals(self) -> dict[int, WorkerTotals]:
+        """What each worker has done so far, see :data:`.MOST_STRANGERS`."""
+        return self._records.totals
 
     # ------------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a server needs to go on, in plain values and tensors.
 
-        That is the model with its outer optimizer, the budget, the speeds and the workers' totals.
+        That is the model with its outer optimizer, the budget, the speeds and the workers' totals. A quarantine does
+        not outlive the server: whoever joins its successor is a new process.
         """
         return {
             "model": self.model.state_dict(),
             "budget": self.budget.state_dict(),
             "pacing": self._pacing.state_dict(),
             "leases": self._leases.state_dict(),
-            "workers": {str(worker): dict(vars(totals)) for worker, totals in self.totals.items()},
-            "refusals": dict(self.refusals),
+            "guard": self._guard.state_dict(),
+            **self._records.state_dict(),
+            **self.attendance.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -426,55 +344,58 @@ class Coordinator:
         self.budget.load_state_dict(state["budget"])
         self._pacing.load_state_dict(state["pacing"])
         self._leases.load_state_dict(state.get("leases", {}))
-        self.totals = {int(worker): WorkerTotals(**totals) for worker, totals in state["workers"].items()}
-        self.refusals = Counter(state["refusals"])
+        if "guard" in state:
+            self._guard.load_state_dict(state["guard"])
+        self._records.load_state_dict(state)
+        self.attendance.load_state_dict(state)
         self._progress = float(self.budget.done)
 
     # ---------------------------------------------------------------- internal
 
-    def _objection(self, push: Push, gradient: Tensor | None, member: _Member) -> str | None:
+    def _objection(self, push: Push, gradient: Tensor | None, member: Member) -> Objection | None:
         """Why ``push`` must not be applied, as far as can be told without reading all of it."""
         if push.incarnation != self.incarnation:
-            return "made for another incarnation of the server"
-        if push.sequence < member.sequence:
-            return ALREADY_APPLIED
-        if member.state != "computing" or push.base_version != member.version:
-            return f"based on version {push.base_version}, which was not this worker's last dispatch"
-        if push.steps < 0 or push.samples < 0:
-            return f"claims {push.steps} steps and {push.samples} samples"
-        if push.steps > 0 and (gradient is None or gradient.numel() != self.model.layout.numel):
-            size = 0 if gradient is None else gradient.numel()
-            return f"has {size} elements, the model has {self.model.layout.numel}"
-        return self._leases.objection(push.worker, push.used)
+            return OTHER_INCARNATION
+        if self.finished:
+            return TOO_LATE
+        # It may have got an answer that was asked for again since: what it waits for is no matter.
+        if push.base_version not in member.bases:
+            return other_base(push.base_version)
+        return form_objection(push, gradient, self.model.layout.numel) or self._leases.objection(push.worker, push.used)
 
-    def _apply(self, push: Push, gradient: Tensor, result: Tensor | None, member: _Member) -> str | None:
+    def _apply(self, push: Push, gradient: Tensor, result: Tensor | None, member: Member) -> Objection | None:
         looked = self.model.inspect(gradient)
         if not looked.finite:
-            return NOT_FINITE
+            return DIVERGED
+        refused = self._guard.judge(push.worker, looked.norm, push.steps, len(self._members))
+        if refused is not None:
+            return too_large(refused)
         member.staleness = self.model.version - push.base_version
-        self._update_norm, self._momentum_cosine = looked.norm, looked.momentum_cosine
         self.model.apply(gradient, result)
         self._pacing.observe(push.worker, push.timed_steps, push.compute_seconds)
         member.exchange_seconds = push.exchange_seconds
-        totals = self.totals[push.worker]
-        totals.rounds += 1
-        totals.steps += push.steps
-        totals.samples += push.samples
-        totals.staleness += member.staleness
-        totals.compute_seconds += push.compute_seconds
-        totals.exchange_seconds += push.exchange_seconds
-        # "Merging" are those whose pushes were among the last 4 k: liveness alone is not participation.
-        self._recent = [*self._recent, push.worker][-4 * max(1, len(self._members)) :]
+        self._records.applied(push, looked, member.staleness, len(self._members))
         return None
 
-    def _wait(self, push: Push, member: _Member, now: float) -> None:
+    def _repeated(self, push: Push, member: Member, now: float) -> None:
+        """A push that has been settled comes again. Nothing changes; if it is the latest one it is answered again."""
+        if push.sequence < member.sequence:
+            self._settle(push, REPEATED, now)
+            return
+        if member.answer is None:
+            member.answer = REPEATED
+        self._settle(push, member.answer, now, again=True)
+        if member.state == "computing" or self.finished:
+            self._wait(push, member, now)
+
+    def _wait(self, push: Push, member: Member, now: float) -> None:
         """The worker hands over to the grace window, which its arrival may open."""
         round_seconds = now - member.dispatched_at
         member.state = "waiting"
         member.arrived_at = self._latest_arrival = now
         member.paused_at = None
         member.final = member.final or push.final
-        if self._window is None and member.refused is None and not (self.budget.exhausted or member.final):
+        if self._window is None and member.answer is None and not (self.budget.exhausted or member.final):
             pending = [
                 Pending(worker, other.dispatched_at, self._expected_seconds(worker, other))
                 for worker, other in self._members.items()
@@ -482,49 +403,37 @@ class Coordinator:
             ]
             self._window = self._grace.plan(now, round_seconds, pending)
 
-    def _expected_seconds(self, worker: int, member: _Member) -> float | None:
+    def _expected_seconds(self, worker: int, member: Member) -> float | None:
         speed = self._pacing.speed(worker)
         return None if speed is None else member.local_steps / speed + member.exchange_seconds
 
-    def _remove(self, worker: int, now: float, reason: str) -> None:
-        del self._members[worker]
-        self._last_views.pop(worker, None)
-        self._pacing.forget(worker)
-        self.budget.release(worker)
-        if not self.finished:
-            left = len(self._members)
-            _log.warning("worker %d left the run (%s); its unfinished round is lost, %d go on", worker, reason, left)
-        if self._started and self._members and not self.finished:
-            self.model.set_workers(len(self._members))
-        if not any(member.state == "waiting" for member in self._members.values()):
-            self._window = None  # It was open for the one that left.
-        if not self.budget.exhausted:
-            # The steps it had been given are free again: whoever rested for want of steps may take them.
-            for member in self._members.values():
-                if member.state == "resting" and not member.final:
-                    member.state = "waiting"
-
     def _call_in_the_unknown(self) -> None:
-        if self._pacing.dynamic and self._pacing.total_speed(self._members) is not None:
-            for worker, member in self._members.items():
+        members = self._members
+        if self._pacing.dynamic and self._pacing.total_speed(members) is not None:
+            for worker, member in members.items():
                 if self._pacing.speed(worker) is None and member.dispatched_at < self._latest_arrival:
                     member.called_in = True
 
+    def _close_window_of_the_gone(self) -> None:
+        if not any(member.state == "waiting" for member in self._members.values()):
+            self._window = None
+
     def _everybody_rests(self) -> bool:
-        return bool(self._members) and all(member.state == "resting" for member in self._members.values())
+        members = self._members
+        return bool(members) and all(member.state == "resting" for member in members.values())
 
     def _expected_progress(self, now: float, speeds: Mapping[int, float | None]) -> float:
         """Local steps of all workers that are done by now, those of unfinished rounds estimated; never decreasing."""
         self._progress = max(self._progress, self.budget.progress(now, speeds))
         return self._progress
 
-    def _reply(self, worker: int, member: _Member, now: float, progress: float, stop: bool) -> Reply:
+    def _reply(self, worker: int, member: Member, now: float, progress: float, stop: bool) -> Reply:
         waited = now - member.arrived_at
         if member.sequence > 0:
-            self.totals[worker].wait_seconds += waited
+            self._records.totals[worker].wait_seconds += waited
         speed, total = self._pacing.speed(worker), self._pacing.total_speed(self._members)
         pace = total / speed if speed and total else float(len(self._members))
-        self._last_views[worker] = WorkerView(
+        self._records.views[worker] = WorkerView(
             staleness=member.staleness,
             local_steps=member.local_steps,
             wait_seconds=waited,
@@ -541,19 +450,20 @@ class Coordinator:
             pace=max(1.0, pace),
             wait_seconds=waited,
             stop=stop,
-            refused=member.refused,
+            refused=None if member.answer is None else member.answer.text,
             shared=self.shared,
         )
 
-    def _refuse_session(self, push: Push) -> str:
-        self._count_refusal(push, "of a session that is no longer live")
-        return _not_live(push.worker, push.session)
+    def _refuse_session(self, push: Push, now: float) -> str:
+        reason = self.attendance.quarantined.get(push.worker)
+        objection = not_live(push.worker, push.session) if reason is None else quarantined(reason)
+        self._settle(push, objection, now)
+        return objection.text
 
-    def _count_refusal(self, push: Push, reason: str) -> None:
-        self.refusals[reason] += 1
-        if push.worker in self.totals:
-            self.totals[push.worker].refused += 1
-        _log.warning(
-            "refused push %d of worker %d (%d steps on version %d): %s", push.sequence, push.worker, push.steps,
-            push.base_version, reason,
-        )  # fmt: skip
+    def _settle(
+        self, push: Push, objection: Objection | None, now: float, staleness: int = 0, again: bool = False
+    ) -> None:
+        """A push has been decided on: it is counted and told of."""
+        if objection is not None and (not again or objection is REPEATED):
+            self._records.refused(push, objection)
+        self.on_settled(settled(push, objection, self.model.version, staleness, now))

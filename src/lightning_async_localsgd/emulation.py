@@ -84,7 +84,8 @@ class EmulatedDevices(pl.Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
-            self._check_world_size(trainer.world_size)
+            # A worker that has joined a running training comes after the ranks it was started with.
+            self._check_world_size(max(trainer.world_size, trainer.global_rank + 1))
             self._seconds = self.seconds_per_step[trainer.global_rank]
 
     @override

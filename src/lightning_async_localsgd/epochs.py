@@ -48,12 +48,22 @@ class TrainingData:
         seed: the same on all ranks.
         leased: whether data is to be shared out at all (``use_distributed_sampler``).
         rendezvous: of the ranks; None if there is one.
+        alone: there is one rank, and none can join.
 
     """
 
-    def __init__(self, trainer: pl.Trainer, ranks: int, seed: int, leased: bool, rendezvous: Rendezvous | None) -> None:
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        ranks: int,
+        seed: int,
+        leased: bool,
+        rendezvous: Rendezvous | None,
+        alone: bool = False,
+    ) -> None:
         self._trainer = cast("Any", trainer)  # Much of what is read of it is set by its connectors.
         self._ranks = ranks
+        self._alone = alone
         self._seed = seed
         self._leased = leased
         self._open: OpenStock | None = None
@@ -70,7 +80,7 @@ class TrainingData:
         if not self._leased:
             return loader
         if can_be_leased(loader):
-            return leased_loader(loader, self._ranks, self._seed)  # type: ignore[arg-type]
+            return leased_loader(loader, self._ranks, self._seed, self._alone)  # type: ignore[arg-type]
         # As under DDP: fixed shares for all ranks, where Lightning can make them.
         connector = self._trainer._accelerator_connector
         connector.use_distributed_sampler = self._ranks > 1
@@ -145,7 +155,7 @@ class TrainingData:
             # Whole windows of accumulated batches, so that steps are whole; not where their length is to change.
             changing = any(isinstance(one, GradientAccumulationScheduler) for one in callbacks_of(self._trainer))
             unit = 1 if changing or not sampler.bound else accumulated_batches(self._trainer, 0)
-            ordered = self._ranks == 1 or not sampler.order.shuffled
+            ordered = self._alone or not sampler.order.shuffled
             sampler.start(self._open(name, self._items(loader, sampler), unit, ordered))
             self._samplers[name] = sampler
         if not self._samplers and self._rendezvous is not None and self._same_samples is None:
@@ -203,7 +213,7 @@ class TrainingData:
         """Has an epoch end where its data does."""
         loop = self._trainer.fit_loop
         # A single rank has as many batches as its loader says, unless it goes on in the middle of an epoch.
-        if not self.global_epochs or (self._ranks == 1 and not loop.restarting):
+        if not self.global_epochs or (self._alone and not loop.restarting):
             return
         fetcher = loop._data_fetcher
         assert fetcher is not None

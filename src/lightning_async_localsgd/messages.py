@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 _M = TypeVar("_M", bound="Message")
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 """Raised whenever a peer of the version before would misread a message."""
 
 ALREADY_APPLIED = "already applied"
@@ -76,12 +76,17 @@ def _checked(message: str, name: str, kind: str, value: Any) -> Any:
         good = type(value) in (int, float) and abs(value) < 2**53 and math.isfinite(value)
         value = float(value) if good else value
     elif kind == "str":
-        good = type(value) is str and len(value) <= MAX_TEXT
+        good = _is_text(value)
     elif kind == "str | None":
-        good = value is None or (type(value) is str and len(value) <= MAX_TEXT)
+        good = value is None or _is_text(value)
     if not good:
         raise MessageError(f"{message}.{name} must be {kind}, got {str(value)[:80]!r}")
     return value
+
+
+def _is_text(value: Any) -> bool:
+    """Whether ``value`` is a short text that can be written in UTF-8; JSON may hold halves of surrogate pairs."""
+    return type(value) is str and len(value) <= MAX_TEXT and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 @dataclass(frozen=True)
@@ -126,6 +131,8 @@ class Push(Message):
         used: how many items of its leases this session has trained on so far, in the order in which they were
             granted, for each stream where that has changed since the last push: a JSON object, or "" for none.
         metrics: what this worker's module logged since its last push, for rank 0's loggers: a JSON object, or "".
+        inner: name of the file in which this worker has last saved its inner optimizers' states, which holds the
+            content's hash; "" if there is none.
 
     """
 
@@ -143,6 +150,7 @@ class Push(Message):
     stop: bool
     used: str = ""
     metrics: str = ""
+    inner: str = ""
 
 
 @dataclass(frozen=True)
@@ -224,3 +232,49 @@ class Lease(Message):
     start: int
     stop: int
     refused: str | None
+
+
+@dataclass(frozen=True)
+class Knock(Message):
+    """Somebody who has not been there from the beginning asks what they need to know before they can join.
+
+    Args:
+        protocol: the sender's :data:`PROTOCOL_VERSION`.
+        worker: the worker's number if it takes the place of an earlier process; -1 asks for a number of its own.
+        nonce: random; the server proves its knowledge of the token on it.
+
+    """
+
+    protocol: int
+    worker: int
+    nonce: str
+
+
+@dataclass(frozen=True)
+class Facts(Message):
+    """Answers a :class:`Knock`.
+
+    Args:
+        incarnation: random name of this start of the server.
+        proof: that the server knows the token.
+        worker: the worker's number.
+        workers: workers that the run was started with.
+        seed: of the order of the training data.
+        run: how many runs (fits, validations, ...) the script has come to, this one included.
+        folder: name of the run's folder.
+        unshared: hash of what all workers need and what is not exchanged: frozen parameters.
+        epoch: that rank 0 is in.
+        refused: why there is nothing to join, in one line; None if nothing is wrong.
+
+    """
+
+    incarnation: str
+    proof: str
+    worker: int
+    workers: int
+    seed: int
+    run: int
+    folder: str
+    unshared: str
+    epoch: int = 0
+    refused: str | None = None

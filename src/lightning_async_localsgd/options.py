@@ -18,6 +18,9 @@ class ExchangeOptions:
         port: the TCP port that rank 0 listens on where ``tcp`` is used; 0 takes a free one.
         encrypt: whether ``tcp`` traffic is encrypted and authenticated with CURVE; ``None`` does so exactly where
             more than one host takes part.
+        insecure: more than one host may take part though traffic between them cannot be encrypted, or is not to be.
+            Whoever can listen on the network can then read the model, and whoever can change its traffic can change
+            the model.
         frozen: whether parameters with ``requires_grad=False`` are exchanged like the others. They have to be where
             they may be unfrozen while training runs; ``"auto"`` does so exactly where the trainer has a
             ``BaseFinetuning`` callback.
@@ -30,7 +33,7 @@ class ExchangeOptions:
 
     Raises:
         ValueError: an unknown transport, a port outside 0..65535, ``encrypt=True`` together with ``"ipc"``, or another
-            ``frozen`` than those.
+            ``frozen`` or ``insecure`` than those.
 
     """
 
@@ -38,6 +41,7 @@ class ExchangeOptions:
     port: int = 0
     encrypt: bool | None = None
     frozen: bool | Literal["auto"] = "auto"
+    insecure: bool = False
 
     def __post_init__(self) -> None:
         if self.transport not in get_args(Transport):
@@ -49,6 +53,8 @@ class ExchangeOptions:
                 "exchange.encrypt=True needs a network transport: exchange.transport='ipc' never leaves the host; "
                 "use transport='tcp' or leave encrypt unset"
             )
+        if type(self.insecure) is not bool:
+            raise ValueError(f"exchange.insecure={self.insecure!r} is neither True nor False")
         if not isinstance(self.frozen, bool) and self.frozen != "auto":
             raise ValueError(
                 f"exchange.frozen={self.frozen!r} is unknown; use True (frozen parameters are exchanged), False (they "

@@ -6,76 +6,31 @@ Lightning is not known here: the strategy tells what happens and gets told what 
 
 from __future__ import annotations
 
-import logging
 import time
-import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_async_localsgd.budget import Budget
-from lightning_async_localsgd.buffers import BufferPool
-from lightning_async_localsgd.coordinator import Coordinator, WorkerTotals
-from lightning_async_localsgd.exchange import Exchange
-from lightning_async_localsgd.global_model import GlobalModel
-from lightning_async_localsgd.grace import GraceWindow
+from lightning_async_localsgd.connection import Connection
 from lightning_async_localsgd.layout import Binding, Layout
 from lightning_async_localsgd.leases import LeaseDesk
-from lightning_async_localsgd.pacing import SpeedAwareSteps
-from lightning_async_localsgd.rendezvous import RendezvousError
-from lightning_async_localsgd.server import LocalExchange, Server
-from lightning_async_localsgd.share import counters, digests, not_exchanged, send, share_differing
+from lightning_async_localsgd.server import About
+from lightning_async_localsgd.share import counters, digests, not_exchanged, send, share_differing, unshared
 from lightning_async_localsgd.worker import Worker
 
 if TYPE_CHECKING:
+    from lightning_async_localsgd.exchange import Exchange
+    from lightning_async_localsgd.joining import Entry
     from lightning_async_localsgd.leases import LeaseStock
     from lightning_async_localsgd.messages import Reply
-    from lightning_async_localsgd.options import ExchangeOptions
-    from lightning_async_localsgd.outer import OuterOptimizer
+    from lightning_async_localsgd.records import WorkerTotals
     from lightning_async_localsgd.rendezvous import Rendezvous
-    from lightning_async_localsgd.wire import WireServer
-
-_log = logging.getLogger(__name__)
-
-_PATIENCE = 0.05
-"""Seconds between two looks at whether all workers have joined."""
-
-
-@dataclass(frozen=True)
-class PhaseSettings:
-    """What the strategy's options and the trainer say about the phase.
-
-    Args:
-        local_steps: H, local steps of the fastest worker's round.
-        rule: the outer optimizer; belongs to the phase from now on.
-        dynamic_local_steps: whether slower workers take fewer steps.
-        grace: the grace window.
-        exchange: transport, port, encryption.
-        start_timeout: seconds to wait for all workers at the start.
-        silence_timeout: seconds of silence after which a peer is given up.
-        total: local steps of all workers together, or None for no end.
-        done: steps that count as taken before (a checkpoint without a server's state).
-        planned: what ``total`` comes to per worker, as the trainer counts; None for no end.
-        ends_with_data: the data ends the run, ``total`` is an estimate of it.
-        frozen: whether frozen parameters are exchanged like the others.
-
-    """
-
-    local_steps: int
-    rule: OuterOptimizer
-    dynamic_local_steps: bool
-    grace: GraceWindow
-    exchange: ExchangeOptions
-    start_timeout: float
-    silence_timeout: float
-    total: int | None
-    done: int = 0
-    planned: int | None = None
-    ends_with_data: bool = False
-    frozen: bool = False
+    from lightning_async_localsgd.restarts import JoinTicket
+    from lightning_async_localsgd.server import Server
+    from lightning_async_localsgd.settings import PhaseSettings
 
 
 class AsyncPhase:
@@ -84,11 +39,12 @@ class AsyncPhase:
     Args:
         settings: see there.
         module: the model to train.
-        rendezvous: the meeting point of the ranks; None in a world of one.
+        rendezvous: the meeting point of the ranks; None in a world of one, and for a stranger who joins.
         rank: this rank.
-        workers: ranks that take part.
+        workers: ranks that the run was started with.
         restored: the state of a server to go on from (rank 0 only), see :meth:`state_dict`.
         watch: called while waiting for others; raises if that has become pointless.
+        entry: the way into a training that runs already; None where this rank has been there from the beginning.
 
     Raises:
         ValueError: the module cannot be trained this way, or the restored state does not fit.
@@ -96,10 +52,10 @@ class AsyncPhase:
 
     Attributes:
         worker: this rank's worker.
-        server: on rank 0, the server.
         module: the model.
         binding: its exchanged tensors.
         workers: ranks that took part at the start.
+        alone: there is one worker, and none can join.
 
     """
 
@@ -112,36 +68,45 @@ class AsyncPhase:
         workers: int,
         restored: dict[str, Any] | None = None,
         watch: Callable[[], None] = lambda: None,
+        entry: Entry | None = None,
     ) -> None:
         self.workers = workers
+        self.alone = workers == 1 and settings.token is None
         self.total = settings.total
-        self.server: Server | None = None
         self._settings = settings
         self._rendezvous = rendezvous
         self._rank = rank
-        self._wire: WireServer | None = None
-        self._watch = watch
         self.module = module
         self._samples = 0
         self._in_step = False
+        self._left = False
         self._digests: dict[str, str] = {}
         self._held: list[Tensor] | None = None
         self._showing = False
         self._shown_version = 0
         layout = Layout.of(module, settings.frozen)
         self.binding = Binding(layout, module)
+        tensors = not_exchanged(module, layout)
+        if not self.alone:
+            self._digests = digests(tensors)
+        self._connection = Connection(settings, self.binding, workers, lambda: self.keeps_weights)
         try:
-            exchange = self._open(layout, restored)
+            about = About(workers, settings.seed, settings.run, settings.folder, unshared(module, self._digests))
+            if entry is not None:
+                exchange = self._join(entry, about)
+            elif rank > 0:
+                assert rendezvous is not None
+                exchange = self._connection.meet(rendezvous)
+            else:
+                exchange = self._connection.open(rendezvous, about, restored, self.alone, watch)
             self.worker = Worker(rank, self.binding, exchange)
             self._leases = LeaseDesk(exchange, rank, self.worker.session)
             self.worker.used = self._leases.used
             if rank == 0:
-                self._await_others()
+                self._connection.await_others(watch)
             self.worker.join()
-            if rendezvous is not None:
+            if rendezvous is not None and entry is None:
                 # After joining: there a model that is another one is named with its first differences.
-                tensors = not_exchanged(module, layout)
-                self._digests = digests(tensors)
                 share_differing(tensors, self._digests, rendezvous)
             self._started_at = time.monotonic()
             self._ended_at: float | None = None
@@ -152,15 +117,20 @@ class AsyncPhase:
     # ------------------------------------------------------------------ running
 
     @property
+    def server(self) -> Server | None:
+        """On rank 0, the server."""
+        return self._connection.server
+
+    @property
     def stopped(self) -> bool:
-        """Training is over and the module holds the final global model."""
-        return self.worker.stopped
+        """Training is over for this rank; the module holds the final global model, or that of when it left."""
+        return self.worker.stopped or self._left
 
     @property
     def keeps_weights(self) -> bool:
         """Whether an exchange leaves the module as it was, to the last bit: one worker, an outer step of theta - g."""
         exact = all(entry.dtype == "torch.float32" for entry in self.binding.layout.entries)
-        return exact and self.workers == 1 and self._settings.rule.replaces_model
+        return exact and self.alone and self._settings.rule.replaces_model
 
     @property
     def progress(self) -> float:
@@ -185,6 +155,25 @@ class AsyncPhase:
     def lease_stock(self, stream: str, items: int, unit: int, ordered: bool) -> LeaseStock:
         """This rank's share of a data loader's items, see :meth:`.LeaseDesk.stock`."""
         return self._leases.stock(stream, items, unit, ordered)
+
+    def begin_epoch(self, epoch: int) -> None:
+        """This rank begins an epoch; where it is rank 0, whoever joins begins with the same."""
+        if self.server is not None:
+            self.server.about = replace(self.server.about, epoch=epoch)
+
+    @property
+    def in_step(self) -> bool:
+        """Whether an optimizer step has begun and not ended; batches are accumulated for one, for example."""
+        return self._in_step
+
+    @property
+    def ticket(self) -> JoinTicket:
+        """How a process of this rank's host joins."""
+        return self._connection.ticket
+
+    def may_restart(self, worker: int) -> bool:
+        """Whether a worker may come back, as far as this rank can tell."""
+        return not self.stopped and (self.server is None or worker not in self.server.quarantined)
 
     def see_batch(self, samples: int) -> None:
         """A batch of ``samples`` samples is about to be trained on."""
@@ -222,7 +211,7 @@ class AsyncPhase:
             Whether a model was adopted.
 
         """
-        if self.workers > 1 or self.stopped or self._in_step or self._showing or self.worker.round_steps == 0:
+        if not self.alone or self.stopped or self._in_step or self._showing or self.worker.round_steps == 0:
             return False
         self._end_round()
         return True
@@ -237,6 +226,14 @@ class AsyncPhase:
         if not self.stopped:
             self._end_round(final=True, stop=stop)
 
+    def leave(self) -> None:
+        """Hands in what there is and has no more part in the training, which goes on."""
+        if not self.stopped and self.worker.round_steps > 0:
+            self._end_round()
+        if not self.stopped:
+            self._left = True
+            self.worker.exchange.close()
+
     def request_stop(self) -> None:
         """Rank 0 has decided to stop: everybody is told now, and handed the final model at their next step."""
         if self.server is not None:
@@ -248,14 +245,22 @@ class AsyncPhase:
         return (self._ended_at or time.monotonic()) - self._started_at
 
     @property
+    def lost_workers(self) -> list[tuple[int, float, str]]:
+        """Rank 0: who was gone before training was over, seconds after its start, and why."""
+        assert self.server is not None
+        return [(worker, when - self._started_at, why) for worker, when, why in tuple(self.server.lost_workers)]
+
+    @property
     def bytes_sent(self) -> int:
         """Rank 0: bytes that the server has sent to workers in other processes."""
-        return 0 if self._wire is None else self._wire.bytes_sent
+        wire = self._connection.wire
+        return 0 if wire is None else wire.bytes_sent
 
     @property
     def bytes_received(self) -> int:
         """Rank 0: bytes that workers in other processes have sent to the server."""
-        return 0 if self._wire is None else self._wire.bytes_received
+        wire = self._connection.wire
+        return 0 if wire is None else wire.bytes_received
 
     # --------------------------------------------------- rank 0: validate, save
 
@@ -368,6 +373,8 @@ class AsyncPhase:
         final = self.worker.model
         changed = self.binding.changed_from(final)
         if self._rendezvous is None:
+            if self._rank > 0:
+                self.binding.load(final)
             return not changed
         tensors = not_exchanged(self.module, self.binding.layout)
         names = list(changed)
@@ -395,7 +402,7 @@ class AsyncPhase:
         worker = getattr(self, "worker", None)
         if worker is not None:
             worker.exchange.close()
-        self._close_server(reason)
+        self._connection.close(reason)
 
     # ------------------------------------------------------------------ internal
 
@@ -409,90 +416,10 @@ class AsyncPhase:
         if self.stopped:
             self._ended_at = time.monotonic()
 
-    def _open(self, layout: Layout, restored: dict[str, Any] | None) -> Exchange:
-        rendezvous = self._rendezvous
-        if self._rank > 0:
-            assert rendezvous is not None
-            from lightning_async_localsgd.wire import WireExchange
-
-            near = rendezvous.one_host()
-            local, distant = rendezvous.broadcast(None)
-            return WireExchange(
-                local if near[self._rank] and local is not None else distant,
-                layout,
-                silence_timeout=self._settings.silence_timeout,
-                connect_timeout=self._settings.start_timeout,
-            )
-        self.server = self._open_server(layout, restored)
-        if rendezvous is not None:
-            self._open_wire(rendezvous)
-        return LocalExchange(self.server, self.binding.read if self.keeps_weights else None, self._watch)
-
-    def _open_server(self, layout: Layout, restored: dict[str, Any] | None) -> Server:
-        settings = self._settings
-        model = GlobalModel(layout, settings.rule, self.workers)
-        self.binding.read(model.theta)
-        coordinator = Coordinator(
-            model,
-            SpeedAwareSteps(settings.local_steps, settings.dynamic_local_steps),
-            settings.grace,
-            Budget(settings.total, settings.done, estimated=settings.ends_with_data),
-            cohort=self.workers,
-            incarnation=uuid.uuid4().hex,
-        )
-        if restored is not None:
-            coordinator.load_state_dict(_rescaled(restored, self.workers))
-        buffers = BufferPool(layout.numel, most=self.workers + 2)
-        return Server(coordinator, buffers, threaded=self.workers > 1)
-
-    def _open_wire(self, rendezvous: Rendezvous) -> None:
-        from lightning_async_localsgd.wire import WireServer
-
-        assert self.server is not None
-        options = self._settings.exchange
-        near = rendezvous.one_host()
-        distant = [rank for rank, same in near.items() if not same]
-        if options.transport == "ipc" and distant:
+    def _join(self, entry: Entry, about: About) -> Exchange:
+        if about.unshared != entry.facts.unshared:
             raise ValueError(
-                f"exchange.transport='ipc' reaches one host only, but rank(s) {distant} are on other hosts than rank "
-                "0; use transport='auto' or 'tcp'"
+                f"worker {self._rank} joins a training whose frozen parameters are not those of its own module, and "
+                "these are not exchanged; load the same weights, or call seed_everything() before the module is made"
             )
-        self._wire = WireServer(
-            self.server,
-            ipc=options.transport != "tcp" and (len(distant) < self.workers - 1),
-            tcp=options.transport == "tcp" or bool(distant),
-            host=rendezvous.host,
-            port=options.port,
-            encrypt=bool(distant) if options.encrypt is None else options.encrypt,
-            silence_timeout=self._settings.silence_timeout,
-        )
-        rendezvous.broadcast((self._wire.local_endpoints, self._wire.endpoints))
-
-    def _await_others(self) -> None:
-        """Rank 0: waits until every other worker of the first cohort has joined."""
-        assert self.server is not None
-        until = time.monotonic() + self._settings.start_timeout
-        while missing := [rank for rank in self.server.missing if rank != self._rank]:
-            self._watch()
-            if time.monotonic() > until:
-                raise RendezvousError(
-                    f"worker(s) {', '.join(map(str, missing))} of {self.workers} did not join within "
-                    f"start_timeout={self._settings.start_timeout:g} s; see what they printed"
-                )
-            time.sleep(_PATIENCE)
-
-    def _close_server(self, reason: str | None = None) -> None:
-        if self.server is not None:
-            self.server.close(reason)
-        if self._wire is not None:
-            self._wire.close()
-
-
-def _rescaled(state: dict[str, Any], workers: int) -> dict[str, Any]:
-    """The state for ``workers`` workers: what is done stays the same share of the run."""
-    before = int(state["initial_workers"])
-    if before == workers:
-        return state
-    done = round(state["budget"]["done"] * workers / before)
-    _log.info("the checkpoint was written with %d workers; going on with %d", before, workers)
-    return {**state, "budget": {**state["budget"], "done": done}}
+        return self._connection.dial(entry.endpoints)

@@ -36,10 +36,6 @@ _PROCESS = "process"
 _stores: dict[tuple[str, int], TCPStore] = {}
 """One store a process and address, kept for the process's life: a second Trainer in the same script meets on it too."""
 
-_runs = 0
-"""Runs (fit, validate, ...) of this process so far. All ranks run the same script, so their counts agree."""
-
-
 class RendezvousError(RuntimeError):
     """The ranks did not meet. The text says who is missing and what to do."""
 
@@ -97,6 +93,9 @@ class Rendezvous:
             they have reached it they wait for as long as it lives: it may be preparing data.
         watch: called while waiting; raises if waiting has become pointless (a launched process has ended).
         ended: the ranks whose processes are known to have ended.
+        run: number of the run, the same on all ranks.
+        late: this rank has been started again while the others train: it has no part in what they do together until
+            :meth:`meet_again`, and takes its own values for theirs.
 
     Raises:
         RendezvousError: the store cannot be opened or reached.
@@ -112,9 +111,9 @@ class Rendezvous:
         timeout: float,
         watch: Callable[[], None] = lambda: None,
         ended: Callable[[], set[int]] = set,
+        run: int = 1,
+        late: bool = False,
     ) -> None:
-        global _runs
-        _runs += 1
         self.host = host
         self.rank = rank
         self.world_size = world_size
@@ -122,6 +121,8 @@ class Rendezvous:
         self._watch = watch
         self._ended = ended
         self._calls = 0
+        self._chapter = "before"
+        self._late = late
         self._group = False
         self.survivors: Callable[[], set[int]] | None = None
         """On rank 0, once training has run: which ranks are still there. The others are not waited for."""
@@ -129,7 +130,7 @@ class Rendezvous:
         agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
         restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = _open_store(host, port, rank == 0 and not agent, timeout)
-        self._store = PrefixStore(f"async_localsgd/{restart}/{_runs}", store)
+        self._store = PrefixStore(f"async_localsgd/{restart}/{run}", store)
         self.post(_PROCESS, this_process())
 
     def barrier(self, name: str | None = None) -> None:
@@ -139,6 +140,8 @@ class Rendezvous:
             RendezvousError: rank 0 waited for longer than the timeout; names the missing ranks.
 
         """
+        if self._late:
+            return
         key = self._next_key(f"barrier({name or ''})")
         self._store.set(f"{key}/{self.rank}", "here")
         if self.rank == 0:
@@ -149,6 +152,8 @@ class Rendezvous:
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         """The object that rank ``src`` gave, on every rank. Small objects only: it is pickled into the store."""
+        if self._late:
+            return obj
         key = self._next_key("broadcast")
         if self.rank == src:
             # The store takes values of up to 8 MiB; larger objects go in pieces.
@@ -199,6 +204,10 @@ class Rendezvous:
             dist.destroy_process_group()
         self._group = False
 
+    def meet_again(self) -> None:
+        """Training has ended on this rank: from here on calls are counted anew, and late ranks take part."""
+        self._chapter, self._calls, self._late = "after", 0, False
+
     def tolerate_deaths(self) -> None:
         """Training has started: from now on a launched process that ends is no reason to stop waiting for rank 0."""
         self._watch = lambda: None
@@ -220,7 +229,7 @@ class Rendezvous:
 
     def _next_key(self, name: str) -> str:
         self._calls += 1
-        return f"{self._calls}/{name}"
+        return f"{self._chapter}/{self._calls}/{name}"
 
     def _await(self, key: str) -> None:
         """Waits without limit while rank 0, which hosts the store or is watched by whoever does, lives."""

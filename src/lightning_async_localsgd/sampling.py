@@ -245,17 +245,18 @@ class _LeasedLoader(DataLoader[Any]):
         return super().__iter__() if self.leased.ready else iter(())
 
 
-def leased_loader(loader: DataLoader[Any], ranks: int, seed: int) -> DataLoader[Any]:
+def leased_loader(loader: DataLoader[Any], ranks: int, seed: int, alone: bool = False) -> DataLoader[Any]:
     """A copy of the user's loader that yields what this rank is leased; everything else about it is the same.
 
     Args:
         loader: the user's; it is not changed.
         ranks: that share its items.
         seed: the same on all ranks.
+        alone: there is one rank, and none can join: the order is the user's own.
 
     """
     leased = copy.copy(loader)
-    sampler = LeasedSampler(EpochOrder(loader, seed, alone=ranks == 1), ranks)
+    sampler = LeasedSampler(EpochOrder(loader, seed, alone), ranks)
     own = type(loader)
     attributes = leased.__dict__  # DataLoader's own __setattr__ refuses a new sampler.
     attributes["sampler" if loader.batch_sampler is None else "batch_sampler"] = sampler

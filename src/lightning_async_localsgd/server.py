@@ -11,14 +11,17 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError  # Only from Python 3.11 on the builtin one.
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lightning_async_localsgd.coordinator import Coordinator, View, WorkerTotals
+from lightning_async_localsgd.coordinator import Coordinator
 from lightning_async_localsgd.exchange import Exchange, ExchangeError
-from lightning_async_localsgd.messages import Lease
+from lightning_async_localsgd.messages import Facts, Lease
+from lightning_async_localsgd.records import Settled, View, WorkerTotals
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,6 +37,27 @@ _T = TypeVar("_T")
 _RETRY_SECONDS = 0.005
 """How soon the owner asks again for a buffer when it has something to dispatch and none is free."""
 
+_MOST_LOST = 1000
+"""Workers that were lost, of which time and reason are kept."""
+
+_MOST_METRICS = 100_000
+"""So many texts of pushes wait for rank 0 to read them, which it does at every batch."""
+
+_MOST_SETTLED = 10_000
+"""So many pushes that were settled before :meth:`Server.record` are recorded all the same."""
+
+
+@dataclass(frozen=True)
+class About:
+    """What the ranks of the beginning have agreed on, for whoever joins later: see :class:`~.messages.Facts`."""
+
+    workers: int
+    seed: int
+    run: int
+    folder: str
+    unshared: str
+    epoch: int = 0
+
 
 class Server:
     """Runs a :class:`~lightning_async_localsgd.coordinator.Coordinator` in a thread of its own.
@@ -46,9 +70,12 @@ class Server:
         buffers: for uploads and snapshots.
         threaded: False runs every event at once in the caller's thread, for a world of one.
         clock: seconds, monotonic.
+        about: what those who join are told; None for a run that nobody joins.
 
     Attributes:
+        about: as given; may be replaced while the run goes on.
         received_metrics: what workers have logged: their numbers and the texts of their pushes, in order of arrival.
+        lost_workers: the last workers that were gone before training was over: their numbers, when, and why.
 
     """
 
@@ -58,12 +85,17 @@ class Server:
         buffers: BufferPool,
         threaded: bool = True,
         clock: Callable[[], float] = time.monotonic,
+        about: About | None = None,
     ) -> None:
+        self.about = about if about is not None else About(1, 0, 1, "", "")
         self.incarnation = coordinator.incarnation
         self.buffers = buffers
-        self.received_metrics: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
+        self.received_metrics: queue.Queue[tuple[int, str]] = queue.Queue(_MOST_METRICS)
+        self.lost_workers: deque[tuple[int, float, str]] = deque(maxlen=_MOST_LOST)
         self._coordinator = coordinator
-        coordinator.on_metrics = lambda worker, text: self.received_metrics.put((worker, text))
+        coordinator.on_metrics = self._keep_metrics
+        self._settled: deque[Settled] = deque(maxlen=_MOST_SETTLED)
+        coordinator.on_settled = self._settled.append
         self._clock = clock
         self._outlets: dict[int, Outlet | _LocalOutlet] = {}
         self._spare: BufferLease | None = None
@@ -119,12 +151,33 @@ class Server:
         """A worker is gone."""
         self._submit(lambda: self._on_lost(worker, session, reason))
 
+    def revive(self, worker: int, session: str) -> None:
+        """A worker that was lost shows a sign of life."""
+        self._submit(lambda: self._on_revive(worker, session))
+
+    def introduce(self, worker: int, answer: Callable[[Facts], None]) -> None:
+        """Somebody asks what is needed to join, as ``worker`` or, with -1, under a number of its own.
+
+        The answer is given from the owner thread; the proof in it is left to the wire.
+        """
+        self._submit(lambda: answer(self._on_introduce(worker)))
+
     # ------------------------------------------------------------- for the host
 
     @property
     def view(self) -> View:
         """The run at a glance, as of the last event."""
         return self._view
+
+    @property
+    def quarantined(self) -> frozenset[int]:
+        """The workers that are refused for the rest of the run, as of the last event."""
+        return self._view.quarantined
+
+    @property
+    def inner_states(self) -> dict[int, str]:
+        """The names of the files that workers have saved their inner optimizers' states in, as they said last."""
+        return self.ask(lambda coordinator: dict(coordinator.attendance.inner_states))
 
     @property
     def missing(self) -> list[int]:
@@ -177,6 +230,21 @@ class Server:
     def totals(self) -> dict[int, WorkerTotals]:
         """What each worker has done so far."""
         return self.ask(lambda coordinator: {n: WorkerTotals(**vars(t)) for n, t in coordinator.totals.items()})
+
+    def record(self, write: Callable[[Settled], None] | None) -> None:
+        """Has every push told to ``write`` from the owner thread, those of the time before included.
+
+        Args:
+            write: must return at once. None: nobody wants to know.
+
+        """
+
+        def event() -> None:
+            self._coordinator.on_settled = write if write is not None else _forget
+            while self._settled:
+                self._coordinator.on_settled(self._settled.popleft())
+
+        self._submit(event)
 
     def share(self, text: str) -> None:
         """Every reply from now on tells ``text``."""
@@ -260,9 +328,12 @@ class Server:
         if refused is not None:
             outlet.refuse(refused)
             return
-        if older is not None and older != hello.session:
-            self._outlets[hello.worker].refuse(f"a newer session of worker {hello.worker} has taken this one's place")
+        outdated = self._outlets.get(hello.worker)
+        if outdated is not None and older is not None and older != hello.session:
+            outdated.refuse(f"a newer session of worker {hello.worker} has taken this one's place")
         self._outlets[hello.worker] = outlet
+        # Should all of them stall at once, there is still a buffer for whoever does not.
+        self.buffers.allow(len(self._coordinator.live) + 2)
 
     def _on_push(
         self, push: Push, gradient: Tensor | None, outlet: Outlet | _LocalOutlet, result: Tensor | None = None
@@ -273,6 +344,8 @@ class Server:
         refused = self._coordinator.push(push, gradient, self._clock(), result)
         if refused is not None:
             outlet.refuse(refused)
+            if self._coordinator.session_of(push.worker) is None:
+                self._outlets.pop(push.worker, None)
             return
         self._outlets[push.worker] = outlet
 
@@ -282,10 +355,32 @@ class Server:
         return self._coordinator.lease(request)
 
     def _on_lost(self, worker: int, session: str, reason: str) -> None:
+        # Nothing is said to it: it may come back and go on.
         if self._coordinator.leave(worker, session, self._clock(), reason):
-            outlet = self._outlets.pop(worker, None)
-            if outlet is not None:
-                outlet.refuse(f"the server gave this worker up: {reason}")
+            self._outlets.pop(worker, None)
+            if not self._coordinator.finished:
+                self.lost_workers.append((worker, self._clock(), reason))
+
+    def _on_revive(self, worker: int, session: str) -> None:
+        if self._failure is None:
+            self._coordinator.revive(worker, session, self._clock())
+
+    def _on_introduce(self, worker: int) -> Facts:
+        attendance, about = self._coordinator.attendance, self.about
+        if self._failure is not None:
+            refused: str | None = f"the server failed: {self._failure}"
+        elif worker == -1:
+            refused = "training is over" if attendance.finished else None
+            worker = worker if attendance.finished else attendance.new_number()
+        else:
+            refused = attendance.refuses(worker)
+        return Facts(self.incarnation, "", worker, refused=refused, **vars(about))
+
+    def _keep_metrics(self, worker: int, text: str) -> None:
+        try:
+            self.received_metrics.put_nowait((worker, text))
+        except queue.Full:
+            _log.warning("rank 0 has not read what workers log for %d pushes; the latest is left out", _MOST_METRICS)
 
     def _keep_or_release(self, lease: BufferLease) -> None:
         # The buffer of a push that has just been applied is the natural place for the snapshot of a dispatch that is
@@ -317,11 +412,12 @@ class Server:
         model = self._coordinator.model
         distant = []
         for worker, reply in replies.items():
-            outlet = self._outlets[worker]
+            outlet = self._outlets.get(worker)
             if isinstance(outlet, _LocalOutlet):
                 outlet.answer(reply, model.copy_to)
-            else:
+            elif outlet is not None:
                 distant.append((outlet, reply))
+            # One that is back from the dead has no connection yet. When it has one, it asks again.
         if not distant:
             return
         lease, self._spare = self._spare, None
@@ -335,6 +431,10 @@ class Server:
 
 def _nothing() -> None:
     """The event of a deadline that has passed: looking again is all there is to do."""
+
+
+def _forget(settled: Settled) -> None:
+    """What becomes of a push that nobody records."""
 
 
 class _LocalOutlet:

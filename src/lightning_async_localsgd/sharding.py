@@ -17,18 +17,21 @@ import hashlib
 import itertools
 import json
 import logging
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections import deque
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lightning_async_localsgd.messages import Lease
+from lightning_async_localsgd.objections import items_elsewhere, malformed
+from lightning_async_localsgd.ranges import Ranges
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from lightning_async_localsgd.messages import LeaseRequest
+    from lightning_async_localsgd.objections import Objection
 
 _log = logging.getLogger(__name__)
 
@@ -51,78 +54,6 @@ LARGEST_LEASE = 64
 _LEASES_LEFT = 4
 """A lease is what is left, divided by so many leases for each worker: the last ones are small, and nobody who is slow
 holds much of what the others could take."""
-
-
-class Ranges:
-    """A set of integers as ranges ``[start, stop)``, in order, with none adjacent to another.
-
-    Args:
-        spans: the ranges.
-
-    Raises:
-        ValueError: a range overlaps another one.
-
-    Attributes:
-        size: how many integers there are.
-
-    """
-
-    def __init__(self, spans: Iterable[Sequence[int]] = ()) -> None:
-        self.size = 0
-        self._spans: list[tuple[int, int]] = []
-        for start, stop in spans:
-            self.add(start, stop)
-
-    @property
-    def spans(self) -> list[tuple[int, int]]:
-        """The ranges."""
-        return list(self._spans)
-
-    def add(self, start: int, stop: int) -> None:
-        """Puts a range in.
-
-        Raises:
-            ValueError: a part of it is there already.
-
-        """
-        if start >= stop:
-            return
-        at = bisect_left(self._spans, (start, stop))
-        before = self._spans[at - 1] if at > 0 else None
-        after = self._spans[at] if at < len(self._spans) else None
-        if (before is not None and before[1] > start) or (after is not None and after[0] < stop):
-            raise ValueError(f"[{start}, {stop}) overlaps what is there")
-        self.size += stop - start
-        first = last = at
-        if before is not None and before[1] == start:
-            first, start = at - 1, before[0]
-        if after is not None and after[0] == stop:
-            last, stop = at + 1, after[1]
-        self._spans[first:last] = [(start, stop)]
-
-    def within(self, start: int, stop: int) -> int:
-        """How many integers lie in ``[start, stop)``."""
-        count = 0
-        for first, last in itertools.islice(self._spans, self._first_in(start), None):
-            if first >= stop:
-                break
-            count += min(last, stop) - max(first, start)
-        return count
-
-    def take(self, most: int, start: int, stop: int) -> tuple[int, int]:
-        """Takes out the first range of at most ``most`` integers within ``[start, stop)``, which are not all gone."""
-        at = self._first_in(start)
-        first, last = self._spans[at]
-        begin = max(first, start)
-        end = min(last, stop, begin + most)
-        self._spans[at : at + 1] = [part for part in ((first, begin), (end, last)) if part[0] < part[1]]
-        self.size -= end - begin
-        return begin, end
-
-    def _first_in(self, start: int) -> int:
-        """Index of the first range that ends behind ``start``."""
-        at = bisect_left(self._spans, (start,))
-        return at - 1 if at > 0 and self._spans[at - 1][1] > start else at
 
 
 def shards(items: int, unit: int, count: int) -> list[tuple[int, int]]:
@@ -369,19 +300,21 @@ class DataLeases:
             account.answered = Lease(request.number, epoch, start, stop, None)
         return account.answered
 
-    def objection(self, worker: int, used: str) -> str | None:
+    def objection(self, worker: int, used: str) -> Objection | None:
         """Why a push that claims to be trained on ``used`` items must not be applied; None if it may be."""
         try:
             counts = _counts(used)
         except ValueError as error:
-            return f"says {str(error)[:200]} about the items that it was trained on"
+            return malformed(f"says {str(error)[:200]} about the items that it was trained on")
         for name, count in counts.items():
             account = self._account(worker, name)
             if account is None or not account.settled <= count <= account.granted:
                 granted = 0 if account is None else account.granted
-                return f"claims {count} items of data stream {name[:MAX_NAME]!r}, of which it was leased {granted}"
+                return malformed(
+                    f"claims {count} items of data stream {name[:MAX_NAME]!r}, of which it was leased {granted}"
+                )
             if account.settled < min(count, account.void):
-                return "was trained on items that went to others while its worker was given up"
+                return items_elsewhere("was trained on items that went to others while its worker was given up")
         return None
 
     def settle(self, worker: int, used: str, consumed: bool) -> None:

@@ -8,6 +8,7 @@ everywhere, cost no more than their hashes.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -48,6 +49,13 @@ def counters(module: nn.Module) -> dict[str, Tensor]:
 def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """A hash of every tensor's dtype, shape and bytes."""
     return {name: _digest(tensor) for name, tensor in tensors.items()}
+
+
+def unshared(module: nn.Module, hashes: Mapping[str, str]) -> str:
+    """One hash of all of ``hashes`` that are to be equal on every worker, counters of ``module`` left out."""
+    left_out = counters(module)
+    kept = {name: digest for name, digest in hashes.items() if name not in left_out}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def share_differing(tensors: Mapping[str, Tensor], hashes: Mapping[str, str], rendezvous: Rendezvous) -> None:

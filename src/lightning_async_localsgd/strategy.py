@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies.ddp import DDPStrategy
 from lightning.pytorch.strategies.strategy import Strategy
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
@@ -30,20 +29,27 @@ from typing_extensions import override
 
 from lightning_async_localsgd.averaging import averages, forgo_second_pass
 from lightning_async_localsgd.callback import AsyncLocalSGDCallback
-from lightning_async_localsgd.checkpoints import SavedModel, frozen_in_time, without_theta
+from lightning_async_localsgd.checkpoints import CHECKPOINT_KEY, SavedModel, frozen_in_time, without_theta
 from lightning_async_localsgd.children import ended_ranks, raise_if_process_ended
 from lightning_async_localsgd.epochs import TrainingData
 from lightning_async_localsgd.grace import GraceWindow
+from lightning_async_localsgd.guard import UpdateGuard
+from lightning_async_localsgd.inner_state import keep_beside, remove_beside, resume
+from lightning_async_localsgd.joining import token_of
 from lightning_async_localsgd.launcher import AsyncProcessLauncher, AsyncScriptLauncher
 from lightning_async_localsgd.layout import Layout
 from lightning_async_localsgd.limits import LiftedLimits, run_budget
+from lightning_async_localsgd.meeting import MeetingStrategy
 from lightning_async_localsgd.options import ExchangeOptions
 from lightning_async_localsgd.outer import OuterOptimizer, resolve_outer_optimizer
 from lightning_async_localsgd.pacing import SpeedAwareSteps
-from lightning_async_localsgd.phase import AsyncPhase, PhaseSettings
+from lightning_async_localsgd.periodic import is_periodic, load_periodic
+from lightning_async_localsgd.phase import AsyncPhase
 from lightning_async_localsgd.refusals import refuse_callbacks, refuse_plugins, refuse_process_group
 from lightning_async_localsgd.registration import register_names
-from lightning_async_localsgd.rendezvous import Rendezvous, open_group_of_one
+from lightning_async_localsgd.restarts import WorkersLostError
+from lightning_async_localsgd.run_folder import folder_of
+from lightning_async_localsgd.settings import PhaseSettings
 from lightning_async_localsgd.trainer_parts import (
     callbacks_of,
     load_states_of_callbacks,
@@ -57,14 +63,11 @@ from lightning_async_localsgd.training import AsyncTraining
 if TYPE_CHECKING:
     import lightning.pytorch as pl
     from lightning.fabric.utilities.types import _PATH
-    from lightning.pytorch.strategies.strategy import TBroadcast
     from torch import Tensor
 
-CHECKPOINT_KEY = "async_localsgd"
-"""Where a checkpoint holds the server's state."""
+_LAUNCHERS = (AsyncScriptLauncher, AsyncProcessLauncher)
 
-
-class AsyncLocalSGDStrategy(DDPStrategy):
+class AsyncLocalSGDStrategy(MeetingStrategy):
     """Trains one model on ranks of unequal speed, none of which waits for another.
 
     Every rank takes local optimizer steps at its own pace, and merges what it has learned in a round into a global
@@ -83,7 +86,16 @@ class AsyncLocalSGDStrategy(DDPStrategy):
             not at all, or ``"auto"``: as long as it takes those who are about to finish, at most 15 % of a round.
         exchange: transport, port and encryption of the exchange between ranks. ``None`` is ``ExchangeOptions()``.
         start_timeout: seconds that rank 0 waits for the other ranks at the start, and they for rank 0.
-        silence_timeout: seconds without a sign of life after which a worker, or the server, counts as gone.
+        silence_timeout: seconds without a sign of life after which a worker, or the server, counts as gone. One that
+            has come back from a longer silence is given up later the next time.
+        max_restarts: how often the launcher starts a worker again that has died in training; it then rejoins.
+        strict: whether the job ends with an error if a worker was lost, though the others have met the budget.
+        checkpoint_every: how often rank 0 writes a checkpoint into the run's folder, and each worker its optimizers'
+            states: a number of rounds merged, a ``timedelta``, or ``None`` for never.
+        max_update_norm: the largest L2 norm of a pseudo-gradient that is merged; ``"auto"`` is ten times the median of
+            the last ones, ``None`` is no limit. NaN and infinite values are never merged.
+        token: secret of the run. With one, machines that know it may join while training runs. ``None`` takes the
+            environment's ``ASYNC_LOCALSGD_TOKEN``; without that, the ranks agree on a random one among themselves.
         accelerator: see :class:`~lightning.pytorch.strategies.DDPStrategy`.
         parallel_devices: likewise.
         cluster_environment: likewise.
@@ -119,6 +131,11 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         exchange: ExchangeOptions | None = None,
         start_timeout: float = 1800.0,
         silence_timeout: float = 60.0,
+        max_restarts: int = 3,
+        strict: bool = False,
+        checkpoint_every: int | timedelta | None = timedelta(minutes=10),
+        max_update_norm: float | Literal["auto"] | None = "auto",
+        token: str | None = None,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -129,6 +146,9 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
     ) -> None:
         super().__init__(
+            exchange,
+            start_timeout,
+            token,
             accelerator=accelerator,
             parallel_devices=parallel_devices,
             cluster_environment=cluster_environment,
@@ -139,30 +159,42 @@ class AsyncLocalSGDStrategy(DDPStrategy):
             start_method=start_method,
         )
         SpeedAwareSteps(local_steps, dynamic_local_steps)  # Checks them where the user can see it.
-        for name, seconds in (("start_timeout", start_timeout), ("silence_timeout", silence_timeout)):
-            if not 0 < seconds < math.inf:
-                raise ValueError(f"{name}={seconds!r} must be a positive number of seconds")
-        if exchange is not None and not isinstance(exchange, ExchangeOptions):
-            raise TypeError(f"exchange={exchange!r} must be an ExchangeOptions, or None for its defaults")
+        if not 0 < silence_timeout < math.inf:
+            raise ValueError(f"silence_timeout={silence_timeout!r} must be a positive number of seconds")
+        if type(max_restarts) is not int or max_restarts < 0:
+            raise ValueError(f"max_restarts={max_restarts!r} must be a number of restarts of each worker, 0 or more")
+        if isinstance(checkpoint_every, timedelta):
+            regular = checkpoint_every > timedelta(0)
+        else:
+            regular = checkpoint_every is None or (type(checkpoint_every) is int and checkpoint_every > 0)
+        if not regular:
+            raise ValueError(
+                f"checkpoint_every={checkpoint_every!r} must be a positive number of rounds, a positive timedelta, or "
+                "None for no checkpoints of the run's own"
+            )
+        UpdateGuard(max_update_norm)
+        self.max_restarts = max_restarts
+        self.strict = strict
+        self.checkpoint_every = checkpoint_every
+        self.max_update_norm = max_update_norm
         self.local_steps = local_steps
         self.outer_optimizer = resolve_outer_optimizer(outer_optimizer)
         self.dynamic_local_steps = dynamic_local_steps
         self.grace = GraceWindow(grace)
-        self.exchange = exchange if exchange is not None else ExchangeOptions()
-        self.start_timeout = float(start_timeout)
         self.silence_timeout = float(silence_timeout)
-        self._rendezvous: Rendezvous | None = None
+        self._seed = 0
         self._training: AsyncTraining | None = None
         self._limits: LiftedLimits | None = None
         self._data: TrainingData | None = None
         self._distributes_data = True
         self._searching = False
-        self._alone_in_group = False
         self._restored: dict[str, Any] | None = None
         self._last_state: dict[str, Any] | None = None
         self._done: int | None = None
         self._failed = False
         self._saved = SavedModel()
+        self.run_name = ""
+        self.inner_file: Path | None = None
 
     @override
     def __repr__(self) -> str:
@@ -186,10 +218,13 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         # Whether the outer optimizer's options fit the number of workers: tried on a model of one parameter.
         rule = resolve_outer_optimizer(self.outer_optimizer)
         rule.setup(torch.zeros(1), {"": torch.zeros(1)}, max(1, self.num_nodes * self.num_processes))
-        if self._start_method == "popen":
-            self._launcher = AsyncScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+        invited = self._invitation
+        if self._start_method == "popen" or (invited is not None and invited.stranger):
+            self._launcher = AsyncScriptLauncher(
+                self.cluster_environment, self.num_processes, self.num_nodes, self.max_restarts
+            )
         else:
-            self._launcher = AsyncProcessLauncher(self, start_method=self._start_method)
+            self._launcher = AsyncProcessLauncher(self, self._start_method, self.max_restarts)
 
     # ------------------------------------------------------------------- set-up
 
@@ -211,27 +246,17 @@ class AsyncLocalSGDStrategy(DDPStrategy):
     @override
     def setup_environment(self) -> None:
         Strategy.setup_environment(self)  # Not DDPStrategy's, which would open a process group.
-        self.set_world_ranks()
         self._failed = False
         self._restored = None
+        self._meet()
         trainer = self._trainer
-        if self.world_size > 1:
-            reset_seed()  # So that all ranks build the same model and agree on permutations.
-            environment = self.cluster_environment
-            assert environment is not None
-            self._rendezvous = Rendezvous(
-                environment.main_address,
-                environment.main_port,
-                self.global_rank,
-                self.world_size,
-                self.start_timeout,
-                raise_if_process_ended,
-                ended_ranks,
-            )
+        if self.joins:
+            trainer.num_sanity_val_steps = 0  # That is done before training.
         if trainer.state.fn == TrainerFn.FITTING:
             if self.world_size > 1:
                 refuse_process_group()
             self._last_state = None
+            self.inner_file = None
             callbacks = callbacks_of(trainer)
             own = next((one for one in callbacks if isinstance(one, AsyncLocalSGDCallback)), None)
             if own is not None:
@@ -241,23 +266,18 @@ class AsyncLocalSGDStrategy(DDPStrategy):
             connector = trainer._accelerator_connector
             self._distributes_data = connector.use_distributed_sampler
             connector.use_distributed_sampler = False  # Training data is leased, rank 0 validates on everything.
-            seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+            told = int(os.environ.get("PL_GLOBAL_SEED", 0)), self.run_name
             if self._rendezvous is not None:
-                seed = self._rendezvous.broadcast(seed)
-            self._data = TrainingData(trainer, self.world_size, seed, self._distributes_data, self._rendezvous)
+                told = self._rendezvous.broadcast(told)
+            if self._entry is not None:
+                told = self._entry.facts.seed, self._entry.facts.folder
+            self._seed, self.run_name = told
+            alone = self.world_size == 1 and token_of(self._token) is None
+            self._data = TrainingData(
+                trainer, self.world_size, self._seed, self._distributes_data, self._rendezvous, alone
+            )
         else:
             self._open_group()
-
-    def _open_group(self) -> None:
-        """``validate``, ``test`` and ``predict`` have a process group, as with DDP."""
-        self._process_group_backend = self._get_process_group_backend()
-        device = self.root_device
-        options: dict[str, Any] = {"device_id": None if device.type == "cpu" else device}
-        if self._rendezvous is None:
-            self._alone_in_group = open_group_of_one(self._process_group_backend, self._timeout, **options)
-        else:
-            self._rendezvous.barrier("process group")
-            self._rendezvous.open_group(self._process_group_backend, self._timeout, **options)
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
@@ -331,6 +351,11 @@ class AsyncLocalSGDStrategy(DDPStrategy):
             planned=budget.planned,
             ends_with_data=budget.ends_with_data,
             frozen=self._exchanges_frozen,
+            max_update_norm=self.max_update_norm,
+            token=token_of(self._token),
+            run=self._run,
+            seed=self._seed,
+            folder=self.run_name,
         )
         phase = AsyncPhase(
             settings,
@@ -340,16 +365,16 @@ class AsyncLocalSGDStrategy(DDPStrategy):
             self.world_size,
             restored=restored,
             watch=raise_if_process_ended,
+            entry=self._entry,
         )
-        alone = restored.get("alone") if restored is not None and self.world_size == 1 else None
+        alone = restored.get("alone") if restored is not None and phase.alone else None
         try:
-            self._training = AsyncTraining(trainer, phase, self._data, self._limits, budget, alone)
+            self._training = AsyncTraining(trainer, phase, self._data, self._limits, budget, alone, self._entry)
         except BaseException:
             phase.close()
             raise
-        launcher = self.launcher
-        if self.is_global_zero and isinstance(launcher, (AsyncScriptLauncher, AsyncProcessLauncher)):
-            launcher.mark_started()
+        if isinstance(self.launcher, _LAUNCHERS):
+            self.launcher.mark_started(phase.ticket, phase.may_restart)
         if self._rendezvous is not None:
             self._rendezvous.tolerate_deaths()
         if any(entry.dtype == "torch.float64" for entry in phase.binding.layout.entries):
@@ -415,6 +440,7 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         self._searching = False
         if self._training is not None:
             self._training.finish()
+            self._end_restarts()
         # From here on collectives are real again.
         training, self._training = self._training, None
         if training is None:
@@ -422,6 +448,7 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         trainer, phase = self._trainer, training.phase
         assert self.lightning_module is not None
         if self._rendezvous is not None:
+            self._rendezvous.meet_again()
             if self.is_global_zero:
                 self._rendezvous.survivors = phase.survivors
             self._rendezvous.barrier("end of training")
@@ -441,28 +468,27 @@ class AsyncLocalSGDStrategy(DDPStrategy):
             states = self._rendezvous.broadcast(states_of_callbacks(trainer))
             if not self.is_global_zero:
                 load_states_of_callbacks(trainer, states)
+        lost = self._lost(phase)
         phase.close()
+        if self.strict and lost:
+            raise WorkersLostError(
+                f"training is complete, but strict=True, and worker(s) {', '.join(map(str, lost))} were lost; what was "
+                "to be saved is saved"
+            )
+
+    def _lost(self, phase: AsyncPhase) -> list[int]:
+        """On rank 0: the workers of the beginning that are not there, and those whose pushes were refused for good."""
+        if phase.server is None or self._rendezvous is None:
+            return []
+        there = phase.survivors() - phase.server.quarantined
+        return [worker for worker in range(self.world_size) if worker not in there]
 
     # -------------------------------------------------------------- collectives
 
+    @property
     @override
-    def barrier(self, *args: Any, **kwargs: Any) -> None:
-        if self._training is not None or self._searching:
-            return
-        if torch.distributed.is_initialized():
-            super().barrier(*args, **kwargs)
-        elif self._rendezvous is not None:
-            self._rendezvous.barrier(str(args[0]) if args else kwargs.get("name"))
-
-    @override
-    def broadcast(self, obj: TBroadcast, src: int = 0) -> TBroadcast:
-        if self._training is not None or self._searching:
-            return obj
-        if torch.distributed.is_initialized():
-            return super().broadcast(obj, src)
-        if self._rendezvous is not None:
-            return self._rendezvous.broadcast(obj, src)  # type: ignore[no-any-return]
-        return obj
+    def _apart(self) -> bool:
+        return self._training is not None or self._searching
 
     @override
     def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
@@ -475,13 +501,6 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         if self._training is not None and self._training.local_values is not None:
             self._training.local_values.reduces(tensor)
         return super().reduce(tensor, group, reduce_op)
-
-    @override
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        # Without a group the inherited one would sum over one rank and compare with the world size.
-        if torch.distributed.is_initialized():
-            return super().reduce_boolean_decision(decision, all)
-        return decision
 
     # -------------------------------------------------------------- checkpoints
 
@@ -498,24 +517,52 @@ class AsyncLocalSGDStrategy(DDPStrategy):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
-        if self.is_global_zero and "optimizer_states" in checkpoint:
-            state = self._last_state
-            if self._training is not None:
-                state = self._training.state_dict()
-                if self._saved.is_in(checkpoint, state["model"]["version"]):
-                    state = without_theta(state)
-            if state is not None:
-                checkpoint[CHECKPOINT_KEY] = state
+        if isinstance(self.launcher, AsyncProcessLauncher) and self.launcher.apart:
+            # Callbacks that save when there was an exception do so in the process that has launched the ranks, too.
+            rank_zero_warn(f"not saved to {filepath}: the ranks have failed, and this process has no trained model")
+            return
+        server = self.add_server_state(checkpoint) if self.is_global_zero and "optimizer_states" in checkpoint else None
         super().save_checkpoint(frozen_in_time(checkpoint, self.checkpoint_io), filepath, storage_options)
+        if server is not None:
+            keep_beside(filepath, server, folder_of(self._trainer))
+
+    def add_server_state(self, checkpoint: dict[str, Any]) -> dict[str, Any] | None:
+        """Rank 0: adds the server's state to a checkpoint that the trainer has made, and returns it if there is one."""
+        state = self._last_state
+        if self._training is not None:
+            state = self._training.state_dict()
+            if self._saved.is_in(checkpoint, state["model"]["version"]):
+                state = without_theta(state)
+        if state is not None:
+            checkpoint[CHECKPOINT_KEY] = state = {**state, "folder": self.run_name}
+        return state
+
+    @override
+    def remove_checkpoint(self, filepath: _PATH) -> None:
+        super().remove_checkpoint(filepath)
+        if self.is_global_zero:
+            remove_beside(filepath)
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        server = checkpoint.get(CHECKPOINT_KEY)
+        if self.is_global_zero or server is None:
+            super().load_optimizer_state_dict(checkpoint)
+        else:
+            # In it is rank 0's own state; that of another worker is beside it.
+            self.inner_file = resume(self._trainer, checkpoint, server)
 
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        checkpoint: dict[str, Any] = super().load_checkpoint(checkpoint_path, *args, **kwargs)
+        load = load_periodic if is_periodic(checkpoint_path) else super().load_checkpoint
+        checkpoint: dict[str, Any] = load(checkpoint_path, *args, **kwargs)
         module = self.lightning_module
         # After a fit in spawned processes, the process that has started them has a module without a trainer.
         attached = module is not None and module._trainer is not None
         if attached and self._trainer.state.fn == TrainerFn.FITTING and self.is_global_zero:
             self._restored = checkpoint.get(CHECKPOINT_KEY)
+        if self.joins:
+            checkpoint.pop("loops", None)  # The run has gone on since; where it is now, the server tells.
         return checkpoint
 
     # -------------------------------------------------------------------- the end
@@ -525,8 +572,13 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         self._failed = True
         self._abandon(f"rank {self.global_rank} ended with {type(exception).__name__}: {exception}")
 
+    def _end_restarts(self) -> None:
+        if isinstance(self.launcher, _LAUNCHERS):
+            self.launcher.mark_ended()
+
     def _abandon(self, reason: str) -> None:
         self._searching = False
+        self._end_restarts()
         training, self._training = self._training, None
         if training is not None:
             with suppress(Exception):  # Whatever went wrong first is what the user must see.
@@ -542,14 +594,7 @@ class AsyncLocalSGDStrategy(DDPStrategy):
         if self._data is not None:
             self._trainer._accelerator_connector.use_distributed_sampler = self._distributes_data
             self._data = None
-        if self._alone_in_group:
-            torch.distributed.destroy_process_group()
-            self._alone_in_group = False
-        if self._rendezvous is not None:
-            self._rendezvous.close_group()
-            if not (self._failed and self.is_global_zero):
-                self._rendezvous.conclude()
-            self._rendezvous = None
+        self._part(waiting=not (self._failed and self.is_global_zero))
         if self._failed and isinstance(self.launcher, AsyncScriptLauncher):
             # In training the ranks of a node go on without the one that has launched them, elsewhere all are needed.
             module = self.lightning_module

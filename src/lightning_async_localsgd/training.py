@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,9 @@ from lightning_async_localsgd.agreement import Agreement
 from lightning_async_localsgd.averaging import GlobalAverages
 from lightning_async_localsgd.callback import AsyncLocalSGDCallback
 from lightning_async_localsgd.counts import GlobalCounts
+from lightning_async_localsgd.inner_state import InnerStates
 from lightning_async_localsgd.local_values import LocalValues
+from lightning_async_localsgd.periodic import PeriodicCheckpoints
 from lightning_async_localsgd.schedules import ProgressSchedulers
 from lightning_async_localsgd.trainer_parts import (
     RestingCallbacks,
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
 
     from lightning_async_localsgd.epochs import TrainingData
+    from lightning_async_localsgd.joining import Entry
     from lightning_async_localsgd.limits import LiftedLimits, RunBudget
     from lightning_async_localsgd.phase import AsyncPhase
     from lightning_async_localsgd.rendezvous import Rendezvous
@@ -38,6 +42,7 @@ class AsyncTraining:
         limits: the trainer's limits, lifted; given back at the end.
         budget: what these limits come to.
         restored: of a single rank's training data, see :meth:`.TrainingData.state_dict`.
+        entry: the way in of a rank that joins a training that runs already.
 
     Attributes:
         phase: as given.
@@ -53,8 +58,10 @@ class AsyncTraining:
         limits: LiftedLimits,
         budget: RunBudget,
         restored: dict[str, Any] | None,
+        entry: Entry | None = None,
     ) -> None:
         self.phase = phase
+        self._entry = entry
         self.local_values: LocalValues | None = None
         self._trainer = trainer
         self._data = data
@@ -80,21 +87,28 @@ class AsyncTraining:
             trainer.limit_val_batches = 0
             held.callback(RestingCallbacks(trainer).wake)
         held.callback(self._data.end)
+        if self._entry is not None:
+            self._begin_at(self._entry.facts.epoch)
         self._data.begin(phase.lease_stock, restored)
         if trainer.is_global_zero:
             held.callback(GlobalAverages(trainer, phase, self._data.global_epochs).release)
         self._counts = GlobalCounts(trainer, phase, self._data)
         held.callback(self._counts.release)
-        if phase.workers > 1:
+        if not phase.alone:
             self._agreement = Agreement(trainer, phase)
             held.callback(self._agreement.release)
             self.local_values = LocalValues(trainer)
-        self._schedulers = ProgressSchedulers(trainer, self._counts.steps)
+        self._schedulers = ProgressSchedulers(trainer, self._counts.steps if self._entry is None else 0)
         held.callback(self._schedulers.release)
-        if phase.stopped:  # So few steps that none were left for this rank.
-            self._follow()
+        # A rank that joins is where the others are; and there may be so few steps that none are left for this rank.
+        if phase.stopped or self._entry is not None:
+            with warnings.catch_warnings():
+                # The steps that the schedule is ahead by are those of the others.
+                warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+                self._follow()
         optimizer = torch_optimizer(trainer.strategy.optimizers[0])
         held.callback(optimizer.register_step_post_hook(lambda *_: phase.worker.count_step()).remove)
+        held.callback((PeriodicCheckpoints if trainer.is_global_zero else InnerStates)(trainer, phase).release)
         for callback in callbacks_of(trainer):
             if isinstance(callback, AsyncLocalSGDCallback):
                 callback.on_async_phase_start(trainer, phase)
@@ -114,6 +128,7 @@ class AsyncTraining:
     def before_epoch(self) -> None:
         """An epoch of this rank is about to begin, its data loaders are set up."""
         self._data.prepare()
+        self.phase.begin_epoch(self._trainer.current_epoch)
         self._counts.before_epoch()
 
     def before_batch(self) -> None:
@@ -165,7 +180,10 @@ class AsyncTraining:
         """
         if not self.phase.stopped:
             self._data_ended = self._budget.ends_with_data and not self._trainer.should_stop
-            self.phase.finish(stop=not self._data_ended)
+            if self._entry is not None and self._entry.stranger and not self._data_ended:
+                self.phase.leave()  # The others need not stop for that.
+            else:
+                self.phase.finish(stop=not self._data_ended)
             self._follow()
 
     # ----------------------------------------------------------------- the end
@@ -180,7 +198,7 @@ class AsyncTraining:
     def state_dict(self) -> dict[str, Any]:
         """Rank 0: what a checkpoint holds of the run."""
         state = self.phase.state_dict()
-        if self.phase.workers == 1:
+        if self.phase.alone:
             state["alone"] = self._data.state_dict()
         return state
 
@@ -190,6 +208,13 @@ class AsyncTraining:
         self.local_values = None
 
     # ---------------------------------------------------------------- internal
+
+    def _begin_at(self, epoch: int) -> None:
+        """This rank's first epoch is the one that the others are in."""
+        progress = self._trainer.fit_loop.epoch_progress
+        for counts in (progress.total, progress.current):
+            for name in ("ready", "started", "processed", "completed"):
+                setattr(counts, name, epoch)
 
     def _adapt_optimizers(self) -> None:
         """The module holds other weights than its optimizers have left there."""

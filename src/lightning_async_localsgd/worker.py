@@ -12,7 +12,6 @@ import uuid
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from lightning_async_localsgd.exchange import ExchangeError
 from lightning_async_localsgd.messages import ALREADY_APPLIED, NOT_FINITE, PROTOCOL_VERSION, Hello, Push, Reply
 
 if TYPE_CHECKING:
@@ -22,9 +21,6 @@ if TYPE_CHECKING:
     from lightning_async_localsgd.layout import Binding
 
 _log = logging.getLogger(__name__)
-
-MOST_REFUSALS = 10
-"""Pushes refused in a row after which a worker gives up: it would go on like this for ever."""
 
 
 class Worker:
@@ -46,6 +42,7 @@ class Worker:
         diverged: the last push was refused because it was not finite.
         metrics: gives what this worker's module has logged since it was last asked, for a push.
         used: gives the items of training data that were used since it was last asked, see :attr:`Push.used`.
+        inner: gives the name of the file with this worker's inner state, see :attr:`Push.inner`.
 
     """
 
@@ -61,19 +58,24 @@ class Worker:
         self.diverged = False
         self.metrics: Callable[[], str] = str
         self.used: Callable[[], str] = str
+        self.inner: Callable[[], str] = str
         self.reply: Reply | None = None
         self._binding = binding
         self._clock = clock
         self._model = binding.new_flat()
         self._gradient = binding.new_flat()
         self._sequence = 0
-        self._refusals = 0
         self._samples = 0
         self._stepped = False
         self._timed_steps = 0
         self._compute_seconds = 0.0
         self._exchange_seconds = 0.0
         self._mark: float | None = None
+
+    @property
+    def round(self) -> int:
+        """The present round of this session, counted from 1."""
+        return self._sequence + 1
 
     @property
     def model(self) -> Tensor:
@@ -133,7 +135,7 @@ class Worker:
             The new dispatch.
 
         Raises:
-            ExchangeError: the server cannot be reached any more, or has refused :data:`MOST_REFUSALS` in a row.
+            ExchangeError: the server cannot be reached any more, or has put this worker in quarantine.
 
         """
         assert self.reply is not None
@@ -160,23 +162,15 @@ class Worker:
             stop=stop,
             used=self.used(),
             metrics=self.metrics(),
+            inner=self.inner(),
         )
         if self.round_steps > 0:
             self._binding.subtract_from(self._model, self._gradient)
         reply = self.exchange.push(push, self._gradient, self._model)
         self._adopt(reply)
         self.diverged = reply.refused == NOT_FINITE
-        if reply.refused is None or reply.refused == ALREADY_APPLIED:
-            self._refusals = 0
-        else:
-            self._refusals += 1
+        if reply.refused is not None and reply.refused != ALREADY_APPLIED:
             _log.warning("worker %d: push %d was refused: %s", self.number, push.sequence, reply.refused)
-            if self._refusals >= MOST_REFUSALS:
-                raise ExchangeError(
-                    f"{self._refusals} pushes of worker {self.number} in a row were refused ({reply.refused}), though "
-                    "each round began with a fresh global model: its optimizer's state is probably not finite any "
-                    "more; lower the learning rate, clip gradients, or look at the data that this worker got"
-                )
         self._exchange_seconds = max(0.0, self._clock() - began - reply.wait_seconds)
         return reply
 

@@ -302,6 +302,18 @@ def sums(tree: Any) -> list[float]:
 
 
 @case
+def states_beside(out: Path) -> dict[str, Any]:
+    """Workers' inner states are kept beside the checkpoints that Lightning's callback saves and removes."""
+    keep = ModelCheckpoint(
+        out / "beside", save_last=True, save_top_k=2, monitor="step", mode="max", every_n_train_steps=6
+    )
+    strategy = AsyncLocalSGDStrategy(local_steps=4, start_timeout=60.0, checkpoint_every=2)
+    trainer = trainer_of(out / "beside", Watch(), keep, strategy=strategy, plugins=[AsyncCheckpointIO()], max_steps=60)
+    trainer.fit(Module(), loader())
+    return {"rank": trainer.global_rank}
+
+
+@case
 def written_later(out: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in ("own", "async"):

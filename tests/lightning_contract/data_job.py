@@ -202,7 +202,7 @@ def run(case: str, out: Path, dies_at: int = 0, ckpt_path: str | None = None, de
     make, options = CASES[case]
     L.seed_everything(7, verbose=False)
     trainer = L.Trainer(
-        strategy=AsyncLocalSGDStrategy(local_steps=4),
+        strategy=AsyncLocalSGDStrategy(local_steps=4, max_restarts=0),
         accelerator="cpu",
         devices=devices,
         logger=CSVLogger(out, name="", version="") if dies_at else False,

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -19,10 +21,12 @@ if "interactive" in json.loads(sys.argv[2]):
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_async_localsgd import AsyncLocalSGDStrategy, ExchangeOptions
+from lightning_async_localsgd.faults import Fault, FaultInjection, FaultKind
 
 SECONDS = (0.01, 0.04)
 """Least seconds of a local step, by rank in turn."""
@@ -68,6 +72,47 @@ class Data(L.LightningDataModule):
     test_dataloader = predict_dataloader = val_dataloader
 
 
+def started_again() -> bool:
+    """Whether this is not the rank's, or the job's, first process."""
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", os.environ.get("SLURM_RESTART_COUNT", "0"))
+    return "ASYNC_LOCALSGD_REJOIN" in os.environ or "ASYNC_LOCALSGD_RESUME" in os.environ or restarts != "0"
+
+
+class SlowValidation(L.Callback):
+    """Rank 0 is long in its second batch of validation."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+
+    def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        (self.out / "validating").touch()
+        time.sleep(1.0)
+
+
+class SlowBoot(L.Callback):
+    """A process that was started again takes long before it joins."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+
+    def setup(self, *_: Any, **__: Any) -> None:
+        if started_again():
+            (self.out / "booting").touch()
+            time.sleep(120)
+
+
+class Notice(logging.Handler):
+    """Leaves a file when a fault is injected."""
+
+    def __init__(self, out: Path) -> None:
+        super().__init__()
+        self.out = out
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "inject" in record.getMessage():
+            (self.out / "injected").touch()
+
+
 class Notes(L.Callback):
     """Unequal speeds, a fault if it is asked for, and what the rank saw."""
 
@@ -84,10 +129,14 @@ class Notes(L.Callback):
         self.group |= torch.distributed.is_initialized()
         if self.steps == 1:
             self.address = address(trainer)
-            (self.out / f"training_{trainer.global_rank}").touch()
+            (self.out / f"training_{trainer.global_rank}").write_text(str(os.getpid()))
+        if self.steps == 15:
+            (self.out / f"advanced_{trainer.global_rank}").touch()
         time.sleep(SECONDS[trainer.global_rank % 2])
         if self.fail == {"rank": trainer.global_rank, "step": self.steps}:
             raise RuntimeError("a fault of this rank's own")
+        if self.fail == {"kill": trainer.global_rank, "step": self.steps} and not started_again():
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def on_validation_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         if self.fail == {"rank": trainer.global_rank, "step": 0}:
@@ -132,17 +181,35 @@ def address(trainer: L.Trainer) -> list[Any]:
     return [] if endpoints is None else [endpoints.address.split(":")[0], endpoints.encrypted]
 
 
+def more_callbacks(out: Path, options: dict[str, Any]) -> list[L.Callback]:
+    found: list[L.Callback] = []
+    if options.get("slow_validation"):
+        found.append(SlowValidation(out))
+    if options.get("boots_for_long"):
+        found.append(SlowBoot(out))
+    if "fault" in options:
+        logging.getLogger("lightning_async_localsgd").addHandler(Notice(out))
+        fault = options["fault"]
+        found.append(FaultInjection([Fault(**{**fault, "kind": FaultKind[fault["kind"]]})]))
+    if options.get("saves_on_exception"):
+        found.append(OnExceptionCheckpoint(out))
+    return found
+
+
 def run(out: Path, options: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     strategy: Any = options.get("strategy", "async_localsgd")
     if "exchange" in options:
         strategy = AsyncLocalSGDStrategy(local_steps=5, exchange=ExchangeOptions(**options["exchange"]))
+    if "own_strategy" in options:
+        strategy = AsyncLocalSGDStrategy(**options["own_strategy"])
     module = Regression()
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "num_sanity_val_steps": 0}
+    saves = bool(options.get("saves_on_exception"))
+    quiet = {"logger": False, "enable_checkpointing": saves, "enable_progress_bar": False, "num_sanity_val_steps": 0}
     for number, calls in enumerate(options.get("calls", [["fit"]])):
         trainer = L.Trainer(
             strategy=strategy if number == 0 else options.get("strategy", "async_localsgd"),
-            callbacks=[Notes(str(out), options.get("fail"))],
+            callbacks=[Notes(str(out), options.get("fail")), *more_callbacks(out, options)],
             enable_model_summary=False,
             default_root_dir=out,
             **{"accelerator": "cpu", "devices": 2, "max_steps": 100, **quiet, **options.get("trainer", {})},

@@ -16,6 +16,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 
 from lightning_async_localsgd import AsyncLocalSGDStrategy, DelayedNesterov
+from lightning_async_localsgd.durable import verified
 from tests.lightning_contract import checkpoints_job as job
 from tests.processes import jobs
 
@@ -94,6 +95,16 @@ def test_what_is_written_later_has_not_changed_meanwhile(seen: dict[str, Ranks])
     for plugin in ("own", "async"):
         assert seen["written_later"][0][plugin] == [1, True]
         assert seen["written_later"][1][plugin][0] == 0, "rank 0 alone writes"
+
+
+def test_workers_states_are_kept_beside_the_checkpoints_that_name_them(folder: Path) -> None:
+    kept = list((folder / "beside").glob("*.ckpt"))
+    assert len(kept) == 3, "two, and the last"
+    for path in kept:
+        [name] = saved(path)["async_localsgd"]["inner_states"].values()
+        assert [one.name for one in Path(f"{path}.workers").iterdir()] == [name]
+        assert verified(Path(f"{path}.workers") / name)
+    assert len(list((folder / "beside").glob("*.workers"))) == 3, "those of removed checkpoints went with them"
 
 
 # ------------------------------------------------------------------------------ resuming

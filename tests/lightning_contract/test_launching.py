@@ -152,11 +152,61 @@ def test_torchrun_ends_all_with_the_error_of_one(started: Jobs, out: Path, rank:
     assert "the script's end" not in text
 
 
-def test_slurm(started: Jobs, out: Path) -> None:
+def assert_went_on(out: Path, text: str, budget: int = BUDGET) -> None:
+    """A job was started again, and its ranks took only the steps that were left."""
+    assert "the run goes on from" in text or "Restoring states from the checkpoint path" in text
+    fits = [notes(out)["fit", rank][-1] for rank in (0, 1)]
+    assert len({fit["digest"] for fit in fits}) == 1
+    assert 0 < sum(fit["steps"] for fit in fits) < budget
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_torchrun_starts_all_again(started: Jobs, out: Path, rank: int) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "--max-restarts=1"]
+    own = {"local_steps": 5, "checkpoint_every": 3}
+    # Rank 1 is four times as slow.
+    options = {"fail": {"kill": rank, "step": 24 if rank else 60}, "own_strategy": own}
+    text = succeed(started, started.start([*torchrun, *command(out, **options)[1:]]))
+    assert_went_on(out, text)
+
+
+def slurm_tasks(started: Jobs, line: list[str | Path], **more: str) -> list[subprocess.Popen[str]]:
     common = {"SLURM_JOB_ID": "123456", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
     common |= {"SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_NODELIST": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    line = command(out, calls=[["fit", "validate"]])
-    tasks = [started.start(line, SLURM_PROCID=str(n), SLURM_LOCALID=str(n), **common) for n in (0, 1)]
+    return [started.start(line, SLURM_PROCID=str(n), SLURM_LOCALID=str(n), **common, **more) for n in (0, 1)]
+
+
+@pytest.mark.parametrize("warned", [True, False], ids=["warned", "failed"])
+def test_slurm_requeues_a_job(started: Jobs, out: Path, warned: bool) -> None:
+    """Either shortly before the time limit, of which SLURM warns, or because a task was killed."""
+    scontrol = out / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f"#!/bin/sh\necho $@ >> {out}/scontrol.txt\n")
+    scontrol.chmod(0o755)
+    path = {"PATH": f"{scontrol.parent}{os.pathsep}{os.environ['PATH']}"}
+    own = {"local_steps": 5, "checkpoint_every": None if warned else 3}
+    options = {} if warned else {"fail": {"kill": 1, "step": 24}}
+    line = command(out, own_strategy=own, trainer={"max_steps": 200}, **options)
+    tasks = slurm_tasks(started, line, **path)
+    for rank in (0, 1):
+        await_file(started, tasks[rank], out / f"advanced_{rank}")
+    if warned:
+        for task in tasks:
+            task.send_signal(signal.SIGUSR1)
+        await_file(started, tasks[0], out / "scontrol.txt")
+        assert (out / "scontrol.txt").read_text() == "requeue 123456\n"
+    else:
+        tasks[1].wait(60)
+    for task in tasks:
+        task.send_signal(signal.SIGTERM)
+    for task in tasks:
+        assert "the script's end" not in started.finish(task, 30)[1]
+    text = succeed(started, *slurm_tasks(started, line, SLURM_RESTART_COUNT="1", **path))
+    assert_went_on(out, text, budget=400)
+
+
+def test_slurm(started: Jobs, out: Path) -> None:
+    tasks = slurm_tasks(started, command(out, calls=[["fit", "validate"]]))
     succeed(started, *tasks)
     seen = assert_trained(out)
     assert_synchronous(seen, ("validate",))
@@ -277,6 +327,21 @@ def test_lightning_cli(started: Jobs, out: Path) -> None:
     assert (out / "lightning_logs" / "version_0" / "config.yaml").exists()
 
 
+def test_the_supervisor_with_lightning_cli(started: Jobs, out: Path) -> None:
+    arguments = ["fit", "--trainer.strategy=lightning_async_localsgd.AsyncLocalSGDStrategy"]
+    arguments += ["--trainer.strategy.local_steps=5", "--trainer.strategy.checkpoint_every=3"]
+    arguments += ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.max_steps=100"]
+    arguments += [f"--trainer.default_root_dir={out}", "--trainer.enable_progress_bar=false"]
+    arguments += [f"--trainer.callbacks+={JOB.stem}.Notes", f"--trainer.callbacks.out={out}"]
+    arguments += ['--trainer.callbacks.fail={"kill": 0, "step": 60}']
+    line = command(out, cli=arguments)
+    path = os.pathsep.join([str(JOB.parent), os.environ.get("PYTHONPATH", "")])
+    text = succeed(started, started.start([line[0], "-m", "lightning_async_localsgd", *line[1:]], PYTHONPATH=path))
+    assert "the job was ended by signal 9 (SIGKILL); it is started again" in text
+    assert_went_on(out, text)
+    assert len(list(out.glob("lightning_logs/version_*/config.yaml"))) == 2
+
+
 # ------------------------------------------------------------------------------------------------------- ending
 
 
@@ -290,11 +355,22 @@ def await_training(started: Jobs, out: Path, process: subprocess.Popen[str], ran
     return started.processes()
 
 
+def await_file(started: Jobs, process: subprocess.Popen[str], path: Path) -> list[psutil.Process]:
+    until = time.monotonic() + 120
+    while not path.exists():
+        if process.poll() is not None or time.monotonic() > until:
+            pytest.fail(f"the job did not come to {path.name}:\n{started.finish(process, 1)[1][-6000:]}")
+        time.sleep(0.05)
+    return started.processes()
+
+
 def assert_all_end(started: Jobs, process: subprocess.Popen[str], there: list[psutil.Process]) -> str:
+    begun = time.monotonic()
     _, text = started.finish(process, 30)
     assert "the script's end" not in text
     _, alive = psutil.wait_procs(there, timeout=10)
     assert not alive
+    print(f"all have ended after {time.monotonic() - begun:.1f} s")
     return text
 
 
@@ -320,6 +396,82 @@ def test_an_interrupt_of_rank_0s_process_alone_ends_all_ranks(started: Jobs, out
     there = await_training(started, out, process)
     process.send_signal(signal.SIGINT)
     assert_all_end(started, process, there)
+
+
+MOMENTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "validation": ("validating", {"slow_validation": True, "trainer": {**ENDLESS, "val_check_interval": 5}}),
+    "mid-push": (
+        "injected",
+        {
+            "fault": {"kind": "DELAY", "worker": 1, "moment": "mid-push", "seconds": 100.0},
+            "trainer": ENDLESS,
+        },
+    ),
+    "booting": ("booting", {"boots_for_long": True, "fail": {"kill": 1, "step": 3}, "trainer": ENDLESS}),
+}
+"""At which file of the job's a moment is known, and the options that make it last."""
+
+
+@pytest.mark.parametrize(
+    ("moment", "method", "sent"),
+    [
+        ("validation", "popen", "SIGTERM"),
+        ("validation", "spawn", "SIGINT"),
+        ("mid-push", "popen", "SIGTERM"),
+        ("mid-push", "popen", "SIGINT"),
+        ("mid-push", "fork", "SIGTERM"),
+        ("booting", "popen", "SIGTERM"),
+        ("booting", "popen", "SIGINT"),
+        ("booting", "fork", "SIGTERM"),
+    ],
+)
+def test_a_signal_ends_all_ranks_at_any_moment(started: Jobs, out: Path, moment: str, method: str, sent: str) -> None:
+    file, options = MOMENTS[moment]
+    own = {"local_steps": 5, "start_method": method}
+    process = started.start(command(out, own_strategy=own, saves_on_exception=True, **options))
+    there = await_file(started, process, out / file)
+    if sent == "SIGINT":
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        process.send_signal(signal.SIGTERM)
+    assert_all_end(started, process, there)
+    [saved] = out.glob("*.ckpt")
+    assert torch.load(saved, weights_only=True)["async_localsgd"]["model"]["version"] >= 0
+
+
+@pytest.mark.parametrize("method", ["popen", "fork"])
+def test_who_is_being_started_again_ends_with_who_does_so(started: Jobs, out: Path, method: str) -> None:
+    file, options = MOMENTS["booting"]
+    process = started.start(command(out, own_strategy={"local_steps": 5, "start_method": method}, **options))
+    there = await_file(started, process, out / file)
+    process.kill()
+    process.communicate()
+    _, alive = psutil.wait_procs(there, timeout=30)
+    assert not alive
+
+
+@pytest.mark.parametrize("sent", ["SIGINT", "SIGTERM"])
+def test_the_supervisor_passes_signals_on(started: Jobs, out: Path, sent: str) -> None:
+    line = command(out, trainer=ENDLESS)
+    process = started.start([line[0], "-m", "lightning_async_localsgd", *line[1:]])
+    there = await_training(started, out, process)
+    process.send_signal(getattr(signal, sent))
+    text = assert_all_end(started, process, there)
+    assert "started again" not in text
+
+
+@pytest.mark.parametrize("method", ["popen", "fork"])
+def test_a_worker_that_is_asked_to_end_leaves(started: Jobs, out: Path, method: str) -> None:
+    own = {"local_steps": 5, "start_method": method}
+    process = started.start(command(out, own_strategy=own, trainer={"max_steps": 300}))
+    await_training(started, out, process)
+    pid = int((out / "training_1").read_text())
+    os.kill(pid, signal.SIGTERM)
+    text = succeed(started, process)
+    assert "worker 1 has left, with exit code 0; training goes on without it" in text
+    assert "started again" not in text
+    assert notes(out)["fit", 0][0]["steps"] > 300
+    assert ("fit", 1) not in notes(out)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -24,7 +24,8 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_async_localsgd import AsyncLocalSGDStrategy, ExchangeOptions
+from lightning_async_localsgd import AsyncLocalSGDCallback, AsyncLocalSGDStrategy, ExchangeOptions
+from lightning_async_localsgd.faults import Fault, FaultInjection, FaultKind
 
 SECONDS = (0.02, 0.03, 0.06, 0.16)
 """Least seconds of a local step, by rank: a factor of eight between the fastest and the slowest."""
@@ -118,6 +119,12 @@ class Pace(L.Callback):
     def count(self, *_: Any) -> None:
         self.steps += 1
 
+    @property
+    def life(self) -> int:
+        """How often this worker, or the whole job, has been started again."""
+        told = json.loads(os.environ.get("ASYNC_LOCALSGD_REJOIN", "{}"))
+        return int(told.get("life", 0)) + int(os.environ.get("ASYNC_LOCALSGD_RESUME", "0"))
+
     def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         module.seen["steps"] = self.steps
         module.seen["global_step"] = trainer.global_step
@@ -130,6 +137,12 @@ class Pace(L.Callback):
         module.seen["rates"].append(trainer.optimizers[0].param_groups[0]["lr"])
         time.sleep(SECONDS[trainer.global_rank % len(SECONDS)])
         options = self.options
+        until = options.get("until")
+        if until is not None and trainer.global_rank == 0:
+            totals = vars(trainer.strategy.phase.totals()[until["worker"]])
+            trainer.should_stop |= all(totals[name] >= count for name, count in until.items() if name != "worker")
+        if self.life >= options.get("lives", 1):
+            return
         if trainer.global_rank == options.get("victim", -1) and self.batches == options.get("at_step"):
             if options["fate"] == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -156,7 +169,10 @@ def run(out: Path, options: dict[str, Any]) -> None:
         start_timeout=options.get("start_timeout", 60.0),
         **options.get("strategy", {}),
     )
-    callbacks = [Pace(options), checkpoint]
+    callbacks = [Pace(options), checkpoint, AsyncLocalSGDCallback(ledger=out / "ledger.jsonl")]
+    if "faults" in options:
+        faults = [Fault(**{**fault, "kind": FaultKind[fault["kind"]]}) for fault in options["faults"]]
+        callbacks.append(FaultInjection(faults))
     trainer = L.Trainer(
         strategy=strategy,
         accelerator="cpu",

@@ -1,4 +1,4 @@
-"""What happens when a rank dies, fails, does not come or does not fit. (More than this belongs to a later chapter.)"""
+"""What happens when a rank that is not started again dies, fails, does not come or does not fit."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import socket
 from collections.abc import Callable
 
 import pytest
+import torch
 
 from tests.live.conftest import Outcome
 
@@ -14,7 +15,7 @@ Job = Callable[..., Outcome]
 
 @pytest.mark.parametrize("start_method", ["popen", "spawn"])
 def test_a_killed_worker_costs_its_round_and_nothing_else(job: Job, start_method: str) -> None:
-    outcome = job(ranks=3, victim=1, at_step=13, fate="kill", trainer={"max_steps": 60}, start_method=start_method)
+    outcome = job(ranks=3, victim=1, at_step=13, fate="kill", start_method=start_method, strategy={"max_restarts": 0})
     rank0, rank2 = outcome.rank(0), outcome.rank(2)
     assert rank0["digest"] == rank2["digest"]
     summary = outcome.summary
@@ -24,13 +25,27 @@ def test_a_killed_worker_costs_its_round_and_nothing_else(job: Job, start_method
     assert summary["workers"][1]["steps"] < 13
     assert not (outcome.out / "rank_1.json").exists()
     assert "worker 1 left the run" in outcome.text
+    assert "worker 1 was lost 1 time(s)" in outcome.text
+    [lost] = summary["lost"]
+    assert lost["worker"] == 1
+    assert [worker["present"] for worker in summary["workers"]] == [True, False, True]
 
 
 def test_an_exception_of_a_worker_is_its_own(job: Job) -> None:
-    outcome = job(ranks=3, victim=2, at_step=5, fate="raise")
+    outcome = job(ranks=3, victim=2, at_step=5, fate="raise", strategy={"max_restarts": 0})
     assert outcome.rank(0)["digest"] == outcome.rank(1)["digest"]
     assert sum(worker["steps"] for worker in outcome.summary["workers"]) == 180
     assert "a fault of this rank's own" in outcome.text
+
+
+def test_a_loss_is_an_error_where_that_is_wanted(job: Job) -> None:
+    options = {"max_restarts": 0, "strict": True}
+    outcome = job(ranks=3, victim=2, at_step=5, fate="kill", start_method="fork", strategy=options, check=False)
+    assert outcome.code != 0
+    assert "training is complete, but strict=True, and worker(s) 2 were lost" in outcome.text
+    assert sum(worker["steps"] for worker in outcome.summary["workers"]) == 180
+    saved = torch.load(outcome.out / "checkpoints" / "last.ckpt", weights_only=True)
+    assert 0 < saved["async_localsgd"]["budget"]["done"] <= 180
 
 
 @pytest.mark.parametrize("start_method", ["popen", "spawn"])

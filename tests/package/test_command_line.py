@@ -104,7 +104,8 @@ def test_options_on_the_command_line(outcomes: dict[str, Any]) -> None:
 def test_nested_objects_in_a_file(outcomes: dict[str, Any], name: str) -> None:
     assert outcomes[name]["built"] == ["lightning_async_localsgd.strategy", "AsyncLocalSGDStrategy", 30], outcomes[name]
     options = yaml.safe_load(outcomes[f"{name}, printed"]["out"])["trainer"]["strategy"]["init_args"]
-    assert {**options["exchange"], "port": 0} == {"transport": "tcp", "port": 0, "encrypt": True, "frozen": "auto"}
+    exchange = {"transport": "tcp", "port": 0, "encrypt": True, "frozen": "auto", "insecure": False}
+    assert {**options["exchange"], "port": 0} == exchange
     if name == "default":
         assert (options["outer_optimizer"], options["grace"]) == (None, 0)
     else:

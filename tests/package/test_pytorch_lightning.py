@@ -50,7 +50,7 @@ def test_what_needs_lightning_is_found_out() -> None:
 
 def test_both_have_the_same_names_and_share_what_needs_no_lightning() -> None:
     assert sorted(theirs.__all__) == sorted(ours.__all__)
-    own = {"AsyncLocalSGDCallback", "AsyncLocalSGDStrategy", "EmulatedDevices"}
+    own = {"AsyncLocalSGDCallback", "AsyncLocalSGDStrategy", "EmulatedDevices", "FaultInjection"}
     for name in ours.__all__:
         assert (getattr(theirs, name) is getattr(ours, name)) == (name not in own), name
         assert name in dir(theirs)

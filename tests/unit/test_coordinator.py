@@ -139,7 +139,7 @@ def test_a_push_that_does_not_fit_is_refused_and_its_worker_goes_on(changes: dic
     assert reason in reply.refused
     assert reply.local_steps == 10
     assert torch.equal(coordinator.model.theta, before)
-    assert sum(coordinator.refusals.values()) == 1
+    assert coordinator.view().refused_pushes == 1
     assert coordinator.budget.done == 0
     player.push(0, 2.0)
     assert player.flush(2.0)[0].refused is None

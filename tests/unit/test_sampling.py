@@ -209,7 +209,7 @@ def test_a_leased_loader_is_the_users_but_for_its_items() -> None:
 
 
 def test_what_was_left_untrained_counts_as_used_in_the_next_epoch() -> None:
-    leased = leased_loader(DataLoader(DATA, batch_size=4), ranks=1, seed=1)
+    leased = leased_loader(DataLoader(DATA, batch_size=4), ranks=1, seed=1, alone=True)
     sampler = leased_sampler_of(leased)
     assert sampler is not None
     stock = Stock(6)
@@ -230,7 +230,7 @@ def test_what_was_left_untrained_counts_as_used_in_the_next_epoch() -> None:
 
 
 def test_an_iteration_that_is_not_bound_goes_on_where_the_run_is() -> None:
-    leased = leased_loader(DataLoader(DATA, batch_size=4), ranks=1, seed=1)
+    leased = leased_loader(DataLoader(DATA, batch_size=4), ranks=1, seed=1, alone=True)
     sampler = leased_sampler_of(leased)
     assert sampler is not None
     sampler.start(Stock(6))  # type: ignore[arg-type]

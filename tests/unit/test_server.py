@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections.abc import Iterator
@@ -17,10 +18,11 @@ from lightning_async_localsgd.global_model import GlobalModel
 from lightning_async_localsgd.grace import GraceWindow
 from lightning_async_localsgd.layout import Binding, Layout
 from lightning_async_localsgd.leases import LeaseDesk
-from lightning_async_localsgd.messages import PROTOCOL_VERSION, Hello, LeaseRequest, Push, Reply
+from lightning_async_localsgd.messages import PROTOCOL_VERSION, Facts, Hello, LeaseRequest, Push, Reply
 from lightning_async_localsgd.outer import DelayedNesterov, OuterOptimizer
 from lightning_async_localsgd.pacing import SpeedAwareSteps
-from lightning_async_localsgd.server import LocalExchange, Server
+from lightning_async_localsgd.records import Settled
+from lightning_async_localsgd.server import About, LocalExchange, Server
 from lightning_async_localsgd.worker import Worker
 
 
@@ -178,6 +180,21 @@ def test_a_holder_that_stalls_does_not_count() -> None:
     assert (pool.in_use, pool.allocated) == (0, 1)
 
 
+def test_a_pool_grows_with_the_workers_who_may_stall() -> None:
+    now = [0.0]
+    pool = BufferPool(4, limit=1, most=1, clock=lambda: now[0])
+    assert pool.try_acquire() is not None
+    now[0] = 10.0
+    assert pool.try_acquire() is None
+    pool.allow(3)
+    pool.allow(2)
+    for seconds in (10.0, 20.0):
+        now[0] = seconds
+        assert pool.try_acquire() is not None
+    now[0] = 30.0
+    assert pool.try_acquire() is None
+
+
 def test_a_holder_behind_a_slow_link_does_not_count_though_it_moves() -> None:
     now = [0.0]
     pool = BufferPool(4, clock=lambda: now[0])
@@ -324,3 +341,166 @@ def test_a_world_of_one_has_its_lease_at_once(servers: list[Server]) -> None:
     worker.join()
     desk = LeaseDesk(exchange, 0, worker.session)
     assert desk.stock("0", 10, 1).next(0) == (0, 0)
+
+
+# ------------------------------------------------------------ coming and going
+
+
+def push_of(worker: int, sequence: int, version: int, session: str | None = None) -> Push:
+    return Push(worker, session or f"s{worker}", sequence, "this", version, 5, 5, 0, 0.0, 0.0, False, False)
+
+
+def hand_in(server: Server, push: Push, outlet: Recorder, value: float = 1.0) -> None:
+    """As the wire does it, with a buffer of the pool; waits for the answer."""
+    outlet.told.clear()
+    lease = server.buffers.try_acquire()
+    assert lease is not None
+    lease.tensor.fill_(value)
+    server.push(push, lease, outlet)
+    assert outlet.told.wait(10)
+    for answer in outlet.leases:
+        answer.release()
+    outlet.leases.clear()
+
+
+def begin(server: Server, workers: int) -> list[Recorder]:
+    outlets = [Recorder() for _ in range(workers)]
+    for number, outlet in enumerate(outlets):
+        server.join(Hello(PROTOCOL_VERSION, number, f"s{number}", server.layout.fingerprint), outlet)
+    for outlet in outlets:
+        assert outlet.told.wait(10)
+        outlet.leases.pop().release()
+    return outlets
+
+
+def introduction(server: Server, worker: int) -> Facts:
+    told: list[Facts] = []
+    server.introduce(worker, told.append)
+    server.ask(lambda coordinator: None)
+    return told[0]
+
+
+def test_whoever_comes_later_is_told_what_it_needs(servers: list[Server]) -> None:
+    server = build(workers=2, total=10)
+    servers.append(server)
+    server.about = About(workers=2, seed=7, run=3, folder="run", unshared="hash", epoch=4)
+    expected = Facts("this", "", 2, 2, 7, 3, "run", "hash", 4, None)
+    assert introduction(server, -1) == expected
+    assert introduction(server, -1).worker == 3
+    assert introduction(server, 1).worker == 1
+    assert introduction(server, 1).refused is None
+    assert "no worker 4" in (introduction(server, 4).refused or "")
+    assert "no worker -2" in (introduction(server, -2).refused or "")
+    outlets = begin(server, 2)
+    for worker in (0, 1):
+        server.push(push_of(worker, 1, 0), filled(server), outlets[worker])
+    server.ask(lambda coordinator: None)
+    assert outlets[0].replies[-1].stop
+    for worker in (-1, 1):
+        assert "training is over" in (introduction(server, worker).refused or "")
+
+
+def filled(server: Server) -> BufferLease:
+    lease = None
+    while lease is None:
+        lease = server.buffers.try_acquire()
+    lease.tensor.fill_(1.0)
+    return lease
+
+
+def test_of_a_server_that_failed_nobody_is_told_anything_else(servers: list[Server]) -> None:
+    server = build(workers=1, total=100, rule=Broken())
+    servers.append(server)
+    worker = Worker(0, Binding(server.layout, torch.nn.Linear(4, 3)), LocalExchange(server))
+    worker.join()
+    worker.count_step()
+    with pytest.raises(RuntimeError, match="the rule broke"):
+        worker.end_round()
+    told: list[Facts] = []
+    done = threading.Event()
+    server.revive(0, worker.session)
+    server.introduce(-1, lambda facts: (told.append(facts), done.set())[0])
+    assert done.wait(10)
+    assert "the rule broke" in (told[0].refused or "")
+
+
+def test_a_worker_that_was_lost_is_told_nothing_and_goes_on_when_it_is_back(servers: list[Server]) -> None:
+    server = build(workers=2, total=None)
+    servers.append(server)
+    outlets = begin(server, 2)
+    server.lost(1, "s1", "it was silent")
+    assert server.ask(lambda coordinator: coordinator.live) == [0]
+    server.revive(1, "s1")
+    assert server.ask(lambda coordinator: coordinator.live) == [0, 1]
+    assert outlets[1].refusals == []
+    # It has no connection yet, so that an answer which is due now goes nowhere.
+    again = Recorder()
+    server.join(Hello(PROTOCOL_VERSION, 1, "s1", server.layout.fingerprint, rejoining=True), again)
+    hand_in(server, push_of(1, 1, 0), again)
+    assert again.replies[-1].refused is None
+    server.lost(1, "s1", "its connection ended")
+    server.revive(1, "s1")
+    hand_in(server, push_of(1, 2, 1), again)
+    assert again.replies[-1].refused is None
+    server.revive(1, "another")
+    server.revive(7, "s7")
+    assert server.ask(lambda coordinator: coordinator.live) == [0, 1]
+
+
+def test_a_worker_in_quarantine_is_told_so_and_can_be_read(servers: list[Server]) -> None:
+    server = build(workers=2, total=None)
+    servers.append(server)
+    outlets = begin(server, 2)
+    assert server.quarantined == frozenset()
+    for sequence in range(1, 6):
+        version = outlets[1].replies[-1].version
+        hand_in(server, push_of(1, sequence, version), outlets[1], float("nan"))
+    assert "quarantined" in outlets[1].refusals[0]
+    server.ask(lambda coordinator: None)
+    assert server.quarantined == {1}
+    assert server.view.refusals == {"not_finite": 5}
+    assert "quarantined" in (introduction(server, 1).refused or "")
+    newer = Recorder()
+    server.join(Hello(PROTOCOL_VERSION, 1, "newer", server.layout.fingerprint), newer)
+    assert newer.told.wait(10)
+    assert newer.refusals == outlets[1].refusals
+    hand_in(server, push_of(0, 1, 0), outlets[0])
+    assert outlets[0].replies[-1].refused is None
+
+
+def test_what_was_settled_before_anybody_asked_is_told_first(servers: list[Server]) -> None:
+    server = build(workers=1, total=None)
+    servers.append(server)
+    (outlet,) = begin(server, 1)
+    told: list[Settled] = []
+    for sequence in range(1, 6):
+        if sequence == 3:
+            server.record(told.append)
+        if sequence == 5:
+            server.record(None)
+        hand_in(server, push_of(0, sequence, sequence - 1), outlet)
+    server.ask(lambda coordinator: None)
+    assert [settled.sequence for settled in told] == [1, 2, 3, 4]
+    assert [settled.version for settled in told] == [1, 2, 3, 4]
+
+
+def test_metrics_that_nobody_reads_have_their_bound(
+    servers: list[Server], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("lightning_async_localsgd.server._MOST_METRICS", 2)
+    server = build(workers=1, total=None)
+    servers.append(server)
+    (outlet,) = begin(server, 1)
+    for sequence in range(1, 5):
+        hand_in(server, dataclasses.replace(push_of(0, sequence, sequence - 1), metrics="{}"), outlet)
+    assert server.received_metrics.qsize() == 2
+    assert "left out" in caplog.text
+
+
+def test_the_names_of_inner_states_can_be_read(servers: list[Server]) -> None:
+    server = build(workers=1, total=None)
+    servers.append(server)
+    (outlet,) = begin(server, 1)
+    hand_in(server, dataclasses.replace(push_of(0, 1, 0), inner="worker-0.pt"), outlet)
+    assert server.inner_states == {0: "worker-0.pt"}
+    assert server.state_dict()["inner_states"] == {"0": "worker-0.pt"}

@@ -339,7 +339,9 @@ def test_what_a_lost_worker_holds_is_kept_for_it_as_long_as_there_is_something_e
     # It comes back with a round that others have been given since.
     leases.unpark(0)
     lost.train(1)
-    assert "went to others" in (leases.objection(0, used(lost.trained)) or "")
+    objection = leases.objection(0, used(lost.trained))
+    assert objection is not None
+    assert "went to others" in objection.text
     assert lost.push() == []
     other.train(40)
     assert len(other.push()) == 38
@@ -444,8 +446,9 @@ def test_claims_that_cannot_be_are_refused_and_change_nothing(claim: str) -> Non
     leases = DataLeases(1)
     leases.grant(ask(), 1)
     before = leases.state_dict()
-    assert leases.objection(0, claim) is not None
-    assert len(leases.objection(0, claim) or "") < 400
+    objection = leases.objection(0, claim)
+    assert objection is not None
+    assert len(objection.text) < 400
     for consumed in (False, True):
         leases.settle(0, claim, consumed)
     assert leases.state_dict() == before

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
+import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -8,7 +11,8 @@ from typing import Any
 import pytest
 
 from lightning_async_localsgd.wire import Endpoints, WireServer
-from tests.wire.fakes import FakeServer, Wire, sockets_of_ours, wait_for
+from tests.wire.fakes import PATIENCE, FakeServer, Wire, sockets_of_ours, wait_for
+from tests.wire.programs import Program, Start
 
 
 @pytest.fixture(autouse=True)
@@ -38,3 +42,25 @@ def way(request: pytest.FixtureRequest, wire: Wire) -> Callable[..., tuple[FakeS
         return fake, server, endpoints
 
     return open_
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    context = multiprocessing.get_context("spawn")
+    programs: list[Program] = []
+
+    def start_(target: Callable[..., None], *args: Any) -> Program:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=target, args=(theirs, *args), daemon=True)
+        process.start()
+        theirs.close()
+        programs.append(Program(process, ours))
+        return programs[-1]
+
+    yield start_
+    for program in programs:
+        if program.process.is_alive():
+            os.kill(program.pid, signal.SIGCONT)
+            os.kill(program.pid, signal.SIGKILL)
+        program.process.join(PATIENCE)
+        program.pipe.close()

@@ -9,6 +9,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ import zmq
 
 from lightning_async_localsgd.buffers import BufferLease, BufferPool
 from lightning_async_localsgd.layout import Layout
-from lightning_async_localsgd.messages import PROTOCOL_VERSION, Hello, Lease, LeaseRequest, Push, Reply
+from lightning_async_localsgd.messages import PROTOCOL_VERSION, Facts, Hello, Lease, LeaseRequest, Push, Reply
 from lightning_async_localsgd.wire import Endpoints, Outlet, WireExchange, WireServer, frames
 from lightning_async_localsgd.wire.auth import introduce
+from tests.proxy import Proxy
 
 PATIENCE = 60.0
 """Seconds after which something that should happen at once counts as never happening."""
@@ -64,6 +66,8 @@ class FakeServer:
         self.pushed: list[tuple[Push, bool]] = []
         self.applied: dict[str, int] = {}
         self.departed: list[tuple[int, str, str]] = []
+        self.revived: list[tuple[int, str]] = []
+        self.introduced: list[int] = []
         self.asked: list[LeaseRequest] = []
         self.answering = threading.Event()
         self.answering.set()
@@ -106,8 +110,17 @@ class FakeServer:
         self.asked.append(request)
         self._events.put(event)
 
+    def introduce(self, worker: int, answer: Callable[[Facts], None]) -> None:
+        self.introduced.append(worker)
+        number = worker if worker >= 0 else 100 + len(self.introduced)
+        facts = Facts(self.incarnation, "", number, 2, 7, 1, "the-run", "hash", refused=self.refusing)
+        self._events.put(lambda: answer(facts))
+
     def lost(self, worker: int, session: str, reason: str) -> None:
         self.departed.append((worker, session, reason))
+
+    def revive(self, worker: int, session: str) -> None:
+        self.revived.append((worker, session))
 
     def close(self) -> None:
         self.answering.set()
@@ -172,6 +185,12 @@ class Wire:
         exchange = WireExchange(endpoints, layout, **{"silence_timeout": 30.0, "connect_timeout": 30.0, **options})
         self._stack.callback(exchange.close)
         return exchange
+
+    def road(self, endpoints: Endpoints | None, record: bool = False) -> tuple[Proxy, Endpoints]:
+        """A proxy in front of a server, and how to reach the server through it."""
+        assert endpoints is not None
+        proxy = self._stack.enter_context(Proxy(endpoints.address, record))
+        return proxy, replace(endpoints, address=proxy.address)
 
     def raw(self, endpoints: Endpoints | None) -> RawWorker:
         worker = RawWorker(endpoints)

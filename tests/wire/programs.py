@@ -2,14 +2,48 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
+from collections.abc import Callable
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any
 
 import torch
 
 from lightning_async_localsgd.exchange import ExchangeError
 from lightning_async_localsgd.wire import Endpoints, WireExchange, WireServer
-from tests.wire.fakes import FakeServer, hello, layout_of, push
+from tests.wire.fakes import PATIENCE, FakeServer, hello, layout_of, push
+
+
+class Program:
+    """A process of the test's own, ended with it whatever happens."""
+
+    def __init__(self, process: BaseProcess, pipe: Connection) -> None:
+        self.process = process
+        self.pipe = pipe
+
+    @property
+    def pid(self) -> int:
+        assert self.process.pid is not None
+        return self.process.pid
+
+    def hears(self) -> Any:
+        assert self.pipe.poll(PATIENCE), "the process says nothing"
+        return self.pipe.recv()
+
+    def told(self, word: str) -> Any:
+        self.pipe.send(word)
+        return self.hears()
+
+    def killed(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+        self.process.join(PATIENCE)
+        assert self.process.exitcode == -signal.SIGKILL
+
+
+Start = Callable[..., Program]
 
 
 def worker(pipe: Connection, endpoints: Endpoints, numel: int, number: int, silence_timeout: float) -> None:

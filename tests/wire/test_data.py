@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,12 +22,13 @@ from lightning_async_localsgd.grace import GraceWindow
 from lightning_async_localsgd.layout import Binding, Layout
 from lightning_async_localsgd.leases import LeaseDesk
 from lightning_async_localsgd.messages import Push
+from lightning_async_localsgd.objections import Objection
 from lightning_async_localsgd.outer import DelayedNesterov
 from lightning_async_localsgd.pacing import SpeedAwareSteps
 from lightning_async_localsgd.server import LocalExchange, Server
 from lightning_async_localsgd.wire import WireExchange, WireServer
 from lightning_async_localsgd.worker import Worker
-from tests.wire.test_loss import Road
+from tests.proxy import Proxy
 
 EPOCHS = 3
 ITEMS = 120
@@ -37,7 +39,7 @@ class Recorder(Coordinator):
 
     applied: list[tuple[int, int]]
 
-    def _apply(self, push: Push, *rest: Any) -> str | None:
+    def _apply(self, push: Push, *rest: Any) -> Objection | None:
         refused = super()._apply(push, *rest)
         if refused is None:
             self.applied.append((push.worker, push.sequence))
@@ -102,9 +104,9 @@ def test_every_item_is_in_one_applied_push_though_a_rank_dies_and_roads_break(br
         wire = WireServer(server, ipc=False, tcp=True, silence_timeout=30.0)
         stack.callback(wire.close)
         assert wire.endpoints is not None
-        road = Road(wire.endpoints)
-        stack.callback(road.close)
-        distant = [WireExchange(road.endpoints, LAYOUT, silence_timeout=30.0, connect_timeout=30.0) for _ in range(2)]
+        road = stack.enter_context(Proxy(wire.endpoints.address))
+        endpoints = replace(wire.endpoints, address=road.address)
+        distant = [WireExchange(endpoints, LAYOUT, silence_timeout=30.0, connect_timeout=30.0) for _ in range(2)]
         for exchange in distant:
             stack.callback(exchange.close)
         ranks = [Rank(number, exchange) for number, exchange in enumerate([LocalExchange(server), *distant])]

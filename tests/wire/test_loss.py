@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
 import os
 import signal
-import socket
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -24,62 +16,13 @@ import torch
 from lightning_async_localsgd.exchange import ExchangeError
 from lightning_async_localsgd.messages import Push
 from lightning_async_localsgd.wire import Endpoints, WireServer, frames
+from tests.proxy import Proxy
 from tests.wire import programs
 from tests.wire.fakes import PATIENCE, FakeServer, Wire, ask, hello, listening, push, wait_for
+from tests.wire.programs import Start
 
 Open = Callable[..., tuple[FakeServer, WireServer, Endpoints]]
 FRAME = frames.FRAME_BYTES // 4
-
-
-class Program:
-    """A process of the test's own, ended with it whatever happens."""
-
-    def __init__(self, process: BaseProcess, pipe: Connection) -> None:
-        self.process = process
-        self.pipe = pipe
-
-    @property
-    def pid(self) -> int:
-        assert self.process.pid is not None
-        return self.process.pid
-
-    def hears(self) -> Any:
-        assert self.pipe.poll(PATIENCE), "the process says nothing"
-        return self.pipe.recv()
-
-    def told(self, word: str) -> Any:
-        self.pipe.send(word)
-        return self.hears()
-
-    def killed(self) -> None:
-        os.kill(self.pid, signal.SIGKILL)
-        self.process.join(PATIENCE)
-        assert self.process.exitcode == -signal.SIGKILL
-
-
-Start = Callable[..., Program]
-
-
-@pytest.fixture
-def start() -> Iterator[Start]:
-    context = multiprocessing.get_context("spawn")
-    programs_: list[Program] = []
-
-    def start_(target: Callable[..., None], *args: Any) -> Program:
-        ours, theirs = context.Pipe()
-        process = context.Process(target=target, args=(theirs, *args), daemon=True)
-        process.start()
-        theirs.close()
-        programs_.append(Program(process, ours))
-        return programs_[-1]
-
-    yield start_
-    for program in programs_:
-        if program.process.is_alive():
-            os.kill(program.pid, signal.SIGCONT)
-            os.kill(program.pid, signal.SIGKILL)
-        program.process.join(PATIENCE)
-        program.pipe.close()
 
 
 @pytest.fixture
@@ -218,8 +161,7 @@ def test_a_worker_without_heartbeat_is_given_up(way: Open, wire: Wire) -> None:
     wait_for(lambda: fake.departed, "the silence is noticed")
     assert fake.departed[0][:2] == (1, "life-1")
     assert "silent for" in fake.departed[0][2]
-    silent.say(frames.PUSH + push(1).encode())
-    silent.hear(frames.UNKNOWN)
+    wait_for(lambda: fake.buffers.in_use == 0, "the model that was on its way to it is taken back")
 
 
 @pytest.mark.parametrize("moment", ["upload", "download"])
@@ -284,96 +226,24 @@ def test_many_stalled_uploads_never_take_more_than_the_pool_has(wire: Wire) -> N
 # ----------------------------------------------------------- broken connections
 
 
-class Road:
-    """A TCP road to the server that can be broken at will, on which nothing is lost otherwise."""
-
-    def __init__(self, endpoints: Endpoints) -> None:
-        host, _, port = endpoints.address.removeprefix("tcp://").rpartition(":")
-        self._target = (host, int(port))
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.endpoints = replace(endpoints, address=f"tcp://127.0.0.1:{self._listener.getsockname()[1]}")
-        self._pairs: list[tuple[socket.socket, socket.socket]] = []
-        self.breaks_after: int | None = None
-        self.mute = False
-        self._lock = threading.Lock()
-        self._threads = [threading.Thread(target=self._accept)]
-        self._threads[0].start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                near, _ = self._listener.accept()
-            except OSError:
-                return
-            far = socket.create_connection(self._target)
-            self._pairs.append((near, far))
-            for source, sink, back in ((near, far, False), (far, near, True)):
-                thread = threading.Thread(target=self._carry, args=(source, sink, back))
-                self._threads.append(thread)
-                thread.start()
-
-    def _carry(self, source: socket.socket, sink: socket.socket, back: bool) -> None:
-        try:
-            while data := source.recv(65536):
-                if back and self.mute:
-                    continue
-                sink.sendall(data)
-                if not back and self._used_up(len(data)):
-                    self.break_()
-        except OSError:
-            pass
-        for end in (source, sink):
-            with_shutdown(end)
-
-    def _used_up(self, size: int) -> bool:
-        with self._lock:
-            if self.breaks_after is None:
-                return False
-            self.breaks_after -= size
-            if self.breaks_after > 0:
-                return False
-            self.breaks_after = None
-            return True
-
-    def break_(self) -> None:
-        """All present connections break."""
-        pairs, self._pairs = self._pairs, []
-        for pair in pairs:
-            for end in pair:
-                with_shutdown(end)
-
-    def close(self) -> None:
-        with_shutdown(self._listener)
-        self._listener.close()
-        self.break_()
-        for thread in self._threads:
-            thread.join(PATIENCE)
-
-
-def with_shutdown(end: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        end.shutdown(socket.SHUT_RDWR)
+Road = tuple[FakeServer, WireServer, Proxy, Endpoints]
+"""A server that is reached through a proxy, and how."""
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "curve"])
-def road(request: pytest.FixtureRequest, wire: Wire) -> Iterator[tuple[FakeServer, WireServer, Road]]:
+def road(request: pytest.FixtureRequest, wire: Wire) -> Road:
     fake, server = wire.server(30 * FRAME, ipc=False, tcp=True, encrypt=request.param)
-    assert server.endpoints is not None
-    road = Road(server.endpoints)
-    yield fake, server, road
-    road.close()
+    return fake, server, *wire.road(server.endpoints)
 
 
-def test_a_push_goes_on_over_a_new_connection_and_counts_once(
-    road: tuple[FakeServer, WireServer, Road], wire: Wire
-) -> None:
-    fake, server, way = road
+def test_a_push_goes_on_over_a_new_connection_and_counts_once(road: Road, wire: Wire) -> None:
+    fake, server, way, endpoints = road
     numel = fake.layout.numel
-    exchange = wire.worker(way.endpoints, fake)
+    exchange = wire.worker(endpoints, fake)
     model = torch.zeros(numel)
     exchange.join(hello(fake.layout), model)
     # In mid-upload.
-    way.breaks_after = 5 * frames.FRAME_BYTES
+    way.break_after(5 * frames.FRAME_BYTES)
     reply = exchange.push(push(1), torch.ones(numel), model)
     assert (reply.sequence, reply.version, reply.refused) == (1, 1, None)
     # Between two exchanges.
@@ -389,12 +259,10 @@ def test_a_push_goes_on_over_a_new_connection_and_counts_once(
     assert server.rejected_messages == 0
 
 
-def test_a_push_whose_answer_was_lost_is_sent_again_under_its_number(
-    road: tuple[FakeServer, WireServer, Road], wire: Wire
-) -> None:
-    fake, _, way = road
+def test_a_push_whose_answer_was_lost_is_sent_again_under_its_number(road: Road, wire: Wire) -> None:
+    fake, _, way, endpoints = road
     numel = fake.layout.numel
-    exchange = wire.worker(way.endpoints, fake)
+    exchange = wire.worker(endpoints, fake)
     model = torch.zeros(numel)
     exchange.join(hello(fake.layout), model)
     fake.answering.clear()
@@ -412,11 +280,9 @@ def test_a_push_whose_answer_was_lost_is_sent_again_under_its_number(
     wait_for(lambda: fake.buffers.in_use == 0, "all buffers are free")
 
 
-def test_a_lease_that_was_lost_is_asked_for_again_under_its_number(
-    road: tuple[FakeServer, WireServer, Road], wire: Wire
-) -> None:
-    fake, server, way = road
-    exchange = wire.worker(way.endpoints, fake)
+def test_a_lease_that_was_lost_is_asked_for_again_under_its_number(road: Road, wire: Wire) -> None:
+    fake, server, way, endpoints = road
+    exchange = wire.worker(endpoints, fake)
     exchange.join(hello(fake.layout), torch.zeros(fake.layout.numel))
     fake.answering.clear()
     exchange.request_lease(ask(1))
@@ -436,11 +302,9 @@ def test_a_lease_that_was_lost_is_asked_for_again_under_its_number(
     assert server.rejected_messages == 0
 
 
-def test_a_worker_whose_first_model_is_cut_off_joins_again(
-    road: tuple[FakeServer, WireServer, Road], wire: Wire
-) -> None:
-    fake, server, way = road
-    exchange = wire.worker(way.endpoints, fake)
+def test_a_worker_whose_first_model_is_cut_off_joins_again(road: Road, wire: Wire) -> None:
+    fake, server, way, endpoints = road
+    exchange = wire.worker(endpoints, fake)
     model = torch.zeros(fake.layout.numel)
     with ThreadPoolExecutor(1) as pool:
         fake.answering.clear()
@@ -454,14 +318,12 @@ def test_a_worker_whose_first_model_is_cut_off_joins_again(
     assert server.rejected_messages == 0
 
 
-def test_a_server_that_falls_silent_is_gone_after_the_limit(
-    road: tuple[FakeServer, WireServer, Road], wire: Wire
-) -> None:
-    fake, _, way = road
-    exchange = wire.worker(way.endpoints, fake, silence_timeout=1.0)
+def test_a_server_that_falls_silent_is_gone_after_the_limit(road: Road, wire: Wire) -> None:
+    fake, _, way, endpoints = road
+    exchange = wire.worker(endpoints, fake, silence_timeout=1.0)
     model = torch.zeros(fake.layout.numel)
     exchange.join(hello(fake.layout), model)
-    way.mute = True
+    way.freeze()
     with pytest.raises(
         ExchangeError, match=r"has been silent for \d+ s; .* raise silence_timeout|is gone: .*, for 1 s"
     ):

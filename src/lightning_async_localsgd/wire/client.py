@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from lightning_async_localsgd.injection import Moment
     from lightning_async_localsgd.layout import Layout
     from lightning_async_localsgd.messages import Lease, LeaseRequest
     from lightning_async_localsgd.wire.auth import Endpoints
@@ -48,14 +49,20 @@ class WireExchange(Exchange):
     Args:
         endpoints: the way to the server.
         layout: of the model that is exchanged.
-        silence_timeout: seconds without a sign of life from the server after which it counts as gone. Only silence is
-            timed, never a transfer as a whole, nor the wait for an answer.
+        silence_timeout: seconds without a sign of life from the server after which it counts as gone, see
+            :class:`.Silence`. Only silence is timed, never a transfer as a whole, nor the wait for an answer.
         connect_timeout: seconds for reaching the server for the first time.
 
     Raises:
         ValueError: a time-out is not positive.
 
+    Attributes:
+        observer: called with the moment's name and the link before every part that is sent ("mid-push") or received
+            ("mid-pull"), and when an answer is there ("before reply"). May raise :class:`.LinkLost`.
+
     """
+
+    observer: Callable[[Moment, Link], None] | None = None
 
     def __init__(self, endpoints: Endpoints, layout: Layout, *, silence_timeout: float, connect_timeout: float) -> None:
         for name, value in (("silence_timeout", silence_timeout), ("connect_timeout", connect_timeout)):
@@ -72,6 +79,7 @@ class WireExchange(Exchange):
         self._heart: Heart | None = None
         self._hello: Hello | None = None
         self._dispatched = False
+        self._moved_at = 0.0
         self._past_sent = 0
         self._past_received = 0
         self._closed = False
@@ -94,6 +102,11 @@ class WireExchange(Exchange):
             return self._converse(link, push.sequence, source, memory)
 
         return self._persist(hand_in)
+
+    @property
+    def address(self) -> str:
+        """Of the server."""
+        return self._endpoints.address
 
     @property
     def wanted_version(self) -> int:
@@ -140,7 +153,6 @@ class WireExchange(Exchange):
         """Carries ``action`` out, from its beginning over a new link whenever the present one breaks."""
         if self._closed or self._hello is None:
             raise ExchangeError("the exchange is closed" if self._closed else "push() comes after join()")
-        patience = self._silence_timeout if self._dispatched else self._connect_timeout
         trouble_since: float | None = None
         try:
             while True:
@@ -149,9 +161,10 @@ class WireExchange(Exchange):
                 except LinkLost as lost:
                     self._drop_link()
                     now = time.monotonic()
-                    trouble_since = now if trouble_since is None else trouble_since
-                    if now - trouble_since > patience:
-                        raise ExchangeError(self._unreachable(str(lost), patience)) from lost
+                    if trouble_since is None or self._moved_at > trouble_since:
+                        trouble_since = now
+                    if now - trouble_since > self._patience:
+                        raise ExchangeError(self._unreachable(str(lost), self._patience)) from lost
                     _log.warning("the connection to %s broke (%s); dialling again", self._endpoints.address, lost)
                     self._pause(0.1)
                     continue
@@ -165,7 +178,7 @@ class WireExchange(Exchange):
 
     def _connected(self) -> Link:
         if self._link is None:
-            seconds = self._silence_timeout if self._dispatched else self._connect_timeout
+            seconds = self._patience
             refused_seconds = min(GONE_SECONDS, seconds) if self._dispatched else seconds
             try:
                 self._link = retry(self._dial, seconds, refused_seconds, self._pause)
@@ -176,7 +189,7 @@ class WireExchange(Exchange):
         return self._link
 
     def _dial(self, seconds: float) -> Link:
-        return Link(self._context, self._endpoints, self._silence_timeout, seconds)
+        return Link(self._context, self._endpoints, self._silence_limit, seconds)
 
     def _greet(self, link: Link, seconds: float) -> None:
         """Says hello, and makes sure that it is our server that listens."""
@@ -209,6 +222,15 @@ class WireExchange(Exchange):
             " rank 0 runs, and whether its address and port (exchange.port) can be reached from this machine"
         )
 
+    @property
+    def _silence_limit(self) -> float:
+        return self._silence_timeout if self._heart is None else self._heart.silence.limit
+
+    @property
+    def _patience(self) -> float:
+        """Seconds for which a connection is tried that cannot be made, or that carries nothing."""
+        return self._silence_limit if self._dispatched else self._connect_timeout
+
     def _drop_link(self, linger: float = 0.0) -> None:
         if self._link is not None:
             self._link.close(linger)
@@ -227,26 +249,30 @@ class WireExchange(Exchange):
         """Uploads ``source`` if the server asks for it, and takes the reply to ``sequence``, model included."""
         going = False
         sent = 0
-        moved_at = time.monotonic()
         while True:
             uploading = going and sent < len(source)
             while uploading and sent < len(source):
+                self._observe("mid-push", link)
                 part = source[sent : sent + frames.FRAME_BYTES]
                 if not link.send_bulk(frames.pack_part(frames.DATA, sequence, sent), part):
                     break
                 sent += len(part)
-                moved_at = time.monotonic()
+                self._moved_at = time.monotonic()
             if not self._await(link, writing=uploading and sent < len(source)):
                 if uploading and sent < len(source):
-                    self._look_for_stall(moved_at)
+                    self._look_for_stall()
                 continue
             header = self._read(link)
             if header[:1] == frames.GO and frames.unpack_transfer(header) == sequence:
                 going = True
-                moved_at = time.monotonic()
+                self._moved_at = time.monotonic()
+            elif header[:1] == frames.CREDIT:
+                # What was sent may be queued in here for long, but it arrives.
+                self._moved_at = time.monotonic()
             elif header[:1] == frames.REPLY:
                 reply = Reply.decode(link.receive() if link.more else b"")
                 if reply.sequence == sequence:
+                    self._observe("before reply", link)
                     # The answer to a push that had arrived before its connection broke makes the upload needless.
                     self._download(link, frames.unpack_transfer(header), memory)
                     return reply
@@ -255,10 +281,11 @@ class WireExchange(Exchange):
     def _download(self, link: Link, transfer: int, memory: memoryview) -> None:
         received = 0
         count = frames.frame_count(len(memory))
-        moved_at = time.monotonic()
+        self._moved_at = confirmed_at = time.monotonic()
         while received < count:
+            self._observe("mid-pull", link)
             if not self._await(link):
-                self._look_for_stall(moved_at)
+                self._look_for_stall()
                 continue
             header = self._read(link)
             if header[:1] == frames.MODEL and frames.unpack_part(header)[0] == transfer:
@@ -267,10 +294,16 @@ class WireExchange(Exchange):
                 if offset != received * frames.FRAME_BYTES or not link.more or link.receive_into(part) != len(part):
                     raise MessageError(f"a part of the model at offset {offset} after {received} parts")
                 received += 1
-                moved_at = time.monotonic()
-                if received % frames.CONFIRM_EVERY == 0 or received == count:
+                self._moved_at = now = time.monotonic()
+                late = now - confirmed_at > frames.CONFIRM_SECONDS
+                if received % frames.CONFIRM_EVERY == 0 or received == count or late:
+                    confirmed_at = now
                     self._send(link, frames.pack_part(frames.CREDIT, transfer, received))
             link.skip()
+
+    def _observe(self, moment: Moment, link: Link) -> None:
+        if self.observer is not None:
+            self.observer(moment, link)
 
     def _read(self, link: Link) -> bytes:
         """First frame of the next message.
@@ -312,9 +345,9 @@ class WireExchange(Exchange):
         if self._heart is not None and self._heart.gone is not None:
             raise ExchangeError(self._heart.gone)
 
-    def _look_for_stall(self, moved_at: float) -> None:
-        silent = time.monotonic() - moved_at
-        if silent > self._silence_timeout:
+    def _look_for_stall(self) -> None:
+        silent = time.monotonic() - self._moved_at
+        if silent > self._silence_limit:
             raise LinkLost(f"a transfer has not moved for {silent:.0f} s")
 
     def _pause(self, seconds: float) -> None:

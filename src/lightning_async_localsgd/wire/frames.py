@@ -18,13 +18,16 @@ BEAT       :class:`Beat` as JSON                  none
 ANSWER     :class:`Answer` as JSON                none
 ASK        :class:`LeaseRequest` as JSON          none
 LEASE      :class:`Lease` as JSON                 none
+KNOCK      :class:`Knock` as JSON                 none
+FACTS      :class:`Facts` as JSON                 none
 UNKNOWN    nothing                                none
 BYE        nothing                                none
 =========  =====================================  ==========================================================
 
 An upload waits for GO, so that the server needs memory only for those it has asked for. A download runs on credit: the
-server sends at most :data:`WINDOW` frames more than the worker has confirmed, and so never waits for a slow one. BEAT
-and ASK come over a connection of their own, so that neither waits for bulk data.
+server sends at most :data:`WINDOW` frames more than the worker has confirmed, and so never waits for a slow one. During
+an upload the server sends CREDIT now and then, which says only that it moves. BEAT and ASK come over a connection of
+their own, so that neither waits for bulk data; so does KNOCK, from somebody who is no worker yet.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lightning_async_localsgd.layout import Layout
-from lightning_async_localsgd.messages import Message, MessageError
+from lightning_async_localsgd.messages import PROTOCOL_VERSION, Message, MessageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,7 +55,10 @@ WINDOW = 16
 """Frames of a download that may be on their way unconfirmed."""
 
 CONFIRM_EVERY = 4
-"""Frames of a download that are confirmed together."""
+"""Frames of a download that are confirmed together, at most."""
+
+CONFIRM_SECONDS = 0.5
+"""What a thin link takes longer for is confirmed frame by frame, so that both sides see that it moves."""
 
 MAX_FRAME_BYTES = FRAME_BYTES + 4096
 """Larger frames make libzmq drop the connection before it reserves memory for them."""
@@ -62,8 +68,8 @@ MAX_DESCRIPTION_BYTES = 64 << 20
 
 NONCE_BYTES = 16
 
-HELLO, WELCOME, REFUSE, PUSH, GO, DATA, REPLY, MODEL, CREDIT, BEAT, ANSWER, ASK, LEASE, UNKNOWN, BYE = (
-    bytes([code]) for code in b"HWNPGDRMCBAKLUX"
+HELLO, WELCOME, REFUSE, PUSH, GO, DATA, REPLY, MODEL, CREDIT, BEAT, ANSWER, ASK, LEASE, KNOCK, FACTS, UNKNOWN, BYE = (
+    bytes([code]) for code in b"HWNPGDRMCBAKLOFUX"
 )
 
 _TRANSFER = struct.Struct("<cQ")
@@ -176,6 +182,21 @@ def unpack_part(header: bytes) -> tuple[int, int]:
         raise MessageError(f"a part's header of {len(header)} bytes, expected {_PART.size}")
     _, transfer, number = _PART.unpack(header)
     return int(transfer), int(number)
+
+
+def other_protocol(data: bytes, who: str) -> str | None:
+    """Why ``who`` is refused if its first message, which may have other fields than ours, is of another protocol."""
+    try:
+        values = json.loads(data[:FRAME_BYTES])
+    except (ValueError, RecursionError):
+        return None
+    version = values.get("protocol") if isinstance(values, dict) else None
+    if type(version) is not int or version == PROTOCOL_VERSION or abs(version) > 2**53:
+        return None
+    return (
+        f"{who} speaks protocol {version}, the server {PROTOCOL_VERSION}: install the same version of "
+        "lightning-async-localsgd on every machine"
+    )
 
 
 def pack_layout(layout: Layout) -> bytes:

@@ -19,6 +19,7 @@ from lightning_async_localsgd.wire import frames
 from lightning_async_localsgd.wire.auth import is_proof
 from lightning_async_localsgd.wire.frames import Answer, Beat, Waker
 from lightning_async_localsgd.wire.link import Link, LinkLost
+from lightning_async_localsgd.wire.silence import Silence
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -32,7 +33,11 @@ BEAT_SECONDS = 1.0
 """Between two beats."""
 
 GONE_SECONDS = 3.0
-"""A server at whose address nobody has listened for so long does not come back: another start has another address."""
+"""A server on this machine at whose address nobody has listened for so long does not come back: another start has
+another address."""
+
+_MOST_NONCES = 1000
+"""Beats on their way of which is known what their answers must prove."""
 
 
 class Heart:
@@ -43,9 +48,10 @@ class Heart:
         endpoints: the server.
         worker: the worker's number.
         session: the worker's session.
-        silence_timeout: seconds without an answer after which the server counts as gone.
+        silence_timeout: seconds without an answer after which the server counts as gone, see :class:`.Silence`.
 
     Attributes:
+        silence: the server's; other threads may read its limit.
         wanted_version: of the dispatch whose round the server wants handed in at the next step; -1 for none.
         gone: why the server counts as gone; None as long as it does not.
 
@@ -68,9 +74,10 @@ class Heart:
         self._endpoints = endpoints
         self._worker = worker
         self._session = session
-        self._silence_timeout = silence_timeout
+        self._attempt_seconds = min(5.0, silence_timeout)
         self._beat_seconds = min(BEAT_SECONDS, silence_timeout / 4)
-        self._heard_at = time.monotonic()
+        self._due = time.monotonic()
+        self.silence = Silence(silence_timeout, self._due)
         self._refused_at: float | None = None
         self._nonces: list[str] = []
         # What has no answer yet, by number. Put in by the worker's thread, taken out by this one.
@@ -124,10 +131,13 @@ class Heart:
         self._waker.clear()  # Of requests that came late: only the end may interrupt what follows.
         if self._closing.is_set():
             return
-        attempt = min(5.0, self._silence_timeout)
+        attempt = self._attempt_seconds
+        self._due = time.monotonic() + attempt
         try:
-            self._link = Link(self._context, self._endpoints, self._silence_timeout, attempt, self._waker)
+            self._link = Link(self._context, self._endpoints, self.silence.limit, attempt, self._waker)
             self._refused_at = None
+            # The server's thread itself has let us in.
+            self.silence.hear(time.monotonic())
             self._beat_over(self._link)
         except LinkLost as lost:
             self._note_refusal(lost)
@@ -142,21 +152,22 @@ class Heart:
                 self._sent, self._received, self._link = self.sent, self.received, None
 
     def _beat_over(self, link: Link) -> None:
-        due = time.monotonic()
+        self._due = time.monotonic()
+        self._nonces.clear()
         self._beating = True
         while not self._closing.is_set() and self.gone is None:
+            self._excuse()
             now = time.monotonic()
-            if now - due > 2 * self._beat_seconds:
-                # This process was suspended, or too busy to beat. The silence was its own.
-                self._heard_at = now
-            if now >= due:
+            if now >= self._due:
                 nonce = secrets.token_hex(frames.NONCE_BYTES)
-                self._nonces = [*self._nonces[-3:], nonce]
-                link.send(frames.BEAT + Beat(self._worker, self._session, nonce).encode())
-                due = now + self._beat_seconds
+                if link.send(frames.BEAT + Beat(self._worker, self._session, nonce).encode()):
+                    # The answer may take as long as the server may be silent.
+                    self._nonces = [*self._nonces[1 - _MOST_NONCES :], nonce]
+                self._due = now + self._beat_seconds
             self._waker.clear()
             self._send_requests(link)
-            while not self._closing.is_set() and link.wait(max(0.0, due - time.monotonic())):
+            while not self._closing.is_set() and link.wait(max(0.0, self._due - time.monotonic())):
+                self._excuse()
                 self._listen(link)
             self._judge()
 
@@ -186,13 +197,17 @@ class Heart:
 
     def _on_answer(self, answer: Answer) -> None:
         statement = f"{answer.incarnation} {answer.wanted}"
-        if not any(is_proof(answer.proof, self._endpoints.token, n.encode(), statement) for n in self._nonces):
+        token = self._endpoints.token
+        # Beats are answered in their order, the latest one perhaps more than once.
+        while self._nonces and not is_proof(answer.proof, token, self._nonces[0].encode(), statement):
+            del self._nonces[0]
+        if not self._nonces:
             self.gone = f"another program has taken the place of the server at {self._endpoints.address}"
         elif answer.incarnation != self._endpoints.incarnation:
             self.gone = f"the server at {self._endpoints.address} was started anew"
         else:
             self._proven = True
-            self._heard_at = time.monotonic()
+            self.silence.hear(time.monotonic())
             self.wanted_version = answer.wanted
 
     def _note_refusal(self, lost: LinkLost) -> None:
@@ -201,18 +216,26 @@ class Heart:
         elif self._refused_at is None:
             self._refused_at = time.monotonic()
 
+    def _excuse(self) -> None:
+        """If this process was suspended, or too busy to beat, the silence was its own."""
+        now = time.monotonic()
+        if now - self._due > 2 * self._beat_seconds:
+            self.silence.excuse(now)
+
     def _judge(self) -> None:
+        self._excuse()
         now = time.monotonic()
         address = self._endpoints.address
-        if self._refused_at is not None and now - self._refused_at > min(GONE_SECONDS, self._silence_timeout):
+        if self._refused_at is not None and now - self._refused_at > min(GONE_SECONDS, self.silence.limit):
             self.gone = f"the server at {address} is gone: its process has ended, or it has stopped serving"
-        elif now - self._heard_at > self._silence_timeout:
+        elif self.silence.too_long(now):
             self.gone = (
-                f"the server at {address} has been silent for {now - self._heard_at:.0f} s; see what rank 0 is"
-                f" doing, or raise silence_timeout ({self._silence_timeout:g} s)"
+                f"the server at {address} has been silent for {self.silence.seconds(now):.0f} s; see what rank 0 is "
+                f"doing, and the network, or raise silence_timeout (it has become {self.silence.limit:g} s here)"
             )
 
     def _sleep(self, seconds: float) -> None:
+        self._due = time.monotonic() + seconds
         poller = zmq.Poller()
         poller.register(self._waker.fileno(), zmq.POLLIN)
         poller.poll(frames.milliseconds(seconds))

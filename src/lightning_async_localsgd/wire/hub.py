@@ -6,7 +6,6 @@ though only authenticated ones get this far: whatever a worker that has gone wro
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections import deque
@@ -14,15 +13,17 @@ from typing import TYPE_CHECKING
 
 import zmq
 
-from lightning_async_localsgd.messages import PROTOCOL_VERSION, Hello, Lease, LeaseRequest, MessageError, Push
+from lightning_async_localsgd.messages import Hello, MessageError, Push
 from lightning_async_localsgd.wire import frames
 from lightning_async_localsgd.wire.auth import proof
-from lightning_async_localsgd.wire.frames import Answer, Beat, Welcome
+from lightning_async_localsgd.wire.frames import Welcome
 from lightning_async_localsgd.wire.peer import Download, Peer, Upload
-from lightning_async_localsgd.wire.way import Tally, Way, source_of
+from lightning_async_localsgd.wire.presence import Attendance
+from lightning_async_localsgd.wire.small_talk import SmallTalk
+from lightning_async_localsgd.wire.way import Key, Tally, Way, source_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from lightning_async_localsgd.buffers import BufferLease
     from lightning_async_localsgd.messages import Reply
@@ -30,10 +31,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_Key = tuple[Way, bytes]
-
-_MOST_ASKED = 64
-"""A worker that asks for more leases than this before it has an answer has gone wrong."""
+_TELL_SECONDS = 1.0
+"""How often a worker whose upload moves is told so, at most."""
 
 
 class Hub:
@@ -42,7 +41,7 @@ class Hub:
     Args:
         server: is told what happens.
         token: secret of the run.
-        silence_timeout: seconds of silence after which a worker is lost.
+        silence_timeout: seconds of silence after which a worker is lost, see :class:`.Silence`.
         post: has a call made by the hub's thread; for the outlets, which other threads use.
 
     Attributes:
@@ -62,15 +61,13 @@ class Hub:
         self._token = token
         self._silence_timeout = silence_timeout
         self._post = post
-        self._peers: dict[_Key, Peer] = {}
-        self._sessions: dict[tuple[int, str], Peer] = {}
-        self._pulses: dict[_Key, Beat] = {}
-        self._asking: dict[_Key, int] = {}
-        self._connections: dict[tuple[Way, int], _Key] = {}
-        self._ended: list[_Key] = []
+        self._attendance = Attendance(server, silence_timeout, self._hang_up)
+        self._small_talk = SmallTalk(server, token, post, self._say)
+        self._peers: dict[Key, Peer] = {}
+        self._connections: dict[tuple[Way, int], Key] = {}
+        self._ended: list[Key] = []
         self._waiting: deque[Peer] = deque()
         self._abandoned: list[Download] = []
-        self._wanted_told: Mapping[int, int] = {}
         self._awake_at = time.monotonic()
 
     # ------------------------------------------------------------ what comes in
@@ -93,7 +90,10 @@ class Hub:
             elif kind == frames.BEAT:
                 self._on_beat(key, source_of(frame), header)
             elif kind == frames.ASK:
-                self._on_ask(key, header)
+                self._small_talk.ask(key, header)
+            elif kind == frames.KNOCK:
+                way.introduce(source_of(frame))
+                self._small_talk.knock(key, header)
             elif kind == frames.HELLO:
                 self._on_hello(key, source_of(frame), header)
             else:
@@ -114,76 +114,60 @@ class Hub:
     def forget_ended(self) -> None:
         """Acts on the ends noted before."""
         for key in self._ended:
-            self._pulses.pop(key, None)
-            self._asking.pop(key, None)
             peer = self._peers.pop(key, None)
             if peer is not None:
-                self._lose(peer, "its connection ended")
+                self._end(peer, "its connection ended")
+            self._small_talk.end(key)
+            self._attendance.end_pulse(key)
         self._ended.clear()
 
-    def _known(self, key: _Key) -> Peer:
+    def _known(self, key: Key) -> Peer:
         peer = self._peers.get(key)
         if peer is None:
             raise MessageError("came from somebody who has not said hello")
-        peer.heard_at = time.monotonic()
+        peer.presence.silence.hear(time.monotonic())
         return peer
 
-    def _on_hello(self, key: _Key, descriptor: int, header: bytes) -> None:
+    def _on_hello(self, key: Key, descriptor: int, header: bytes) -> None:
         way, identity = key
         nonce = self._next_part(way)
-        self._meet(key, descriptor)
-        version = _protocol_of(header[1:])
-        if version is not None and version != PROTOCOL_VERSION:
-            self._say(
-                key,
-                frames.REFUSE
-                + f"this worker speaks protocol {version}, the server {PROTOCOL_VERSION}: install the same version of "
-                "lightning-async-localsgd on every machine".encode(),
-                b"",
-            )
+        way.introduce(descriptor)
+        refused = frames.other_protocol(header[1:], "this worker")
+        if refused is not None:
+            self._say(key, frames.REFUSE + refused.encode(), b"")
             return
         hello = Hello.decode(header[1:])
         if len(nonce) != frames.NONCE_BYTES:
             raise MessageError(f"a hello with a nonce of {len(nonce)} bytes")
+        if hello.worker < 0:
+            raise MessageError(f"a hello of worker {hello.worker}")
         if hello.fingerprint != self._server.layout.fingerprint:
             reason = f"the model of worker {hello.worker} is not that of rank 0; every rank must build the same one"
             self._say(key, frames.REFUSE + reason.encode(), frames.pack_layout(self._server.layout))
             return
-        # The same session over a newer connection, or once more over this one: the older peer has no say any more.
-        for older in (self._peers.get(key), self._sessions.get((hello.worker, hello.session))):
-            if older is not None:
-                self._retire(older)
-        peer = Peer(way, identity, hello, time.monotonic(), post=self._post, deliver=self._deliver, reject=self._reject)
-        self._peers[key] = self._sessions[hello.worker, hello.session] = peer
         incarnation = self._server.incarnation
         welcome = Welcome(incarnation, proof(self._token, nonce, incarnation))
-        if self._tell(peer, frames.WELCOME + welcome.encode()):
-            self._server.join(hello, peer)
+        if not self._meet(key, descriptor, frames.WELCOME + welcome.encode()):
+            return
+        older = self._peers.get(key)
+        presence = self._attendance.greet(hello, time.monotonic())
+        # The same session over a newer connection, or once more over this one: the older peer has no say any more.
+        if presence.peer is not None:
+            self._retire(presence.peer)
+        presence.peer = peer = Peer(
+            way, identity, descriptor, presence, hello.rejoining, self._post, self._deliver, self._reject
+        )
+        self._peers[key] = peer
+        if older is not None:
+            self._end(older, "its connection says that it is another one's")
+        self._server.join(hello, peer)
 
-    def _on_beat(self, key: _Key, descriptor: int, header: bytes) -> None:
-        beat = Beat.decode(header[1:])
-        self._meet(key, descriptor)
-        self._pulses[key] = beat
-        peer = self._sessions.get((beat.worker, beat.session))
-        if peer is not None:
-            peer.heard_at = time.monotonic()
-        self._answer(key, beat)
-
-    def _on_ask(self, key: _Key, header: bytes) -> None:
-        request = LeaseRequest.decode(header[1:])
-        beat = self._pulses.get(key)
-        if beat is None:
-            raise MessageError("asks for data without a heartbeat")
-        if (request.worker, request.session) != (beat.worker, beat.session):
-            raise MessageError(f"asks for data of worker {request.worker} with the heartbeat of worker {beat.worker}")
-        if self._asking.get(key, 0) >= _MOST_ASKED:
-            raise MessageError(f"asks for data {_MOST_ASKED} times without waiting for an answer")
-        self._asking[key] = self._asking.get(key, 0) + 1
-
-        def answer(lease: Lease) -> None:
-            self._post(lambda: self._hand_lease(key, lease))
-
-        self._server.lease(request, answer)
+    def _on_beat(self, key: Key, descriptor: int, header: bytes) -> None:
+        beat, answer = self._small_talk.hear(header)
+        key[0].introduce(descriptor)
+        if self._meet(key, descriptor, answer):
+            self._small_talk.note(key, beat)
+            self._attendance.beat(key, beat, time.monotonic())
 
     def _on_word(self, peer: Peer, kind: bytes, header: bytes) -> None:
         if kind == frames.PUSH:
@@ -191,7 +175,7 @@ class Hub:
         elif kind == frames.CREDIT:
             self._on_credit(peer, *frames.unpack_part(header))
         elif kind == frames.BYE:
-            self._lose(peer, "it said goodbye")
+            self._dismiss(peer, "it said goodbye")
         else:
             raise MessageError(f"unknown kind {kind!r}")
 
@@ -211,7 +195,7 @@ class Hub:
         self._waiting.append(peer)
         self.serve_waiting()
 
-    def _on_data(self, peer: Peer | None, key: _Key, header: bytes) -> None:
+    def _on_data(self, peer: Peer | None, key: Key, header: bytes) -> None:
         peer = peer if peer is not None else self._known(key)
         transfer, offset = frames.unpack_part(header)
         upload = peer.upload
@@ -226,10 +210,14 @@ class Hub:
         self.received += size
         if size != len(room) or key[0].socket.getsockopt(zmq.RCVMORE):
             raise MessageError(f"{size} bytes of data for offset {offset}, expected {len(room)}")
-        now = peer.heard_at = time.monotonic()
+        now = time.monotonic()
+        peer.presence.silence.hear(now)
         upload.advance(size, now)
         if upload.complete:
             self._hand_over(peer, upload)
+        elif now - upload.told_at > _TELL_SECONDS:
+            upload.told_at = now
+            self._tell(peer, frames.pack_part(frames.CREDIT, transfer, frames.frame_count(upload.received)))
 
     def _on_credit(self, peer: Peer, transfer: int, received: int) -> None:
         download = peer.download
@@ -237,11 +225,11 @@ class Hub:
             if transfer > peer.transfers:
                 raise MessageError("a confirmation of what was never sent")
             return
-        if not download.confirm(received, peer.heard_at):
+        if not download.confirm(received, time.monotonic()):
             raise MessageError(f"a confirmation of {received} frames when {download.sent} were sent")
         self._pump(peer)
 
-    def _on_nonsense(self, key: _Key, reason: str) -> None:
+    def _on_nonsense(self, key: Key, reason: str) -> None:
         peer = self._peers.get(key)
         self.rejected.add(f"{reason} ({peer or 'no worker that is known'})")
         if peer is None:
@@ -249,19 +237,26 @@ class Hub:
         elif peer.live:
             # Something is broken over there. Better it stops than that it goes on like this.
             reason = f"it sent nonsense: {reason}"
-            self._lose(peer, reason)
+            self._dismiss(peer, reason)
             self._say(key, frames.REFUSE + f"the server gave worker {peer.worker} up: {reason}".encode(), b"")
 
-    def _meet(self, key: _Key, descriptor: int) -> None:
-        """Notes whose connection it is, so that its end can be told."""
+    def _meet(self, key: Key, descriptor: int, *answer: bytes) -> bool:
+        """Answers who is heard for the first time, and notes whose connection it is, so that its end can be told.
+
+        Returns:
+            Whether it is still there. What is read may come from a connection that has ended, and whose descriptor is
+            that of another one by now.
+
+        """
         way = key[0]
-        # Earlier reports first: the descriptor may have been that of another connection a moment ago.
         self.note_ends(way)
-        way.introduce(descriptor)
+        if not way.is_open(descriptor) or not self._say(key, *answer):
+            return False
         older = self._connections.get((way, descriptor))
         if older is not None and older != key:
             self._ended.append(older)
         self._connections[way, descriptor] = key
+        return True
 
     def _next_part(self, way: Way) -> bytes:
         if not way.socket.getsockopt(zmq.RCVMORE):
@@ -295,42 +290,40 @@ class Hub:
         except zmq.Again:
             pass  # Tried again with the next confirmation, or at the next tick.
         except zmq.ZMQError as error:
-            self._lose(peer, f"its connection ended ({error})")
+            self._end(peer, f"its connection ended ({error})")
             return
         if download.complete:
             download.lease.release()
             peer.download = None
 
     def _reject(self, peer: Peer, reason: str) -> None:
-        if self._peers.get((peer.way, peer.identity)) is peer:
-            self._say((peer.way, peer.identity), frames.REFUSE + reason.encode(), b"")
-        self._retire(peer)
-
-    def _answer(self, key: _Key, beat: Beat) -> None:
-        incarnation, wanted = self._server.incarnation, self._server.wanted.get(beat.worker, -1)
-        said = proof(self._token, beat.nonce.encode(), f"{incarnation} {wanted}")
-        self._say(key, frames.ANSWER + Answer(incarnation, wanted, said).encode())
-
-    def _hand_lease(self, key: _Key, lease: Lease) -> None:
-        if key in self._asking:
-            self._asking[key] -= 1
-        self._say(key, frames.LEASE + lease.encode())  # If the connection is gone, it is asked for again.
+        # Who is not live has lost this connection and learns what has become of its session when it says hello again.
+        if peer.live:
+            self._dismiss(peer)
+            self._say((peer.way, peer.identity), frames.REFUSE + reason.encode(errors="replace"), b"")
 
     def _tell(self, peer: Peer, *parts: bytes) -> bool:
-        if self._say((peer.way, peer.identity), *parts):
+        error = self._send((peer.way, peer.identity), *parts)
+        if error is None:
             return True
-        self._lose(peer, "its connection ended")
+        if error == zmq.EAGAIN:
+            # It is so far behind that it takes nothing more, which a worker that keeps to the protocol never is.
+            self._hang_up(peer)
+        self._end(peer, "its connection ended")
         return False
 
-    def _say(self, key: _Key, *parts: bytes) -> bool:
+    def _say(self, key: Key, *parts: bytes) -> bool:
+        return self._send(key, *parts) is None
+
+    def _send(self, key: Key, *parts: bytes) -> int | None:
+        """Sends a message, unless the connection is gone or full; returns the error in that case."""
         way, identity = key
         try:
             way.socket.send_multipart([identity, *parts], zmq.NOBLOCK)
-        except zmq.ZMQError:
-            # Gone, or so far behind that it takes nothing more: a worker that keeps to the protocol never is.
-            return False
+        except zmq.ZMQError as error:
+            return error.errno
         self.sent += sum(map(len, parts))
-        return True
+        return None
 
     # ------------------------------------------------------------------- upkeep
 
@@ -367,25 +360,21 @@ class Hub:
         now = time.monotonic()
         if now - self._awake_at > self._silence_timeout / 2:
             # This process was suspended, or too busy to listen. The silence was its own.
+            self._attendance.excuse(now)
             for peer in self._peers.values():
-                peer.heard_at = now
                 for transfer in (peer.upload, peer.download):
                     if transfer is not None:
                         transfer.moved_at = now
         self._awake_at = now
+        self._attendance.judge(now)
         for peer in list(self._peers.values()):
             if peer.live:
                 self._pump(peer)
-                self._judge(peer, now, self._silence_timeout)
+                self._judge(peer, now, peer.presence.silence.limit)
         for download in [download for download in self._abandoned if download.untouched]:
             self._abandoned.remove(download)
             download.lease.release()
-        wanted = self._server.wanted
-        if wanted is not self._wanted_told:  # Not only at the next beat: a round may be short.
-            for key, beat in self._pulses.items():
-                if wanted.get(beat.worker, -1) != self._wanted_told.get(beat.worker, -1):
-                    self._answer(key, beat)
-            self._wanted_told = wanted
+        self._small_talk.tell_wanted()
 
     def drop_silent_downloads(self, seconds: float) -> None:
         """Gives up workers that have confirmed nothing of their model for ``seconds``."""
@@ -395,43 +384,57 @@ class Hub:
 
     def lose_all(self, reason: str) -> None:
         """The server learns that no worker can be reached any more."""
-        for peer in list(self._sessions.values()):
-            self._lose(peer, reason)
+        for presence in self._attendance:
+            self._attendance.dismiss(presence, reason)
 
     def retire_all(self) -> None:
         """The end: buffers go back, and whatever the outlets are told from now on only frees what it brings."""
-        for peer in [*self._peers.values(), *self._sessions.values()]:
+        for peer in self._peers.values():
             self._retire(peer)
         for download in self._abandoned:
             download.lease.release()
         self._abandoned.clear()
         self._peers.clear()
 
-    def _judge(self, peer: Peer, now: float, silence_timeout: float) -> None:
-        if now - peer.heard_at > silence_timeout:
-            self._lose(peer, f"it was silent for {now - peer.heard_at:.0f} s")
+    def _judge(self, peer: Peer, now: float, limit: float) -> None:
         for transfer, what in ((peer.upload, "upload"), (peer.download, "download")):
             waits = isinstance(transfer, Upload) and transfer.lease is None
-            if transfer is not None and not waits and now - transfer.moved_at > silence_timeout:
-                self._lose(peer, f"it stalled in mid-{what} for {now - transfer.moved_at:.0f} s")
+            if transfer is not None and not waits and now - transfer.moved_at > limit:
+                reason = f"it stalled in mid-{what} for {now - transfer.moved_at:.0f} s"
+                self._attendance.depart(peer.presence, reason, stalled=True)
                 return
 
     def _hand_over(self, peer: Peer, upload: Upload) -> None:
         peer.upload = None
         self._server.push(upload.push, upload.lease, peer)
 
-    def _lose(self, peer: Peer, reason: str) -> None:
-        """A live worker's connection is of no use any more: the server learns it."""
+    def _end(self, peer: Peer, reason: str) -> None:
+        """A connection has ended, or is of no use any more."""
+        self._retire(peer)
+        self._attendance.detach(peer, reason)
+
+    def _dismiss(self, peer: Peer, reason: str | None = None) -> None:
+        """The session ends for good; the server learns the reason if there is one."""
         if peer.live:
             self._retire(peer)
-            self._server.lost(peer.worker, peer.session, reason)
+            self._attendance.dismiss(peer.presence, reason)
+
+    def _hang_up(self, peer: Peer) -> None:
+        """The session has departed. Its process, if there is one, dials again; what is on its way to it is taken back.
+
+        A connection whose other end is frozen would otherwise keep a buffer for as long as it lasts.
+        """
+        self._retire(peer)
+        key = (peer.way, peer.identity)
+        # The descriptor may be another connection's by now.
+        if self._connections.get((peer.way, peer.descriptor)) == key and peer.way.hang_up(peer.descriptor):
+            return
+        self._say(key, frames.UNKNOWN)
 
     def _retire(self, peer: Peer) -> None:
-        """Ends what ``peer`` was doing. Its connection stays known until it ends, so that it can still be told why."""
+        """Ends what ``peer`` was doing. Its connection stays known until it ends."""
         peer.live = False
         self._end_transfers(peer)
-        if self._sessions.get((peer.worker, peer.session)) is peer:
-            del self._sessions[peer.worker, peer.session]
 
     def _end_transfers(self, peer: Peer) -> None:
         upload, download = peer.upload, peer.download
@@ -441,15 +444,5 @@ class Hub:
             if upload.lease is not None:
                 upload.lease.release()
         if download is not None:
-            # libzmq may still read from the buffer for a moment, or for as long as a frozen peer stays connected.
+            # libzmq may still read from the buffer for a moment.
             self._abandoned.append(download)
-
-
-def _protocol_of(data: bytes) -> int | None:
-    """The protocol version of a hello that may have other fields than ours."""
-    try:
-        values = json.loads(data[: frames.FRAME_BYTES])
-    except (ValueError, RecursionError):
-        return None
-    version = values.get("protocol") if isinstance(values, dict) else None
-    return version if type(version) is int else None

@@ -33,12 +33,16 @@ _EVENTS = zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | _HANDSHAKE_FAILE
 """After the handshake, any of them is the end of the link."""
 
 
+gates: list[Callable[[], None]] = []
+"""Called before anything is dialled; may raise :class:`LinkLost`. Empty but in rehearsals, see :mod:`.injection`."""
+
+
 class LinkLost(Exception):
     """The connection broke or did not come about; another attempt may succeed.
 
     Args:
         reason: what happened.
-        refused: nobody listens at the address.
+        refused: nobody listens at the address, on this machine: the server's process has ended.
 
     """
 
@@ -54,14 +58,20 @@ class Pollable(Protocol):
         """The descriptor."""
 
 
-def heartbeat_options(socket: zmq.Socket[bytes], silence_timeout: float) -> None:
+def heartbeat_options(socket: zmq.Socket[bytes], interval: float, timeout: float) -> None:
     """Makes libzmq itself find out that a connection's other end is unreachable or frozen.
 
     It then closes the connection, which frees what was queued for it. Its beats are answered by libzmq's own thread, so
     they say nothing about whether the program behind it still works.
+
+    Args:
+        socket: not yet bound or connected.
+        interval: seconds between two beats.
+        timeout: seconds without anything from the other end after a beat.
+
     """
-    socket.setsockopt(zmq.HEARTBEAT_IVL, max(1, int(silence_timeout * 1000 / 4)))
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, max(1, int(silence_timeout * 1000)))
+    socket.setsockopt(zmq.HEARTBEAT_IVL, max(1, int(interval * 1000)))
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, max(1, int(timeout * 1000)))
 
 
 class Link:
@@ -96,6 +106,8 @@ class Link:
         self.received = 0
         self.socket = context.socket(zmq.DEALER)
         self._address = endpoints.address
+        self._nearby = endpoints.nearby
+        self._connected = False
         self._closed = False
         for option, value in (
             (zmq.LINGER, 0),
@@ -109,7 +121,7 @@ class Link:
             (zmq.IPV6, int(endpoints.address.startswith("tcp://["))),
         ):
             self.socket.setsockopt(option, value)
-        heartbeat_options(self.socket, silence_timeout)
+        heartbeat_options(self.socket, silence_timeout / 4, silence_timeout)
         introduce(self.socket, endpoints)
         self._monitor = self.socket.get_monitor_socket(_EVENTS)
         self._poller = zmq.Poller()
@@ -125,6 +137,8 @@ class Link:
         self._poller.register(self.socket, zmq.POLLIN)
 
     def _dial(self, timeout: float) -> None:
+        for gate in gates:
+            gate()
         try:
             self.socket.connect(self._address)
         except zmq.ZMQError as error:
@@ -143,6 +157,7 @@ class Link:
         kind, value = event["event"], event["value"]
         if kind == zmq.EVENT_CONNECTED:
             close_in_children(value)
+            self._connected = True
             return False
         if kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             return True
@@ -157,7 +172,10 @@ class Link:
                 detail = "timed out" if value == errno.EAGAIN else os.strerror(value)
             raise LinkLost(f"the handshake failed ({detail}); is it this run's server that listens there?")
         # An attempt that has not connected is only closed where it failed at once; a slow one runs into the time-out.
-        raise LinkLost("nobody listens there, or there is no way to it", refused=True)
+        if self._connected:
+            raise LinkLost("the connection was closed before the handshake")
+        # Over a network it may as well be the way that is closed for the moment.
+        raise LinkLost("nobody listens there, or there is no way to it", refused=self._nearby)
 
     def wait(self, timeout: float, writing: bool = False) -> bool:
         """Waits until a message is there to read, or the waker was woken (or, if ``writing``, until one can be sent).
@@ -253,13 +271,17 @@ def retry(
         ExchangeError: the server does not let us in.
 
     """
-    began = time.monotonic()
+    spent = 0.0
     wait = 0.05
     while True:
+        began = time.monotonic()
         try:
-            return dial(max(0.1, min(_ATTEMPT_SECONDS, began + seconds - time.monotonic())))
+            return dial(max(0.1, min(_ATTEMPT_SECONDS, seconds - spent)))
         except LinkLost as lost:
-            if time.monotonic() - began >= (refused_seconds if lost.refused else seconds):
+            # What took longer than an attempt can take was spent suspended.
+            spent += min(time.monotonic() - began, 2 * _ATTEMPT_SECONDS)
+            if spent >= (refused_seconds if lost.refused else seconds):
                 raise
         pause(wait)
+        spent += wait
         wait = min(1.0, 2 * wait)

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from lightning_async_localsgd.buffers import BufferLease
-    from lightning_async_localsgd.messages import Hello, Push, Reply
+    from lightning_async_localsgd.messages import Push, Reply
+    from lightning_async_localsgd.wire.presence import Presence
     from lightning_async_localsgd.wire.way import Way
 
 
@@ -28,6 +29,7 @@ class Upload:
         lease: the buffer; None until there is one.
         received: bytes so far.
         moved_at: when it last moved.
+        told_at: when the worker was last told so.
 
     """
 
@@ -36,13 +38,13 @@ class Upload:
         self.lease: BufferLease | None = None
         self.memory = memoryview(b"")
         self.received = 0
-        self.moved_at = now
+        self.moved_at = self.told_at = now
 
     def begin(self, lease: BufferLease, now: float) -> None:
         """There is a buffer."""
         self.lease = lease
         self.memory = frames.memory_of(lease.tensor)
-        self.moved_at = now
+        self.moved_at = self.told_at = now
 
     def room(self) -> memoryview:
         """Where the next part goes."""
@@ -135,16 +137,16 @@ class Peer:
     Args:
         way: over which it came.
         identity: that libzmq gave the connection.
-        hello: who it is.
-        now: seconds.
+        descriptor: of the connection.
+        presence: of its session.
+        rejoining: see :class:`.Hello`.
         post: has a call made by the wire's thread.
         deliver: starts a download.
         reject: sends a refusal.
 
     Attributes:
-        live: the server counts on it: neither lost nor refused, nor replaced by a newer connection.
+        live: it is its session's connection: neither ended nor refused, nor replaced by a newer one.
         awaiting: sequence number of what it wants an answer to; None if nothing.
-        heard_at: when it last said something.
 
     """
 
@@ -152,19 +154,21 @@ class Peer:
         self,
         way: Way,
         identity: bytes,
-        hello: Hello,
-        now: float,
+        descriptor: int,
+        presence: Presence,
+        rejoining: bool,
         post: Callable[[Callable[[], None]], None],
         deliver: Callable[[Peer, Reply, BufferLease], None],
         reject: Callable[[Peer, str], None],
     ) -> None:
         self.way = way
         self.identity = identity
-        self.worker = hello.worker
-        self.session = hello.session
-        self.heard_at = now
+        self.descriptor = descriptor
+        self.presence = presence
+        self.worker = presence.worker
+        self.session = presence.session
         self.live = True
-        self.awaiting: int | None = None if hello.rejoining else 0
+        self.awaiting: int | None = None if rejoining else 0
         self.cancelled: int | None = None
         self.upload: Upload | None = None
         self.download: Download | None = None

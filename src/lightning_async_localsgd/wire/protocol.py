@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
     from lightning_async_localsgd.buffers import BufferLease, BufferPool
     from lightning_async_localsgd.layout import Layout
-    from lightning_async_localsgd.messages import Hello, Lease, LeaseRequest, Push, Reply
+    from lightning_async_localsgd.messages import Facts, Hello, Lease, LeaseRequest, Push, Reply
 
 
 class Outlet(Protocol):
@@ -58,8 +58,9 @@ class ServerPort(Protocol):
     def join(self, hello: Hello, outlet: Outlet) -> None:
         """A worker that speaks the same protocol and has the same layout has said hello.
 
-        Called again with the same session after a lost connection: answer it again. The worker then sends the push
-        that it had no answer to once more, with the same sequence number, so one that was applied already is refused.
+        Called again with the same session after a lost connection, :meth:`lost` or not: answer it again. The worker
+        then sends the push that it had no answer to once more, with the same sequence number, so one that was applied
+        already is refused.
         """
 
     def push(self, push: Push, lease: BufferLease | None, outlet: Outlet) -> None:
@@ -82,9 +83,24 @@ class ServerPort(Protocol):
 
         """
 
-    def lost(self, worker: int, session: str, reason: str) -> None:
-        """The worker's connection is gone, it said goodbye, or it was silent for too long.
+    def introduce(self, worker: int, answer: Callable[[Facts], None]) -> None:
+        """Somebody who knows the token wants to know what is needed to join.
 
-        Called at most once per connection, never for one whose worker is back already with the same session over a
-        newer one, and never for a refused one.
+        Args:
+            worker: the number of a worker in whose place it comes; -1 asks for a new number.
+            answer: to be called once, from any thread. The wire fills in the proof.
+
+        """
+
+    def lost(self, worker: int, session: str, reason: str) -> None:
+        """All connections of the session are gone, it said goodbye, was silent for too long, or sent nonsense.
+
+        Not called again before the session is back (:meth:`join` or :meth:`revive`), and never for a refused one. The
+        session's outlet is of no use any more; nothing that it is told reaches the worker.
+        """
+
+    def revive(self, worker: int, session: str) -> None:
+        """The heart of a session that was :meth:`lost` beats again.
+
+        It has a connection for its push as soon as it needs one, and then says hello as one that rejoins.
         """

@@ -139,7 +139,7 @@ class WireServer:
     def _open(self, address: Address, encrypted: bool) -> Endpoints:
         way = Way(self._context, address, self._secrets, encrypted, self._silence_timeout, self._rejected)
         self._ways.append(way)
-        return self._secrets.endpoints(way.address, self._incarnation, encrypted)
+        return Endpoints.of(way.address, self._incarnation, self._secrets.token, encrypted)
 
     def _post(self, command: Callable[[], None]) -> None:
         """Has ``command`` run by the thread; by the caller once there is no thread, when it can only free things."""

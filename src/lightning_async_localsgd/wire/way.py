@@ -6,8 +6,10 @@ import ipaddress
 import logging
 import os
 import platform
+import socket
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,6 +19,7 @@ from zmq.utils.monitor import recv_monitor_message
 from lightning_async_localsgd.wire import frames
 from lightning_async_localsgd.wire.forks import close_in_children
 from lightning_async_localsgd.wire.link import heartbeat_options
+from lightning_async_localsgd.wire.silence import MOST_TIMES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,6 +30,9 @@ _log = logging.getLogger(__name__)
 
 _HANDSHAKE_MS = 5000
 """A peer that has not introduced itself by then is dropped."""
+
+_MOST_STRANGERS = 64
+"""Connections that have not introduced themselves yet; when there are more, the oldest of them are closed."""
 
 _LOG_SECONDS = 10.0
 """At most one line about what was refused in this time."""
@@ -117,7 +123,8 @@ class Way:
         address: where to bind, and what workers dial.
         secrets_: what peers must know.
         encrypted: whether traffic is encrypted.
-        silence_timeout: seconds until libzmq closes a connection whose other end is frozen or unreachable.
+        silence_timeout: seconds of silence that are allowed at first. libzmq closes a connection whose other end is
+            frozen or unreachable only when no session could be silent for so long.
         rejected: counts connections that never introduced themselves.
 
     Raises:
@@ -141,6 +148,8 @@ class Way:
         self.socket = context.socket(zmq.ROUTER)
         self._rejected = rejected
         self._strangers: set[int] = set()
+        self._at_the_door: dict[int, None] = {}  # Of the strangers, those that were not sent away; oldest first.
+        self._inodes: dict[int, int] = {}
         self._failure = ""
         for option, value in (
             (zmq.LINGER, 0),
@@ -153,7 +162,7 @@ class Way:
             (zmq.IPV6, int("[" in address.bind or "[" in address.host)),
         ):
             self.socket.setsockopt(option, value)
-        heartbeat_options(self.socket, silence_timeout)
+        heartbeat_options(self.socket, silence_timeout / 4, MOST_TIMES * silence_timeout)
         secrets_.guard(self.socket, encrypted)
         self.monitor = self.socket.get_monitor_socket(_EVENTS)
         try:
@@ -173,14 +182,15 @@ class Way:
             if kind in (zmq.EVENT_LISTENING, zmq.EVENT_ACCEPTED):
                 close_in_children(descriptor)
             if kind == zmq.EVENT_ACCEPTED:
-                self._strangers.add(descriptor)
+                self._accept(descriptor)
             elif kind in _FAILURES:
                 # Comes from the same place in libzmq as the end of its connection, right before that.
                 self._failure = _FAILURES[kind]
-            elif kind != zmq.EVENT_DISCONNECTED:
+            if kind != zmq.EVENT_DISCONNECTED:
                 continue
-            elif descriptor in self._strangers:
-                self._strangers.discard(descriptor)
+            self._inodes.pop(descriptor, None)
+            if descriptor in self._strangers:
+                self.introduce(descriptor)
                 reason = self._failure or "did not speak the protocol"
                 self._rejected.add(f"a connection to {self.address} was dropped: {reason}")
                 self._failure = ""
@@ -189,14 +199,48 @@ class Way:
         return gone
 
     def introduce(self, descriptor: int) -> None:
-        """A connection has said something that only a worker says."""
+        """A connection has said something that only a worker says, or has ended before that."""
         self._strangers.discard(descriptor)
+        self._at_the_door.pop(descriptor, None)
+
+    def is_open(self, descriptor: int) -> bool:
+        """Whether a connection has not ended, as far as :meth:`events` has told; so it is if nobody knows."""
+        return descriptor == -1 or descriptor in self._inodes
+
+    def hang_up(self, descriptor: int) -> bool:
+        """Has a connection closed, together with what waits to go out over it; returns whether that could be done."""
+        try:
+            copy = os.dup(descriptor)
+        except OSError:
+            return False
+        # The descriptor may have been closed and used again since: what it was is told by the inode.
+        if os.fstat(copy).st_ino != self._inodes.get(descriptor):
+            os.close(copy)
+            return False
+        with socket.socket(fileno=copy) as connection, suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)
+        return True
+
+    def _accept(self, descriptor: int) -> None:
+        with suppress(OSError):  # It is closed already.
+            self._inodes[descriptor] = os.fstat(descriptor).st_ino
+        self._strangers.add(descriptor)
+        self._at_the_door.pop(descriptor, None)
+        self._at_the_door[descriptor] = None
+        if len(self._at_the_door) > _MOST_STRANGERS:
+            oldest = next(iter(self._at_the_door))
+            del self._at_the_door[oldest]
+            self.hang_up(oldest)
 
     def close(self, linger: float = 0.0) -> None:
         """Frees the sockets; what was sent may still go out for ``linger`` seconds."""
         self.socket.disable_monitor()
         self.monitor.close(0)
         self.socket.close(int(linger * 1000))
+
+
+Key = tuple[Way, bytes]
+"""A connection: the way over which it came, and libzmq's name for it."""
 
 
 def _cannot_bind(address: Address, error: zmq.ZMQError) -> str:

@@ -1,0 +1,9 @@
+"""``python -m lightning_async_localsgd``, see :mod:`.supervisor`."""
+
+from __future__ import annotations
+
+import sys
+
+from lightning_async_localsgd.supervisor import main
+
+sys.exit(main())

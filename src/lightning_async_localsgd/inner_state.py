@@ -1,0 +1,310 @@
+"""The states of workers' inner optimizers on the disk: saved by each worker itself, found again by its number.
+
+A worker above 0 saves them at the end of a round, every so often, into the run's folder on its own disk, and reports
+the file's name with its next push, so that rank 0's checkpoints say which one belongs to them. The files that rank 0
+can see are kept beside each checkpoint P, in ``P.workers/``. Rank 0's own state is in the checkpoint itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning_utilities.core.rank_zero import rank_zero_info
+from typing_extensions import override
+
+from lightning_async_localsgd.checkpoints import on_host
+from lightning_async_localsgd.durable import Writer, link, verified, write
+from lightning_async_localsgd.exchange import ExchangeError
+from lightning_async_localsgd.interval import Interval
+from lightning_async_localsgd.run_folder import folder_of, in_order_of_age, newest, runs_of
+from lightning_async_localsgd.trainer_parts import callbacks_of
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+    from lightning_async_localsgd.phase import AsyncPhase
+    from lightning_async_localsgd.strategy import AsyncLocalSGDStrategy
+
+_log = logging.getLogger(__name__)
+
+KEPT = 3
+"""Files of a worker that stay in the folder: a checkpoint may name one that is not the newest any more."""
+
+_FORMAT = 1
+_NAME = re.compile(r"worker-(\d+)-(\d{6,})-[0-9a-f]{64}\.pt")
+_SECONDS_AT_THE_END = 60.0
+_SECONDS_WHEN_INTERRUPTED = 20.0
+
+
+class InnerStates(Callback):
+    """Saves the states of a worker's inner optimizers. The last of the trainer's callbacks until :meth:`release`.
+
+    A worker that takes the place of an earlier process begins with what that one has saved.
+
+    Args:
+        trainer: the trainer of a rank above 0.
+        phase: the phase that begins.
+
+    """
+
+    def __init__(self, trainer: pl.Trainer, phase: AsyncPhase) -> None:
+        self._strategy: AsyncLocalSGDStrategy = trainer.strategy  # type: ignore[assignment]
+        self._trainer = trainer
+        self._phase = phase
+        self._number = phase.worker.number
+        self._name = ""
+        self._writer: Writer | None = None
+        folder, every = folder_of(trainer), self._strategy.checkpoint_every
+        if folder is not None:
+            self._go_on(folder)
+        if folder is not None and every is not None:
+            self._folder = folder
+            self._interval = Interval(every, self._rounds)
+            self._writer = Writer(f"the optimizer state of worker {self._number}", folder)
+        phase.worker.inner = lambda: self._name
+        callbacks_of(trainer).append(self)
+
+    @override
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self._writer is None or self._phase.stopped or self._phase.worker.round_steps > 0:
+            return
+        if self._interval.over(self._rounds) and not self._writer.busy:
+            self._begin(self._writer)
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        # After an error of this worker's own, its state may be the reason: whoever takes its place goes on from the
+        # one before.
+        worker, lost = self._phase.worker, isinstance(exception, ExchangeError)
+        orderly = lost or isinstance(exception, (KeyboardInterrupt, SIGTERMException))
+        if not orderly or worker.diverged or self._phase.stopped:
+            return
+        if self._writer is not None and worker.total_steps > 0:
+            if self._writer.wait(_SECONDS_WHEN_INTERRUPTED):
+                self._begin(self._writer)
+            self._writer.wait(_SECONDS_WHEN_INTERRUPTED)
+            if self._name:
+                _log.warning("the optimizer state of worker %d is in %s", self._number, self._folder / self._name)
+        if lost:
+            _log.error(
+                "worker %d has no server any more, and stops. To go on with the run %r, start the script again with "
+                'trainer.fit(..., ckpt_path="last"); `python -m lightning_async_localsgd SCRIPT ...` does so by itself',
+                self._number, self._strategy.run_name,
+            )  # fmt: skip
+
+    def release(self) -> None:
+        """The trainer's callbacks are its own again; what is being written is complete."""
+        callbacks_of(self._trainer).remove(self)
+        if self._writer is not None and not self._writer.wait(_SECONDS_AT_THE_END):
+            _log.warning("an optimizer state is still being written to %s; nobody waits for it", self._folder)
+        self._writer = None
+
+    # ------------------------------------------------------------------ internal
+
+    @property
+    def _rounds(self) -> int:
+        reply = self._phase.worker.reply
+        return 0 if reply is None else reply.version
+
+    def _go_on(self, folder: Path) -> None:
+        """Takes over what an earlier process has left, in this run or in the one that is resumed."""
+        found = self._strategy.inner_file
+        if self._strategy.joins:
+            found = newest(_files_of(folder, self._number))
+            own = [optimizer.state_dict() for optimizer in self._trainer.optimizers]
+            if found is None or not _load(self._trainer, found, own):
+                _log.warning("worker %d joins with a fresh optimizer state: none was saved", self._number)
+                return
+            _log.warning("worker %d joins with its optimizer state of %s", self._number, found)
+        if found is not None:
+            try:
+                # The name goes on being reported, and the file is to be found where this run's are. What was saved
+                # after it is of rounds that have not happened.
+                kept = link(found, folder)
+                os.utime(kept)
+                self._name = kept.name
+            except OSError as error:
+                _log.warning("%s cannot be kept in %s: %s", found, folder, error)
+
+    def _begin(self, writer: Writer) -> None:
+        self._interval.begin(self._rounds)
+        try:
+            state = {
+                "format": _FORMAT,
+                "worker": self._number,
+                "session": self._phase.worker.session,
+                "version": self._rounds,
+                "optimizers": on_host([self._strategy.optimizer_state(one) for one in self._trainer.optimizers]),
+                "precision": on_host(self._strategy.precision_plugin.state_dict()),
+            }
+        except Exception as error:
+            writer.failed(error)
+            return
+        finally:
+            self._phase.worker.interrupt()
+        writer.begin(lambda: self._write(state))
+
+    def _write(self, state: dict[str, Any]) -> None:
+        files = in_order_of_age(_files_of(self._folder, self._number))
+        count = 1 + max((_count(path) for path in files), default=0)
+        stem = f"worker-{self._number}-{count:06d}"
+        self._name = write(self._folder, stem, ".pt", lambda file: torch.save(state, file)).name
+        for old in files[KEPT - 1 :]:
+            old.unlink(missing_ok=True)
+
+
+def _files_of(folder: Path, worker: int) -> list[Path]:
+    return [path for path in folder.glob(f"worker-{worker}-*.pt") if _NAME.fullmatch(path.name)]
+
+
+def _count(path: Path) -> int:
+    found = _NAME.fullmatch(path.name)
+    return int(found[2]) if found else 0
+
+
+# ---------------------------------------------------------------------------- resuming
+
+
+def resume(trainer: pl.Trainer, checkpoint: Mapping[str, Any], server: Mapping[str, Any]) -> Path | None:
+    """A worker above 0 goes on with its own inner optimizer state; without one it begins with a fresh one.
+
+    Args:
+        trainer: the trainer.
+        checkpoint: what the run is resumed from.
+        server: the server's state in it.
+
+    Returns:
+        The file with the state; None if it begins with a fresh one.
+
+    """
+    rank, path = trainer.global_rank, trainer.ckpt_path
+    states = checkpoint["optimizer_states"]
+    name = names_in(server).get(rank)
+    for found in _candidates(trainer, rank, name, server):
+        if _load(trainer, found, states):
+            if found.name != name:
+                _log.warning(
+                    "worker %d: the optimizer state that belongs to %s (%s) is not there; going on with %s, of another "
+                    "moment of the same run", rank, path, name, found,
+                )  # fmt: skip
+            return found
+    _adopt_rates(trainer, states)
+    if rank >= int(server["initial_workers"]) and name is None:
+        _log.info("worker %d was not there when %s was written: its optimizers' states are fresh", rank, path)
+    else:
+        _log.warning("worker %d: its optimizer state for %s was not found; it begins with a fresh one", rank, path)
+    return None
+
+
+def _candidates(trainer: pl.Trainer, rank: int, name: str | None, server: Mapping[str, Any]) -> Iterator[Path]:
+    """Complete files, best first."""
+    path, runs, run = trainer.ckpt_path, runs_of(trainer), server.get("folder")
+    local = path is not None and "://" not in str(path)
+    folders = [runs / run] if runs is not None and isinstance(run, str) and Path(run).name == run else []
+    if local:
+        folders.append(Path(str(path)).parent)
+    if name is not None:
+        places = [beside(one) for one in (path, Path(str(path)).resolve())] if local else []
+        for place in dict.fromkeys([*places, *folders]):
+            if place is None or not (place / name).exists():
+                continue
+            if verified(place / name):
+                yield place / name
+            else:
+                _log.warning("%s is damaged: its content is not what its name says; it is passed over", place / name)
+    for folder in dict.fromkeys(folders):
+        others = [one for one in _files_of(folder, rank) if one.name != name]
+        if (found := newest(others)) is not None:
+            yield found
+
+
+def _load(trainer: pl.Trainer, path: Path, states: list[Any]) -> bool:
+    """Loads a worker's file; learning rates are those of ``states``, which other optimizers of the run have by now."""
+    before = [optimizer.state_dict() for optimizer in trainer.optimizers]
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        for mine, other in zip(state["optimizers"], states, strict=True):
+            _copy_rates(other["param_groups"], mine["param_groups"])
+        trainer.strategy.load_optimizer_state_dict({"optimizer_states": state["optimizers"]})
+        if state["precision"]:
+            trainer.strategy.precision_plugin.load_state_dict(state["precision"])
+    except Exception as error:
+        _log.warning("%s does not fit this worker's optimizers (%s: %s)", path, type(error).__name__, error)
+        trainer.strategy.load_optimizer_state_dict({"optimizer_states": before})  # The first of several may have fit.
+        return False
+    _log.info("optimizer states are those of %s", path)
+    return True
+
+
+def _adopt_rates(trainer: pl.Trainer, states: list[Any]) -> None:
+    for optimizer, state in zip(trainer.optimizers, states, strict=False):
+        _copy_rates(state["param_groups"], optimizer.param_groups)
+
+
+def _copy_rates(source: list[dict[str, Any]], target: list[dict[str, Any]]) -> None:
+    """Learning rates follow the progress of all workers together, not a worker's own."""
+    for one, other in zip(source, target, strict=False):
+        other.update({key: one[key] for key in ("lr", "initial_lr") if key in one})
+
+
+# --------------------------------------------------------------- beside a checkpoint
+
+
+def names_in(server: Mapping[str, Any]) -> dict[int, str]:
+    """Which worker's file of which name belongs to a server's state."""
+    # The names came over the network: nothing else is taken for one, above all no path.
+    named = ((int(worker), str(name)) for worker, name in server.get("inner_states", {}).items())
+    return {worker: name for worker, name in named if (is_one := _NAME.fullmatch(name)) and int(is_one[1]) == worker}
+
+
+def beside(checkpoint: Any) -> Path | None:
+    """The folder of the workers' files that belong to a checkpoint; None if that is on no disk of this machine."""
+    path = Path(str(checkpoint))
+    return None if "://" in str(checkpoint) else path.with_name(f"{path.name}.workers")
+
+
+def keep_beside(checkpoint: Any, server: Mapping[str, Any], folder: Path | None) -> None:
+    """Puts the workers' files that belong to a checkpoint beside it, those of them that are on this disk.
+
+    Args:
+        checkpoint: its path.
+        server: the server's state in it.
+        folder: of the run; None if there is none.
+
+    """
+    place, names = beside(checkpoint), set(names_in(server).values())
+    if folder is None:
+        return
+    if place is None:
+        if names:
+            rank_zero_info(f"{checkpoint} is on no disk of this machine: workers' optimizer states stay in {folder}")
+        return
+    for name in names:
+        if (folder / name).exists():
+            try:
+                link(folder / name, place)
+            except OSError as error:
+                _log.warning("the optimizer state %s cannot be kept beside %s: %s", name, checkpoint, error)
+    for old in place.glob("worker-*.pt"):
+        if old.name not in names:
+            old.unlink(missing_ok=True)
+
+
+def remove_beside(checkpoint: Any) -> None:
+    """Removes what was kept beside the checkpoint."""
+    place = beside(checkpoint)
+    if place is None:
+        return
+    for path in place.glob("worker-*.pt"):
+        path.unlink(missing_ok=True)
+    with suppress(OSError):  # It is not there, or somebody has put something else into it.
+        place.rmdir()

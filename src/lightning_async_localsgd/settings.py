@@ -1,0 +1,55 @@
+"""What the asynchronous phase of a fit is told when it begins."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from lightning_async_localsgd.grace import GraceWindow
+    from lightning_async_localsgd.options import ExchangeOptions
+    from lightning_async_localsgd.outer import OuterOptimizer
+
+
+@dataclass(frozen=True)
+class PhaseSettings:
+    """What the strategy's options and the trainer say about the phase.
+
+    Args:
+        local_steps: H, local steps of the fastest worker's round.
+        rule: the outer optimizer; belongs to the phase from now on.
+        dynamic_local_steps: whether slower workers take fewer steps.
+        grace: the grace window.
+        exchange: transport, port, encryption.
+        start_timeout: seconds to wait for all workers at the start.
+        silence_timeout: seconds of silence after which a peer is given up.
+        total: local steps of all workers together, or None for no end.
+        done: steps that count as taken before (a checkpoint without a server's state).
+        planned: what ``total`` comes to per worker, as the trainer counts; None for no end.
+        ends_with_data: the data ends the run, ``total`` is an estimate of it.
+        frozen: whether frozen parameters are exchanged like the others.
+        max_update_norm: see :class:`.UpdateGuard`.
+        token: the user's secret, with which others may join while training runs; None if there is none.
+        run: number of the run in the script.
+        seed: of the training data's order.
+        folder: name of the run's folder.
+
+    """
+
+    local_steps: int
+    rule: OuterOptimizer
+    dynamic_local_steps: bool
+    grace: GraceWindow
+    exchange: ExchangeOptions
+    start_timeout: float
+    silence_timeout: float
+    total: int | None
+    done: int = 0
+    planned: int | None = None
+    ends_with_data: bool = False
+    frozen: bool = False
+    max_update_norm: float | Literal["auto"] | None = "auto"
+    token: str | None = field(default=None, repr=False)
+    run: int = 1
+    seed: int = 0
+    folder: str = ""

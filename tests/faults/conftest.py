@@ -1,0 +1,67 @@
+"""Runs this folder's job as real processes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.faults.runs import Run
+from tests.processes import Jobs, jobs
+
+JOB = Path(__file__).with_name("job.py")
+ROOT = Path(__file__).parents[2]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--whole", action="store_true", help="tests/faults: every fault at every moment, many minutes")
+
+
+@pytest.fixture
+def whole(request: pytest.FixtureRequest) -> None:
+    if not request.config.getoption("--whole", default=False):
+        pytest.skip("part of the whole matrix: pytest tests/faults --whole")
+
+
+@pytest.fixture
+def started() -> Iterator[Jobs]:
+    """Starts processes; afterwards nothing of them may be left."""
+    with jobs() as started:
+        yield started
+
+
+def command(out: Path, **options: Any) -> list[str | Path]:
+    """The command line of the job."""
+    out.mkdir(exist_ok=True)
+    return [sys.executable, JOB, out, json.dumps(options)]
+
+
+@pytest.fixture
+def job(started: Jobs, tmp_path: Path) -> Callable[..., Run]:
+    """Runs the job, which must succeed."""
+
+    def run(timeout: float = 150.0, **options: Any) -> Run:
+        out = tmp_path / f"run{len(list(tmp_path.glob('run*')))}"
+        code, text = started.finish(started.start(command(out, **options), PYTHONPATH=str(ROOT)), timeout)
+        if code != 0:
+            pytest.fail(f"the job ended with {code}:\n{text[-6000:]}")
+        return Run(out, text)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def normal(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run of the job without faults."""
+    out = tmp_path_factory.mktemp("normal")
+    with jobs() as started:
+        code, text = started.finish(started.start(command(out, ranks=3), PYTHONPATH=str(ROOT)))
+    assert code == 0, text[-6000:]
+    run = Run(out, text)
+    run.assert_exactly_once()
+    run.assert_one_model({0, 1, 2})
+    return run

@@ -1,0 +1,138 @@
+"""The ledger's file: complete, in order, and in nobody's way."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_async_localsgd import ledger as module
+from lightning_async_localsgd.callback import AsyncLocalSGDCallback
+from lightning_async_localsgd.ledger import Ledger
+from lightning_async_localsgd.records import Settled
+from lightning_async_localsgd.strategy import AsyncLocalSGDStrategy
+from tests.unit.test_solo import fit
+
+
+def settled(sequence: int) -> Settled:
+    return Settled(1, "session", sequence, "this", 3, 4, 10, 0, None if sequence % 2 else "no", 0.5)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_every_push_is_a_line_with_its_fields(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "of" / "ledger.jsonl"
+    ledger = Ledger(path)
+    for sequence in range(1, 1001):
+        ledger.write(settled(sequence))
+    ledger.close()
+    ledger.close()
+    ledger.write(settled(0))
+    written = lines(path)
+    assert [line["sequence"] for line in written] == list(range(1, 1001))
+    assert written[0] == {
+        "worker": 1, "session": "session", "sequence": 1, "incarnation": "this", "base_version": 3, "version": 4,
+        "steps": 10, "staleness": 0, "refused": None, "seconds": 0.5,
+    }  # fmt: skip
+    assert written[1]["refused"] == "no"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert not [thread for thread in threading.enumerate() if thread.name == "async_localsgd-ledger"]
+
+
+def test_a_later_ledger_goes_on_behind_a_torn_line(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    path.write_text('{"worker": 0}\n{"worker": ')
+    ledger = Ledger(path)
+    ledger.write(settled(1))
+    ledger.close()
+    first, torn, last = path.read_text().splitlines()
+    assert json.loads(first) == {"worker": 0}
+    assert torn == '{"worker": '
+    assert json.loads(last)["sequence"] == 1
+
+
+def test_a_killed_process_loses_nothing_that_was_written(tmp_path: Path) -> None:
+    program = (
+        "import sys, time\n"
+        "from lightning_async_localsgd.ledger import Ledger\n"
+        "from lightning_async_localsgd.records import Settled\n"
+        "ledger = Ledger(sys.argv[1])\n"
+        "for sequence in range(100):\n"
+        "    ledger.write(Settled(0, 's', sequence, 'i', 0, 0, 1, 0, None, 0.0))\n"
+        "while not ledger._lines.empty():\n"
+        "    time.sleep(0.001)\n"
+        "ledger.write(Settled(0, 's', 100, 'i', 0, 0, 1, 0, None, 0.0))\n"
+        "print('written', flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    path = tmp_path / "ledger.jsonl"
+    process = subprocess.Popen([sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    with process:
+        assert process.stdout.readline() == b"written\n"
+        process.send_signal(signal.SIGKILL)
+    assert [line["sequence"] for line in lines(path)][:100] == list(range(100))
+
+
+def test_a_disk_that_is_full_ends_the_ledger_and_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
+    if not os.path.exists("/dev/full"):
+        pytest.skip("needs /dev/full")
+    ledger = Ledger("/dev/full")
+    for sequence in range(3):
+        ledger.write(settled(sequence))
+    ledger.close()
+    assert "ends here" in caplog.text
+    assert "lacks 3 pushes" in caplog.text
+
+
+def test_a_disk_that_hangs_holds_nobody_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "_MOST_WAITING", 50)
+    monkeypatch.setattr(module, "_CLOSING_SECONDS", 0.1)
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    ledger = Ledger(path)
+    # Nobody reads the pipe: once it is full, writing to it waits.
+    for sequence in range(10_000):
+        ledger.write(settled(sequence))
+    ledger.close()
+    assert "too slow" in caplog.text
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    deadline = time.monotonic() + 60
+    while ledger._thread.is_alive() and time.monotonic() < deadline:
+        with contextlib.suppress(BlockingIOError):
+            os.read(reader, 1 << 20)
+    os.close(reader)
+    assert not ledger._thread.is_alive()
+
+
+def test_a_fit_writes_its_pushes_and_a_later_one_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "ledger.jsonl"
+    callback = AsyncLocalSGDCallback(table=False, ledger=path)
+    for _ in range(2):
+        fit(AsyncLocalSGDStrategy(local_steps=5), max_steps=20, enable_checkpointing=False, callbacks=[callback])
+    written = lines(path)
+    half = len(written) // 2
+    assert [line["version"] for line in written] == [*range(1, half + 1)] * 2
+    assert sum(line["steps"] for line in written) == 40
+    assert {line["refused"] for line in written} == {None}
+    assert len({line["incarnation"] for line in written}) == 2
+
+
+@pytest.mark.parametrize("path", ["", ".", os.sep])
+def test_a_path_that_is_no_file_is_refused(path: str) -> None:
+    with pytest.raises(ValueError, match="ledger must be the path of a file"):
+        AsyncLocalSGDCallback(ledger=path)

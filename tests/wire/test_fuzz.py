@@ -1,0 +1,233 @@
+"""Random messages and bytes at the server's port: it lives on, applies nothing, keeps nothing, and says so in no log.
+
+Every part runs with some inputs in the ordinary suite, and with many more among the slow tests: more than 10,000.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lightning_async_localsgd.messages import (
+    Facts,
+    Hello,
+    Knock,
+    Lease,
+    LeaseRequest,
+    Message,
+    MessageError,
+    Push,
+    Reply,
+)
+from lightning_async_localsgd.wire import WireServer, frames
+from lightning_async_localsgd.wire.auth import password
+from tests.wire.fakes import FakeServer, RawWorker, Wire, wait_for
+from tests.wire.fuzzing import NUMEL, Speaker, throw
+from tests.wire.test_hostile import ZMTP3, Bystander, dial
+from tests.wire.test_strangers import MIB, memory
+
+values = st.one_of(
+    st.integers(-2, 2**70), st.text(max_size=40), st.none(), st.booleans(), st.floats(), st.lists(st.none())
+)
+
+
+@st.composite
+def bodies(draw: st.DrawFn, form: type[Message]) -> bytes:
+    """A message with its fields, or nearly so."""
+    right = {"int": st.integers(-2, 2**53), "bool": st.booleans(), "float": st.floats(), "str": st.text(max_size=40)}
+    fields = form.__dataclass_fields__.items()
+    body = {name: draw(st.one_of(right.get(str(field.type), values), values)) for name, field in fields}
+    body.update(draw(st.dictionaries(st.sampled_from(["x", *body]), values, max_size=1)))
+    return json.dumps(body).encode()
+
+
+def searching(examples: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    return settings(
+        max_examples=examples,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
+    )
+
+
+@contextlib.contextmanager
+def nothing_happens(caplog: pytest.LogCaptureFixture, fake: FakeServer, server: WireServer) -> Iterator[None]:
+    """Neither to the model nor to the memory, and no error is logged."""
+    version, before = fake.version, memory()
+    with caplog.at_level(logging.ERROR):
+        yield
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert memory() - before < 64 * MIB
+    assert fake.version == version
+    wait_for(lambda: fake.buffers.in_use == 0, "all buffers are free")
+
+
+# ------------------------------------------------------------------- messages
+
+
+@pytest.mark.parametrize("form", [Hello, Push, Reply, LeaseRequest, Lease, Knock, Facts, frames.Beat, frames.Answer])
+@searching(150)
+@given(data=st.data())
+def test_whatever_is_decoded_is_a_message_or_refused(form: type[Message], data: st.DataObject) -> None:
+    try:
+        message = form.decode(data.draw(st.one_of(st.binary(max_size=200), bodies(form))))
+    except MessageError:
+        return
+    assert form.decode(message.encode()) == message
+
+
+# --------------------------------------- with the token, without sockets, over a real server
+
+
+seeds = st.integers(0, 2**64 - 1)
+"""Of conversations, which are made without hypothesis: much faster, and so many more."""
+
+
+@searching(200)
+@given(seed=seeds)
+def test_no_conversation_ends_the_server(seed: int) -> None:
+    throw(random.Random(seed))
+
+
+@pytest.mark.slow
+@searching(800)
+@given(seed=seeds)
+def test_none_of_very_many_conversations_ends_the_server(seed: int) -> None:
+    throw(random.Random(seed))
+
+
+@pytest.mark.slow
+def test_no_conversation_that_reaches_new_code_ends_the_server(tmp_path: Path) -> None:
+    pytest.importorskip("atheris", reason="a coverage-guided fuzzer, which is not there for all versions of Python")
+    script = Path(__file__).with_name("guided_fuzz.py")
+    command = [sys.executable, str(script), "-runs=1000", "-seed=1", "-max_len=2000", "-len_control=0"]
+    # In a folder of its own: that is where it would put an input that fails.
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-6000:]
+    assert "Done 1000 runs" in done.stderr
+
+
+# ------------------------------------------------- with the token, over a real socket
+
+
+def run_conversations(wire: Wire, caplog: pytest.LogCaptureFixture, examples: int) -> None:
+    fake, server = wire.server(NUMEL)
+    assert server.local_endpoints is not None
+    bystander = Bystander(wire, fake, server.local_endpoints)
+    steady: RawWorker = wire.raw(server.local_endpoints)
+
+    @searching(examples)
+    @given(seed=seeds)
+    def search(seed: int) -> None:
+        ends: dict[int, RawWorker] = {}
+        for connection, parts in Speaker(random.Random(seed), may_end_the_run=True).conversation():
+            if parts is not None:
+                if connection not in ends:
+                    ends[connection] = wire.raw(server.local_endpoints)
+                ends[connection].say(*parts)
+            elif connection in ends:
+                ends.pop(connection).close()
+        for end in ends.values():
+            # When this is answered, everything has been read.
+            end.say(frames.BEAT + frames.Beat(0, "life-1", "00").encode())
+            end.hear(frames.ANSWER)
+            end.close()
+
+    with nothing_happens(caplog, fake, server):
+        search()
+        steady.say(frames.BEAT + frames.Beat(9, "life-9", "00").encode())
+        steady.hear(frames.ANSWER)
+    assert bystander.works()
+    assert not [departed for departed in fake.departed if departed[0] == 9]
+
+
+def test_no_message_over_a_socket_disturbs_the_others(wire: Wire, caplog: pytest.LogCaptureFixture) -> None:
+    run_conversations(wire, caplog, 60)
+
+
+@pytest.mark.slow
+def test_none_of_very_many_messages_over_a_socket_disturbs_the_others(
+    wire: Wire, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_conversations(wire, caplog, 300)
+
+
+# ------------------------------------------- bytes, before, in and after the handshake
+
+
+def frame(body: bytes, flags: int) -> bytes:
+    return (
+        bytes([flags, len(body)]) + body
+        if len(body) < 256
+        else bytes([flags | 2]) + len(body).to_bytes(8, "big") + body
+    )
+
+
+def command(name: bytes, body: bytes) -> bytes:
+    return frame(bytes([len(name)]) + name + body, 4)
+
+
+@st.composite
+def streams(draw: st.DrawFn, token: str) -> bytes:
+    """A connection's bytes: what a worker would send, up to some point, and something else from there on."""
+    greeting = ZMTP3 + draw(st.sampled_from([b"PLAIN", b"CURVE", b"NULL", b"GSSAPI"])).ljust(20, b"\0") + bytes(32)
+    right = password(token)
+    login = command(b"HELLO", b"\x06worker" + bytes([len(right)]) + right)
+    ready = command(b"INITIATE", b"\x0bSocket-Type\0\0\0\x06DEALER\x08Identity\0\0\0\0")
+    beat = frame(frames.BEAT + frames.Beat(1, "life-1", "00").encode(), 0)
+    pieces = [greeting, login, ready, beat, draw(st.binary(max_size=300))]
+    stream = b"".join(pieces[: draw(st.integers(0, 5))])
+    for _ in range(draw(st.integers(0, 3))):
+        if not stream:
+            break
+        at = draw(st.integers(0, len(stream) - 1))
+        change = draw(st.sampled_from(["flip", "cut", "insert", "double"]))
+        if change == "flip":
+            stream = stream[:at] + bytes([stream[at] ^ draw(st.integers(1, 255))]) + stream[at + 1 :]
+        elif change == "cut":
+            stream = stream[:at]
+        elif change == "insert":
+            stream = stream[:at] + draw(st.binary(min_size=1, max_size=20)) + stream[at:]
+        else:
+            stream = stream[:at] + stream[at // 2 :]
+    return stream + draw(st.binary(max_size=40))
+
+
+def run_streams(way: Callable[..., Any], wire: Wire, caplog: pytest.LogCaptureFixture, examples: int) -> None:
+    fake, server, endpoints = way(NUMEL)
+    bystander = Bystander(wire, fake, endpoints)
+
+    @searching(examples)
+    @given(stream=streams(endpoints.token))
+    def search(stream: bytes) -> None:
+        with dial(endpoints) as connection, contextlib.suppress(OSError):
+            connection.sendall(stream)
+
+    with nothing_happens(caplog, fake, server):
+        search()
+        assert len(fake.joined) == 1
+    assert bystander.works()
+    assert not fake.departed
+
+
+def test_no_bytes_disturb_anybody(way: Callable[..., Any], wire: Wire, caplog: pytest.LogCaptureFixture) -> None:
+    run_streams(way, wire, caplog, 150)
+
+
+@pytest.mark.slow
+def test_none_of_very_many_bytes_disturb_anybody(
+    way: Callable[..., Any], wire: Wire, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_streams(way, wire, caplog, 1000)
