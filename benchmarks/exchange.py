@@ -437,7 +437,7 @@ def measure_exchange(report: Report, repeats: int, stall_seconds: float) -> None
     with ExitStack() as stack:
         server = stack.enter_context(process(host, report.numel))
         endpoints = server.ask("endpoints")
-        workers = [stack.enter_context(process(worker, number, report.numel)) for number in range(1, WORKERS + 1)]
+        workers = [stack.enter_context(process(worker, number, report.numel)) for number in range(WORKERS)]
         for peer in workers:
             peer.begin("join", endpoints)
         for peer in workers:

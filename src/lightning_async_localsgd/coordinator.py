@@ -72,6 +72,7 @@ class Coordinator:
         on_metrics: called with a worker's number and what its module has logged in a round, as the push has it.
         on_settled: called with each push that has been decided on.
         shared: what every reply tells, see :class:`~lightning_async_localsgd.messages.Reply`.
+        asked: likewise.
         attendance: who takes part.
 
     """
@@ -92,6 +93,7 @@ class Coordinator:
         self.on_metrics: Callable[[int, str], None] = lambda worker, text: None
         self.on_settled: Callable[[Settled], None] = lambda settled: None
         self.shared = ""
+        self.asked = 0
         self.stopping = False
         self._pacing = pacing
         self._grace = grace
@@ -452,6 +454,7 @@ class Coordinator:
             stop=stop,
             refused=None if member.answer is None else member.answer.text,
             shared=self.shared,
+            asked=self.asked,
         )
 
     def _refuse_session(self, push: Push, now: float) -> str:

@@ -1,27 +1,25 @@
 """The states of workers' inner optimizers on the disk: saved by each worker itself, found again by its number.
 
-A worker above 0 saves them at the end of a round, every so often, into the run's folder on its own disk, and reports
-the file's name with its next push, so that rank 0's checkpoints say which one belongs to them. The files that rank 0
-can see are kept beside each checkpoint P, in ``P.workers/``. Rank 0's own state is in the checkpoint itself.
+A worker above 0 saves them at the end of a round, every so often and when rank 0 has written a checkpoint, into the
+run's folder on its own disk, and reports the file's name with its next push. The files that rank 0 can see are kept
+beside each checkpoint P, see :mod:`.companions`. Rank 0's own state is in the checkpoint itself.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import re
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from lightning_utilities.core.rank_zero import rank_zero_info
 from typing_extensions import override
 
 from lightning_async_localsgd.checkpoints import on_host
+from lightning_async_localsgd.companions import NAME, beside, files_of, names_in
 from lightning_async_localsgd.durable import Writer, link, verified, write
 from lightning_async_localsgd.exchange import ExchangeError
 from lightning_async_localsgd.interval import Interval
@@ -40,7 +38,6 @@ KEPT = 3
 """Files of a worker that stay in the folder: a checkpoint may name one that is not the newest any more."""
 
 _FORMAT = 1
-_NAME = re.compile(r"worker-(\d+)-(\d{6,})-[0-9a-f]{64}\.pt")
 _SECONDS_AT_THE_END = 60.0
 _SECONDS_WHEN_INTERRUPTED = 20.0
 
@@ -62,6 +59,7 @@ class InnerStates(Callback):
         self._phase = phase
         self._number = phase.worker.number
         self._name = ""
+        self._answered = 0 if phase.worker.reply is None else phase.worker.reply.asked
         self._writer: Writer | None = None
         folder, every = folder_of(trainer), self._strategy.checkpoint_every
         if folder is not None:
@@ -77,8 +75,17 @@ class InnerStates(Callback):
     def on_train_batch_end(self, *_: Any) -> None:
         if self._writer is None or self._phase.stopped or self._phase.worker.round_steps > 0:
             return
-        if self._interval.over(self._rounds) and not self._writer.busy:
+        asked = self._phase.worker.reply is not None and self._phase.worker.reply.asked > self._answered
+        if (asked or self._interval.over(self._rounds)) and not self._writer.busy:
             self._begin(self._writer)
+
+    def finish(self) -> str:
+        """Training is over: saves what belongs to the run's last checkpoints, and returns the file's name, if any."""
+        if self._writer is not None and self._phase.worker.total_steps > 0:
+            self._writer.wait(_SECONDS_AT_THE_END)
+            self._begin(self._writer)
+            self._writer.wait(_SECONDS_AT_THE_END)
+        return self._name
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -119,7 +126,7 @@ class InnerStates(Callback):
         """Takes over what an earlier process has left, in this run or in the one that is resumed."""
         found = self._strategy.inner_file
         if self._strategy.joins:
-            found = newest(_files_of(folder, self._number))
+            found = newest(files_of(folder, self._number))
             own = [optimizer.state_dict() for optimizer in self._trainer.optimizers]
             if found is None or not _load(self._trainer, found, own):
                 _log.warning("worker %d joins with a fresh optimizer state: none was saved", self._number)
@@ -137,6 +144,8 @@ class InnerStates(Callback):
 
     def _begin(self, writer: Writer) -> None:
         self._interval.begin(self._rounds)
+        if self._phase.worker.reply is not None:
+            self._answered = self._phase.worker.reply.asked
         try:
             state = {
                 "format": _FORMAT,
@@ -154,7 +163,7 @@ class InnerStates(Callback):
         writer.begin(lambda: self._write(state))
 
     def _write(self, state: dict[str, Any]) -> None:
-        files = in_order_of_age(_files_of(self._folder, self._number))
+        files = in_order_of_age(files_of(self._folder, self._number))
         count = 1 + max((_count(path) for path in files), default=0)
         stem = f"worker-{self._number}-{count:06d}"
         self._name = write(self._folder, stem, ".pt", lambda file: torch.save(state, file)).name
@@ -162,12 +171,8 @@ class InnerStates(Callback):
             old.unlink(missing_ok=True)
 
 
-def _files_of(folder: Path, worker: int) -> list[Path]:
-    return [path for path in folder.glob(f"worker-{worker}-*.pt") if _NAME.fullmatch(path.name)]
-
-
 def _count(path: Path) -> int:
-    found = _NAME.fullmatch(path.name)
+    found = NAME.fullmatch(path.name)
     return int(found[2]) if found else 0
 
 
@@ -189,12 +194,12 @@ def resume(trainer: pl.Trainer, checkpoint: Mapping[str, Any], server: Mapping[s
     rank, path = trainer.global_rank, trainer.ckpt_path
     states = checkpoint["optimizer_states"]
     name = names_in(server).get(rank)
-    for found in _candidates(trainer, rank, name, server):
+    for found, belongs in _candidates(trainer, rank, name, server):
         if _load(trainer, found, states):
-            if found.name != name:
+            if not belongs:
                 _log.warning(
-                    "worker %d: the optimizer state that belongs to %s (%s) is not there; going on with %s, of another "
-                    "moment of the same run", rank, path, name, found,
+                    "worker %d: the optimizer state that belongs to %s is not there; going on with %s, of another "
+                    "moment of the same run", rank, path, found,
                 )  # fmt: skip
             return found
     _adopt_rates(trainer, states)
@@ -205,26 +210,27 @@ def resume(trainer: pl.Trainer, checkpoint: Mapping[str, Any], server: Mapping[s
     return None
 
 
-def _candidates(trainer: pl.Trainer, rank: int, name: str | None, server: Mapping[str, Any]) -> Iterator[Path]:
-    """Complete files, best first."""
+def _candidates(
+    trainer: pl.Trainer, rank: int, name: str | None, server: Mapping[str, Any]
+) -> Iterator[tuple[Path, bool]]:
+    """Complete files, best first, and whether they belong to the checkpoint."""
     path, runs, run = trainer.ckpt_path, runs_of(trainer), server.get("folder")
     local = path is not None and "://" not in str(path)
     folders = [runs / run] if runs is not None and isinstance(run, str) and Path(run).name == run else []
     if local:
         folders.append(Path(str(path)).parent)
-    if name is not None:
-        places = [beside(one) for one in (path, Path(str(path)).resolve())] if local else []
-        for place in dict.fromkeys([*places, *folders]):
-            if place is None or not (place / name).exists():
-                continue
-            if verified(place / name):
-                yield place / name
-            else:
-                _log.warning("%s is damaged: its content is not what its name says; it is passed over", place / name)
+    places = [beside(one) for one in (path, Path(str(path)).resolve())] if local else []
+    kept = [one for place in dict.fromkeys(places) if place is not None for one in files_of(place, rank)]
+    named = [folder / name for folder in dict.fromkeys(folders) if name is not None and (folder / name).exists()]
+    for found in [*in_order_of_age(kept), *named]:
+        if verified(found):
+            yield found, True
+        else:
+            _log.warning("%s is damaged: its content is not what its name says; it is passed over", found)
     for folder in dict.fromkeys(folders):
-        others = [one for one in _files_of(folder, rank) if one.name != name]
-        if (found := newest(others)) is not None:
-            yield found
+        others = [one for one in files_of(folder, rank) if one.name != name]
+        if (other := newest(others)) is not None:
+            yield other, False
 
 
 def _load(trainer: pl.Trainer, path: Path, states: list[Any]) -> bool:
@@ -254,57 +260,3 @@ def _copy_rates(source: list[dict[str, Any]], target: list[dict[str, Any]]) -> N
     """Learning rates follow the progress of all workers together, not a worker's own."""
     for one, other in zip(source, target, strict=False):
         other.update({key: one[key] for key in ("lr", "initial_lr") if key in one})
-
-
-# --------------------------------------------------------------- beside a checkpoint
-
-
-def names_in(server: Mapping[str, Any]) -> dict[int, str]:
-    """Which worker's file of which name belongs to a server's state."""
-    # The names came over the network: nothing else is taken for one, above all no path.
-    named = ((int(worker), str(name)) for worker, name in server.get("inner_states", {}).items())
-    return {worker: name for worker, name in named if (is_one := _NAME.fullmatch(name)) and int(is_one[1]) == worker}
-
-
-def beside(checkpoint: Any) -> Path | None:
-    """The folder of the workers' files that belong to a checkpoint; None if that is on no disk of this machine."""
-    path = Path(str(checkpoint))
-    return None if "://" in str(checkpoint) else path.with_name(f"{path.name}.workers")
-
-
-def keep_beside(checkpoint: Any, server: Mapping[str, Any], folder: Path | None) -> None:
-    """Puts the workers' files that belong to a checkpoint beside it, those of them that are on this disk.
-
-    Args:
-        checkpoint: its path.
-        server: the server's state in it.
-        folder: of the run; None if there is none.
-
-    """
-    place, names = beside(checkpoint), set(names_in(server).values())
-    if folder is None:
-        return
-    if place is None:
-        if names:
-            rank_zero_info(f"{checkpoint} is on no disk of this machine: workers' optimizer states stay in {folder}")
-        return
-    for name in names:
-        if (folder / name).exists():
-            try:
-                link(folder / name, place)
-            except OSError as error:
-                _log.warning("the optimizer state %s cannot be kept beside %s: %s", name, checkpoint, error)
-    for old in place.glob("worker-*.pt"):
-        if old.name not in names:
-            old.unlink(missing_ok=True)
-
-
-def remove_beside(checkpoint: Any) -> None:
-    """Removes what was kept beside the checkpoint."""
-    place = beside(checkpoint)
-    if place is None:
-        return
-    for path in place.glob("worker-*.pt"):
-        path.unlink(missing_ok=True)
-    with suppress(OSError):  # It is not there, or somebody has put something else into it.
-        place.rmdir()

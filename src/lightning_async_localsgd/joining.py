@@ -33,9 +33,6 @@ REJOIN = "ASYNC_LOCALSGD_REJOIN"
 RUN = "ASYNC_LOCALSGD_RUN"
 """Name of the run's folder, for whoever goes on with the same run."""
 
-SHORTEST_TOKEN = 16
-"""Characters of a user's token: keys are derived from it, so it must not be guessed."""
-
 _runs = 0
 _entries: dict[str, Entry] = {}
 
@@ -44,16 +41,15 @@ def token_of(option: str | None) -> str | None:
     """The user's token: the strategy's option, or what the environment says; None if there is none.
 
     Raises:
-        ValueError: it is too short, which is said without showing it.
+        ValueError: it is no good, see :func:`.checked_token`.
 
     """
     token, where = (option, "token") if option is not None else (os.environ.get(TOKEN), TOKEN)
-    if token is not None and len(token) < SHORTEST_TOKEN:
-        raise ValueError(
-            f"{where} has {len(token)} characters; keys are made of it, so it needs at least {SHORTEST_TOKEN}: take "
-            'what `python -c "import secrets; print(secrets.token_hex(32))"` prints'
-        )
-    return token
+    if token is None:
+        return None
+    from lightning_async_localsgd.wire.auth import checked_token
+
+    return checked_token(token, where)
 
 
 @dataclass(frozen=True)

@@ -169,6 +169,8 @@ class Reply(Message):
         stop: training is over; the model that follows is the final one.
         refused: why the push was not applied, in one line; None if it was.
         shared: what rank 0 has decided for everybody (learning rates that follow a metric): a JSON object, or "".
+        asked: how often rank 0 has asked the workers to save their inner optimizers' states, which they do at the end
+            of a round.
 
     """
 
@@ -183,6 +185,7 @@ class Reply(Message):
     stop: bool
     refused: str | None
     shared: str = ""
+    asked: int = 0
 
 
 @dataclass(frozen=True)

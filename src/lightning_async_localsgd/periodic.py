@@ -17,8 +17,8 @@ from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
 from lightning_async_localsgd.checkpoints import CHECKPOINT_KEY, on_host
+from lightning_async_localsgd.companions import keep_beside, remove_beside
 from lightning_async_localsgd.durable import Writer, verified, write
-from lightning_async_localsgd.inner_state import keep_beside, remove_beside
 from lightning_async_localsgd.interval import Interval
 from lightning_async_localsgd.run_folder import CHECKPOINTS, folder_of, in_order_of_age, newest_checkpoint
 from lightning_async_localsgd.trainer_parts import callbacks_of

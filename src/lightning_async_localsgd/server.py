@@ -254,6 +254,14 @@ class Server:
 
         self._submit(event)
 
+    def ask_for_inner_states(self) -> None:
+        """Has every worker save its inner optimizers' states when it has ended its round."""
+
+        def event() -> None:
+            self._coordinator.asked += 1
+
+        self._submit(event)
+
     def stop(self) -> None:
         """Training ends as soon as everybody has handed in what they have."""
         self._submit(self._coordinator.stop)

@@ -31,10 +31,11 @@ from lightning_async_localsgd.averaging import averages, forgo_second_pass
 from lightning_async_localsgd.callback import AsyncLocalSGDCallback
 from lightning_async_localsgd.checkpoints import CHECKPOINT_KEY, SavedModel, frozen_in_time, without_theta
 from lightning_async_localsgd.children import ended_ranks, raise_if_process_ended
+from lightning_async_localsgd.companions import keep_beside, remove_beside
 from lightning_async_localsgd.epochs import TrainingData
 from lightning_async_localsgd.grace import GraceWindow
 from lightning_async_localsgd.guard import UpdateGuard
-from lightning_async_localsgd.inner_state import keep_beside, remove_beside, resume
+from lightning_async_localsgd.inner_state import resume
 from lightning_async_localsgd.joining import token_of
 from lightning_async_localsgd.launcher import AsyncProcessLauncher, AsyncScriptLauncher
 from lightning_async_localsgd.layout import Layout
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _LAUNCHERS = (AsyncScriptLauncher, AsyncProcessLauncher)
+
 
 class AsyncLocalSGDStrategy(MeetingStrategy):
     """Trains one model on ranks of unequal speed, none of which waits for another.
@@ -451,7 +453,9 @@ class AsyncLocalSGDStrategy(MeetingStrategy):
             self._rendezvous.meet_again()
             if self.is_global_zero:
                 self._rendezvous.survivors = phase.survivors
+            training.save_inner_states(self._rendezvous)
             self._rendezvous.barrier("end of training")
+            training.gather_inner_states(self._rendezvous)
             if self.is_global_zero:
                 left = phase.survivors()
                 self._rendezvous.survivors = lambda: left - ended_ranks()
@@ -525,6 +529,8 @@ class AsyncLocalSGDStrategy(MeetingStrategy):
         super().save_checkpoint(frozen_in_time(checkpoint, self.checkpoint_io), filepath, storage_options)
         if server is not None:
             keep_beside(filepath, server, folder_of(self._trainer))
+            if self._training is not None:
+                self._training.ask_for_inner_states(filepath, server)
 
     def add_server_state(self, checkpoint: dict[str, Any]) -> dict[str, Any] | None:
         """Rank 0: adds the server's state to a checkpoint that the trainer has made, and returns it if there is one."""

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 from lightning_async_localsgd.agreement import Agreement
 from lightning_async_localsgd.averaging import GlobalAverages
 from lightning_async_localsgd.callback import AsyncLocalSGDCallback
+from lightning_async_localsgd.companions import AwaitedStates
 from lightning_async_localsgd.counts import GlobalCounts
 from lightning_async_localsgd.inner_state import InnerStates
 from lightning_async_localsgd.local_values import LocalValues
 from lightning_async_localsgd.periodic import PeriodicCheckpoints
+from lightning_async_localsgd.run_folder import folder_of
 from lightning_async_localsgd.schedules import ProgressSchedulers
 from lightning_async_localsgd.trainer_parts import (
     RestingCallbacks,
@@ -30,6 +32,10 @@ if TYPE_CHECKING:
     from lightning_async_localsgd.limits import LiftedLimits, RunBudget
     from lightning_async_localsgd.phase import AsyncPhase
     from lightning_async_localsgd.rendezvous import Rendezvous
+    from lightning_async_localsgd.strategy import AsyncLocalSGDStrategy
+
+
+_INNER_STATE = "inner state"
 
 
 class AsyncTraining:
@@ -69,6 +75,8 @@ class AsyncTraining:
         self._budget = budget
         self._data_ended = False
         self._agreement: Agreement | None = None
+        self._inner_states: InnerStates | None = None
+        self._awaited_states: AwaitedStates | None = None
         self._held = ExitStack()
         try:
             self._begin(restored)
@@ -79,6 +87,7 @@ class AsyncTraining:
     def _begin(self, restored: dict[str, Any] | None) -> None:
         """Takes hold of the trainer. What is taken first is given back last."""
         trainer, phase, held = self._trainer, self.phase, self._held
+        strategy: AsyncLocalSGDStrategy = trainer.strategy  # type: ignore[assignment]
         held.callback(self._limits.restore)
         if self._budget.ends_with_data:
             self._limits.keep_epochs()
@@ -108,7 +117,13 @@ class AsyncTraining:
                 self._follow()
         optimizer = torch_optimizer(trainer.strategy.optimizers[0])
         held.callback(optimizer.register_step_post_hook(lambda *_: phase.worker.count_step()).remove)
-        held.callback((PeriodicCheckpoints if trainer.is_global_zero else InnerStates)(trainer, phase).release)
+        if trainer.is_global_zero:
+            held.callback(PeriodicCheckpoints(trainer, phase).release)
+            if phase.server is not None and not phase.alone and strategy.checkpoint_every is not None:
+                self._awaited_states = AwaitedStates(phase.server, folder_of(trainer))
+        else:
+            self._inner_states = InnerStates(trainer, phase)
+            held.callback(self._inner_states.release)
         for callback in callbacks_of(trainer):
             if isinstance(callback, AsyncLocalSGDCallback):
                 callback.on_async_phase_start(trainer, phase)
@@ -152,6 +167,8 @@ class AsyncTraining:
             self.phase.finish(stop=False)
         if adopted:
             self._adapt_optimizers()
+            if self._awaited_states is not None:
+                self._awaited_states.look()
         self._follow()
 
     def after_batch(self) -> None:
@@ -185,6 +202,28 @@ class AsyncTraining:
             else:
                 self.phase.finish(stop=not self._data_ended)
             self._follow()
+
+    # ------------------------------------------------------------- inner states
+
+    def ask_for_inner_states(self, checkpoint: Any, state: dict[str, Any]) -> None:
+        """Rank 0 has written a checkpoint: workers save the states that belong to it, see :class:`.AwaitedStates`."""
+        if self._awaited_states is not None:
+            self._awaited_states.ask(checkpoint, state)
+
+    def save_inner_states(self, rendezvous: Rendezvous) -> None:
+        """After the end, on every rank: workers save their states once more if there are checkpoints they belong to."""
+        wanted = rendezvous.broadcast(self._awaited_states is not None and self._awaited_states.asked > 0)
+        if wanted and self._inner_states is not None:
+            rendezvous.post(_INNER_STATE, self._inner_states.finish())
+
+    def gather_inner_states(self, rendezvous: Rendezvous) -> None:
+        """After that, on rank 0: keeps them beside the checkpoints."""
+        server = self.phase.server
+        if self._awaited_states is None or server is None or not self._awaited_states.asked:
+            return
+        names = {worker: name for worker, name in rendezvous.posted(_INNER_STATE).items() if name}
+        server.ask(lambda coordinator: coordinator.attendance.inner_states.update(names))
+        self._awaited_states.finish(names)
 
     # ----------------------------------------------------------------- the end
 

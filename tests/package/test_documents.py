@@ -7,13 +7,14 @@ import importlib
 import inspect
 import pkgutil
 import re
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 from lightning.pytorch.strategies import DDPStrategy
 
 import lightning_async_localsgd as package
-from lightning_async_localsgd import AsyncLocalSGDStrategy, DelayedNesterov, ExchangeOptions
+from lightning_async_localsgd import AsyncLocalSGDCallback, AsyncLocalSGDStrategy, DelayedNesterov, ExchangeOptions
 from tests.package.conftest import PROJECT
 
 README = (PROJECT / "README.md").read_text()
@@ -29,7 +30,14 @@ def documented(text: str) -> dict[str, str]:
 
 
 def defaults(of: type) -> dict[str, str]:
-    return {name: repr(parameter.default) for name, parameter in inspect.signature(of).parameters.items()}
+    return {name: written(parameter.default) for name, parameter in inspect.signature(of).parameters.items()}
+
+
+def written(value: object) -> str:
+    """As one would write it, which is not how a timedelta shows itself."""
+    if isinstance(value, timedelta):
+        return f"timedelta(minutes={value // timedelta(minutes=1)})"
+    return repr(value)
 
 
 def test_readme_names_every_option_with_its_default() -> None:
@@ -42,6 +50,7 @@ def test_readme_names_every_option_with_its_default() -> None:
 def test_options_page_names_every_option_with_its_default() -> None:
     own = {name: default for name, default in defaults(AsyncLocalSGDStrategy).items() if name not in LIGHTNINGS_OWN}
     wanted = {**own, "start_method": "'popen'", **defaults(DelayedNesterov), **defaults(ExchangeOptions)}
+    wanted.update(defaults(AsyncLocalSGDCallback))
     assert documented(OPTIONS) == wanted
 
 

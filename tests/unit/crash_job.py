@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
+from lightning_async_localsgd.companions import names_in
 from lightning_async_localsgd.durable import write
-from lightning_async_localsgd.inner_state import names_in
 from lightning_async_localsgd.periodic import store
 from lightning_async_localsgd.run_folder import newest_checkpoint
 

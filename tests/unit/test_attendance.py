@@ -200,6 +200,16 @@ def test_a_second_answer_may_come_after_the_first_has_arrived() -> None:
     assert coordinator.model.version == 3
 
 
+def test_a_worker_that_hands_in_twice_without_an_answer_in_between_is_refused() -> None:
+    coordinator, player = started(grace=50.0)
+    player.push(0, 1.0)
+    assert player.flush(1.0) == {}
+    player.push(0, 2.0)
+    player.push(1, 3.0)
+    assert "not this worker's last dispatch" in (player.flush(3.0)[0].refused or "")
+    assert coordinator.model.version == 2
+
+
 def test_an_old_push_disturbs_nothing() -> None:
     coordinator, player = started()
     old = player.push(0, 1.0)

@@ -218,3 +218,20 @@ def test_the_paper_s_devices_end_together() -> None:
 def test_every_run_ends_with_all_steps_taken(seconds_per_step: list[float], local_steps: int, total: int) -> None:
     _, _, taken, _ = emulate(seconds_per_step, local_steps, total)
     assert sum(taken) == total
+
+
+def test_a_round_that_goes_on_after_all_has_its_steps_again() -> None:
+    budget = Budget(total=20)
+    budget.grant(0, 10, now=0.0, speeds={0: None, 1: None})
+    budget.grant(1, 10, now=0.0, speeds={0: None, 1: None})
+    budget.release(1)
+    budget.settle(0, 10)
+    assert budget.grant(0, 10, now=1.0, speeds={0: None}) == 10
+    budget.resume(1, 10, now=2.0)
+    assert budget.exhausted
+    budget.settle(0, 10)
+    assert not budget.finished
+    assert budget.grant(0, 10, now=3.0, speeds={0: None, 1: None}) == 0
+    budget.settle(1, 10)
+    assert budget.finished
+    assert budget.done == 30

@@ -18,9 +18,10 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from lightning_async_localsgd import AsyncLocalSGDStrategy
+from lightning_async_localsgd.companions import AwaitedStates, beside, keep_beside, names_in, remove_beside
 from lightning_async_localsgd.durable import verified
 from lightning_async_localsgd.exchange import ExchangeError
-from lightning_async_localsgd.inner_state import InnerStates, beside, keep_beside, names_in, remove_beside, resume
+from lightning_async_localsgd.inner_state import InnerStates, resume
 from tests.lightning_contract import checkpoints_job as job
 
 
@@ -57,8 +58,8 @@ def worker_of(root: Path, steps: int, module: job.Module | None = None, **option
 
 def phase_of(number: int = 1) -> Any:
     worker = SimpleNamespace(
-        number=number, session="s", reply=SimpleNamespace(version=0), round_steps=0, total_steps=9, diverged=False,
-        inner=str, interruptions=0,
+        number=number, session="s", reply=SimpleNamespace(version=0, asked=0), round_steps=0, total_steps=9,
+        diverged=False, inner=str, interruptions=0,
     )  # fmt: skip
 
     def interrupt() -> None:
@@ -310,3 +311,97 @@ def test_checkpoints_that_are_on_no_disk_have_nothing_beside_them(tmp_path: Path
     keep_beside("s3://bucket/last.ckpt", {"inner_states": {"1": f"worker-1-000001-{HASH}.pt"}}, tmp_path)
     remove_beside("s3://bucket/last.ckpt")
     assert os.listdir(tmp_path) == []
+
+
+# ------------------------------------------------------------------ when rank 0 asks
+
+
+def test_a_state_is_saved_when_rank_0_asks_for_it(tmp_path: Path) -> None:
+    trainer = worker_of(tmp_path, 5, every=timedelta(days=1))
+    phase = phase_of()
+    states = InnerStates(trainer, phase)
+    end_round(states, phase, 3)
+    assert files(tmp_path) == []
+    phase.worker.reply.asked = 1
+    end_round(states, phase, 4)
+    end_round(states, phase, 5)
+    assert [path.name for path in files(tmp_path)] == [states._name]
+    states.release()
+
+
+class Told:
+    """A server's answers to the questions that the one who keeps files asks."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.names: dict[int, str] = {}
+        self.live = [0, 1, 2]
+
+    def ask_for_inner_states(self) -> None:
+        self.asked += 1
+
+    def ask(self, question: Any) -> Any:
+        return question(SimpleNamespace(attendance=SimpleNamespace(inner_states=self.names), live=self.live))
+
+
+def name(worker: int, count: int) -> str:
+    return f"worker-{worker}-{count:06d}-{worker * 1000 + count:064x}.pt"
+
+
+def make(folder: Path, *names: str) -> None:
+    folder.mkdir(exist_ok=True)
+    for one in names:
+        (folder / one).write_text(one)
+
+
+def test_what_is_reported_after_a_checkpoint_takes_the_place_of_older_files(tmp_path: Path) -> None:
+    run, path, server = tmp_path / "run", tmp_path / "some.ckpt", Told()
+    make(run, name(1, 1), name(1, 2), name(2, 1), name(1, 3))
+    path.write_text("checkpoint")
+    state = {"inner_states": {"1": name(1, 1)}}
+    keep_beside(path, state, run)
+    awaited = AwaitedStates(server, run)  # type: ignore[arg-type] # what it asks of one
+    awaited.ask(path, state)
+    assert server.asked == awaited.asked == 1
+    place = beside(path)
+    assert place is not None
+    server.names = {1: name(1, 1)}
+    awaited.look()
+    assert [one.name for one in place.iterdir()] == [name(1, 1)]
+    server.names = {1: name(1, 2)}
+    awaited.look()
+    server.names = {1: name(1, 3), 2: name(2, 1)}
+    awaited.look()
+    # The first one after the checkpoint is the nearest to it.
+    assert sorted(one.name for one in place.iterdir()) == [name(1, 2), name(2, 1)]
+    assert awaited._pending == []
+
+
+def test_the_end_completes_what_is_still_awaited(tmp_path: Path) -> None:
+    run, path = tmp_path / "run", tmp_path / "some.ckpt"
+    make(run, name(1, 1), name(2, 1))
+    path.write_text("checkpoint")
+    awaited = AwaitedStates(Told(), run)  # type: ignore[arg-type] # what it asks of one
+    awaited.ask(path, {"inner_states": {}})
+    awaited.finish({1: name(1, 1), 2: name(2, 1)})
+    place = beside(path)
+    assert place is not None
+    assert sorted(one.name for one in place.iterdir()) == [name(1, 1), name(2, 1)]
+
+
+def test_a_checkpoint_that_was_removed_is_not_awaited_for(tmp_path: Path) -> None:
+    run, path, server = tmp_path / "run", tmp_path / "some.ckpt", Told()
+    make(run, name(1, 1))
+    awaited = AwaitedStates(server, run)  # type: ignore[arg-type] # what it asks of one
+    awaited.ask(path, {"inner_states": {}})
+    server.names = {1: name(1, 1)}
+    awaited.look()
+    assert awaited._pending == []
+    assert not (tmp_path / "some.ckpt.workers").exists()
+
+
+def test_without_a_folder_nothing_is_asked_for(tmp_path: Path) -> None:
+    server = Told()
+    awaited = AwaitedStates(server, None)  # type: ignore[arg-type] # what it asks of one
+    awaited.ask(tmp_path / "some.ckpt", {})
+    assert server.asked == awaited.asked == 0

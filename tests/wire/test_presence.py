@@ -103,6 +103,26 @@ def test_a_beat_brings_a_session_back_and_a_hello_does(way: Open, wire: Wire) ->
     assert len(fake.revived) == 1
 
 
+def test_a_connection_over_which_nothing_comes_any_more_does_not_hide_an_end(way: Open, wire: Wire) -> None:
+    fake, _, endpoints = way(1, silence_timeout=1.0)
+    bulk, old, new = (wire.raw(endpoints) for _ in range(3))
+    bulk.greet(fake.layout)
+    bulk.hear(frames.MODEL)
+    bulk.say(frames.pack_part(frames.CREDIT, 1, 1))
+    beat(old)
+    until = time.monotonic() + 1.5
+    while time.monotonic() < until:
+        beat(new)
+        time.sleep(0.05)
+    bulk.close()
+    new.close()
+    wait_for(lambda: fake.departed, "its end")
+    assert fake.departed == [(1, "life-1", "its connection ended")]
+    # A beat over the old one is as good as any.
+    beat(old)
+    assert fake.revived == [(1, "life-1")]
+
+
 @pytest.mark.parametrize("end", ["goodbye", "nonsense", "refused", "superseded"])
 def test_a_session_that_has_ended_for_good_is_not_brought_back_by_its_heart(way: Open, wire: Wire, end: str) -> None:
     fake, _, endpoints = way(1)

@@ -39,6 +39,9 @@ _log = logging.getLogger(__name__)
 _LOOK_SECONDS = 0.2
 """How often a waiting worker looks whether the server is still there."""
 
+_GREETING_SECONDS = 10.0
+"""How long the answer to a greeting may take, unless more silence is allowed."""
+
 _GOODBYE_SECONDS = 0.5
 """How long a goodbye may take to leave."""
 
@@ -197,6 +200,8 @@ class WireExchange(Exchange):
         nonce = secrets.token_bytes(frames.NONCE_BYTES)
         hello = dataclasses.replace(self._hello, rejoining=self._dispatched)
         self._send(link, frames.HELLO + hello.encode(), nonce)
+        # It answers at once, so another connection may be luckier.
+        seconds = min(seconds, max(_GREETING_SECONDS, self._silence_limit))
         until = time.monotonic() + seconds
         header = b""
         while header[:1] != frames.WELCOME:

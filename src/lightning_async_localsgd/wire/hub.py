@@ -18,7 +18,7 @@ from lightning_async_localsgd.wire import frames
 from lightning_async_localsgd.wire.auth import proof
 from lightning_async_localsgd.wire.frames import Welcome
 from lightning_async_localsgd.wire.peer import Download, Peer, Upload
-from lightning_async_localsgd.wire.presence import Attendance
+from lightning_async_localsgd.wire.presence import Presences
 from lightning_async_localsgd.wire.small_talk import SmallTalk
 from lightning_async_localsgd.wire.way import Key, Tally, Way, source_of
 
@@ -61,7 +61,7 @@ class Hub:
         self._token = token
         self._silence_timeout = silence_timeout
         self._post = post
-        self._attendance = Attendance(server, silence_timeout, self._hang_up)
+        self._presences = Presences(server, silence_timeout, self._hang_up)
         self._small_talk = SmallTalk(server, token, post, self._say)
         self._peers: dict[Key, Peer] = {}
         self._connections: dict[tuple[Way, int], Key] = {}
@@ -118,7 +118,7 @@ class Hub:
             if peer is not None:
                 self._end(peer, "its connection ended")
             self._small_talk.end(key)
-            self._attendance.end_pulse(key)
+            self._presences.end_pulse(key)
         self._ended.clear()
 
     def _known(self, key: Key) -> Peer:
@@ -150,7 +150,7 @@ class Hub:
         if not self._meet(key, descriptor, frames.WELCOME + welcome.encode()):
             return
         older = self._peers.get(key)
-        presence = self._attendance.greet(hello, time.monotonic())
+        presence = self._presences.greet(hello, time.monotonic())
         # The same session over a newer connection, or once more over this one: the older peer has no say any more.
         if presence.peer is not None:
             self._retire(presence.peer)
@@ -167,7 +167,7 @@ class Hub:
         key[0].introduce(descriptor)
         if self._meet(key, descriptor, answer):
             self._small_talk.note(key, beat)
-            self._attendance.beat(key, beat, time.monotonic())
+            self._presences.beat(key, beat, time.monotonic())
 
     def _on_word(self, peer: Peer, kind: bytes, header: bytes) -> None:
         if kind == frames.PUSH:
@@ -360,13 +360,13 @@ class Hub:
         now = time.monotonic()
         if now - self._awake_at > self._silence_timeout / 2:
             # This process was suspended, or too busy to listen. The silence was its own.
-            self._attendance.excuse(now)
+            self._presences.excuse(now)
             for peer in self._peers.values():
                 for transfer in (peer.upload, peer.download):
                     if transfer is not None:
                         transfer.moved_at = now
         self._awake_at = now
-        self._attendance.judge(now)
+        self._presences.judge(now)
         for peer in list(self._peers.values()):
             if peer.live:
                 self._pump(peer)
@@ -384,8 +384,8 @@ class Hub:
 
     def lose_all(self, reason: str) -> None:
         """The server learns that no worker can be reached any more."""
-        for presence in self._attendance:
-            self._attendance.dismiss(presence, reason)
+        for presence in self._presences:
+            self._presences.dismiss(presence, reason)
 
     def retire_all(self) -> None:
         """The end: buffers go back, and whatever the outlets are told from now on only frees what it brings."""
@@ -401,7 +401,7 @@ class Hub:
             waits = isinstance(transfer, Upload) and transfer.lease is None
             if transfer is not None and not waits and now - transfer.moved_at > limit:
                 reason = f"it stalled in mid-{what} for {now - transfer.moved_at:.0f} s"
-                self._attendance.depart(peer.presence, reason, stalled=True)
+                self._presences.depart(peer.presence, reason, stalled=True)
                 return
 
     def _hand_over(self, peer: Peer, upload: Upload) -> None:
@@ -411,13 +411,13 @@ class Hub:
     def _end(self, peer: Peer, reason: str) -> None:
         """A connection has ended, or is of no use any more."""
         self._retire(peer)
-        self._attendance.detach(peer, reason)
+        self._presences.detach(peer, reason)
 
     def _dismiss(self, peer: Peer, reason: str | None = None) -> None:
         """The session ends for good; the server learns the reason if there is one."""
         if peer.live:
             self._retire(peer)
-            self._attendance.dismiss(peer.presence, reason)
+            self._presences.dismiss(peer.presence, reason)
 
     def _hang_up(self, peer: Peer) -> None:
         """The session has departed. Its process, if there is one, dials again; what is on its way to it is taken back.

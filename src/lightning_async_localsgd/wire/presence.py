@@ -8,6 +8,7 @@ Its process may be alive all the same: the next beat brings it back, unless anot
 from __future__ import annotations
 
 import logging
+import time
 from typing import TYPE_CHECKING
 
 from lightning_async_localsgd.wire.silence import Silence
@@ -33,7 +34,8 @@ class Presence:
 
     Attributes:
         peer: its bulk connection; None while there is none.
-        pulses: the connections of its heartbeat.
+        pulses: the connections of its heartbeat, and when it was heard over them last. One that has replaced another
+            may leave it half open for long.
         departed: the server has been told that it is lost.
         stalled: it departed in the middle of a transfer though its heart beats: only a new hello brings it back.
 
@@ -44,12 +46,12 @@ class Presence:
         self.session = session
         self.silence = silence
         self.peer: Peer | None = None
-        self.pulses: set[Hashable] = set()
+        self.pulses: dict[Hashable, float] = {}
         self.departed = False
         self.stalled = False
 
 
-class Attendance:
+class Presences:
     """All sessions that have said hello and have not said goodbye.
 
     Args:
@@ -90,7 +92,7 @@ class Attendance:
         if presence is None:
             return
         presence.silence.hear(now)
-        presence.pulses.add(connection)
+        presence.pulses[connection] = now
         self._beating[connection] = presence
         if presence.departed and not presence.stalled:
             presence.departed = False
@@ -101,7 +103,7 @@ class Attendance:
         """A connection over which a heart may have been beating has ended."""
         presence = self._beating.pop(connection, None)
         if presence is not None:
-            presence.pulses.discard(connection)
+            presence.pulses.pop(connection, None)
             self._look(presence, "its connection ended")
 
     def detach(self, peer: Peer, reason: str) -> None:
@@ -147,7 +149,8 @@ class Attendance:
                 self.depart(presence, f"it was silent for {presence.silence.seconds(now):.0f} s")
 
     def _look(self, presence: Presence, reason: str) -> None:
-        if presence.peer is None and not presence.pulses:
+        since = time.monotonic() - presence.silence.limit
+        if presence.peer is None and not any(heard_at > since for heard_at in presence.pulses.values()):
             self.depart(presence, reason)
 
     def _forget(self, presence: Presence) -> None:

@@ -164,7 +164,12 @@ class Way:
             self.socket.setsockopt(option, value)
         heartbeat_options(self.socket, silence_timeout / 4, MOST_TIMES * silence_timeout)
         secrets_.guard(self.socket, encrypted)
-        self.monitor = self.socket.get_monitor_socket(_EVENTS)
+        # No event may get lost, however many strangers come at once, so there is no limit to what waits to be read.
+        watched = f"inproc://async_localsgd_{uuid.uuid4().hex}"
+        self.socket.monitor(watched, _EVENTS)
+        self.monitor = context.socket(zmq.PAIR)
+        self.monitor.setsockopt(zmq.RCVHWM, 0)
+        self.monitor.connect(watched)
         try:
             self.socket.bind(address.bind)
         except zmq.ZMQError as error:
