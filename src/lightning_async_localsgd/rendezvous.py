@@ -36,6 +36,7 @@ _PROCESS = "process"
 _stores: dict[tuple[str, int], TCPStore] = {}
 """One store a process and address, kept for the process's life: a second Trainer in the same script meets on it too."""
 
+
 class RendezvousError(RuntimeError):
     """The ranks did not meet. The text says who is missing and what to do."""
 

@@ -18,9 +18,13 @@ RESUME = "ASYNC_LOCALSGD_RESUME"
 """Set to 1 for a job that is started again: it goes on from the newest checkpoint of its run."""
 
 FIRST_PAUSE = 0.5
-"""Seconds between a death and the first restart; twice as long before each further one."""
+"""Seconds between a death and the first restart; twice as long before each further one, unless it has lived
+for a while in between."""
 
 _LONGEST_PAUSE = 30.0
+
+_GOOD_LIFE = 60.0
+"""Seconds of life after which a death is no sign that the next life will be short, too."""
 
 _ASKED_TO_END = {signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM}
 
@@ -80,6 +84,8 @@ class Restarts:
         self._most = most
         self._allowed = allowed
         self._lives: dict[int, int] = {}
+        self._started: dict[int, float] = {}
+        self._in_a_row: dict[int, int] = {}
         self._due: dict[int, float] = {}
 
     def died(self, worker: int, code: int, now: float, error: str = "") -> bool:
@@ -107,7 +113,10 @@ class Restarts:
                 "without it", worker, how, lives, self._most,
             )  # fmt: skip
         else:
-            pause = pause_before(lives)
+            if now - self._started.get(worker, now) >= _GOOD_LIFE:
+                self._in_a_row[worker] = 0
+            pause = pause_before(self._in_a_row.get(worker, 0))
+            self._in_a_row[worker] = self._in_a_row.get(worker, 0) + 1
             _log.warning(
                 "worker %d ended with %s; it is started again in %g s (restart %d of %d)",
                 worker, how, pause, lives + 1, self._most,
@@ -130,6 +139,7 @@ class Restarts:
         for worker in due:
             del self._due[worker]
             self._lives[worker] = self._lives.get(worker, 0) + 1
+            self._started[worker] = now
         return {worker: self._lives[worker] for worker in due}
 
 

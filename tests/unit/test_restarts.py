@@ -56,6 +56,20 @@ def test_nobody_comes_back_after_the_end() -> None:
     assert restarts.take_due(100.0) == {}
 
 
+def test_after_a_good_life_the_pause_is_short_again() -> None:
+    restarts = Restarts(most=9)
+    now = 0.0
+    for pause in (0.5, 1.0, 2.0):
+        assert restarts.died(2, -9, now)
+        assert restarts.next_due() == now + pause
+        now += pause
+        restarts.take_due(now)
+        now += 1.0
+    now += 60.0
+    assert restarts.died(2, -9, now)
+    assert restarts.next_due() == now + 0.5
+
+
 def test_a_pause_has_a_limit() -> None:
     assert pause_before(50) == 30.0
 
