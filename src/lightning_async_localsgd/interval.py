@@ -32,3 +32,19 @@ class Interval:
         if isinstance(self._every, timedelta):
             return self._clock() - self._began >= self._every.total_seconds()
         return rounds - self._rounds >= self._every
+
+
+def check_interval(every: int | timedelta | None) -> None:
+    """Whether ``every`` is one that ``checkpoint_every`` can be.
+
+    Raises:
+        ValueError: it is not.
+
+    """
+    rounds = type(every) is int and every > 0
+    time_ = isinstance(every, timedelta) and every > timedelta(0)
+    if not (every is None or rounds or time_):
+        raise ValueError(
+            f"checkpoint_every={every!r} must be a positive number of rounds, a positive timedelta, or None for no "
+            "checkpoints of the run's own"
+        )

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext, suppress
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -29,27 +28,24 @@ from typing_extensions import override
 
 from lightning_async_localsgd.averaging import averages, forgo_second_pass
 from lightning_async_localsgd.callback import AsyncLocalSGDCallback
-from lightning_async_localsgd.checkpoints import CHECKPOINT_KEY, SavedModel, frozen_in_time, without_theta
+from lightning_async_localsgd.checkpoints import without_theta
 from lightning_async_localsgd.children import ended_ranks, raise_if_process_ended
-from lightning_async_localsgd.companions import keep_beside, remove_beside
 from lightning_async_localsgd.epochs import TrainingData
 from lightning_async_localsgd.grace import GraceWindow
 from lightning_async_localsgd.guard import UpdateGuard
-from lightning_async_localsgd.inner_state import resume
+from lightning_async_localsgd.interval import check_interval
 from lightning_async_localsgd.joining import token_of
 from lightning_async_localsgd.launcher import AsyncProcessLauncher, AsyncScriptLauncher
 from lightning_async_localsgd.layout import Layout
 from lightning_async_localsgd.limits import LiftedLimits, run_budget
-from lightning_async_localsgd.meeting import MeetingStrategy
 from lightning_async_localsgd.options import ExchangeOptions
 from lightning_async_localsgd.outer import OuterOptimizer, resolve_outer_optimizer
 from lightning_async_localsgd.pacing import SpeedAwareSteps
-from lightning_async_localsgd.periodic import is_periodic, load_periodic
 from lightning_async_localsgd.phase import AsyncPhase
 from lightning_async_localsgd.refusals import refuse_callbacks, refuse_plugins, refuse_process_group
 from lightning_async_localsgd.registration import register_names
 from lightning_async_localsgd.restarts import WorkersLostError
-from lightning_async_localsgd.run_folder import folder_of
+from lightning_async_localsgd.saving import SavingStrategy
 from lightning_async_localsgd.settings import PhaseSettings
 from lightning_async_localsgd.trainer_parts import (
     callbacks_of,
@@ -63,13 +59,12 @@ from lightning_async_localsgd.training import AsyncTraining
 # What the constructor's annotations name is imported above, at run time: command lines read it from the module.
 if TYPE_CHECKING:
     import lightning.pytorch as pl
-    from lightning.fabric.utilities.types import _PATH
     from torch import Tensor
 
 _LAUNCHERS = (AsyncScriptLauncher, AsyncProcessLauncher)
 
 
-class AsyncLocalSGDStrategy(MeetingStrategy):
+class AsyncLocalSGDStrategy(SavingStrategy):
     """Trains one model on ranks of unequal speed, none of which waits for another.
 
     Every rank takes local optimizer steps at its own pace, and merges what it has learned in a round into a global
@@ -165,15 +160,7 @@ class AsyncLocalSGDStrategy(MeetingStrategy):
             raise ValueError(f"silence_timeout={silence_timeout!r} must be a positive number of seconds")
         if type(max_restarts) is not int or max_restarts < 0:
             raise ValueError(f"max_restarts={max_restarts!r} must be a number of restarts of each worker, 0 or more")
-        if isinstance(checkpoint_every, timedelta):
-            regular = checkpoint_every > timedelta(0)
-        else:
-            regular = checkpoint_every is None or (type(checkpoint_every) is int and checkpoint_every > 0)
-        if not regular:
-            raise ValueError(
-                f"checkpoint_every={checkpoint_every!r} must be a positive number of rounds, a positive timedelta, or "
-                "None for no checkpoints of the run's own"
-            )
+        check_interval(checkpoint_every)
         UpdateGuard(max_update_norm)
         self.max_restarts = max_restarts
         self.strict = strict
@@ -185,18 +172,12 @@ class AsyncLocalSGDStrategy(MeetingStrategy):
         self.grace = GraceWindow(grace)
         self.silence_timeout = float(silence_timeout)
         self._seed = 0
-        self._training: AsyncTraining | None = None
         self._limits: LiftedLimits | None = None
         self._data: TrainingData | None = None
         self._distributes_data = True
         self._searching = False
-        self._restored: dict[str, Any] | None = None
-        self._last_state: dict[str, Any] | None = None
         self._done: int | None = None
         self._failed = False
-        self._saved = SavedModel()
-        self.run_name = ""
-        self.inner_file: Path | None = None
 
     @override
     def __repr__(self) -> str:
@@ -229,21 +210,6 @@ class AsyncLocalSGDStrategy(MeetingStrategy):
             self._launcher = AsyncProcessLauncher(self, self._start_method, self.max_restarts)
 
     # ------------------------------------------------------------------- set-up
-
-    @property
-    def phase(self) -> AsyncPhase | None:
-        """The asynchronous phase while it lasts."""
-        return None if self._training is None else self._training.phase
-
-    @property
-    def training(self) -> AsyncTraining | None:
-        """What is done and held while ranks run at their own speed."""
-        return self._training
-
-    @property
-    def _trainer(self) -> pl.Trainer:
-        assert self.lightning_module is not None
-        return self.lightning_module.trainer
 
     @override
     def setup_environment(self) -> None:
@@ -505,71 +471,6 @@ class AsyncLocalSGDStrategy(MeetingStrategy):
         if self._training is not None and self._training.local_values is not None:
             self._training.local_values.reduces(tensor)
         return super().reduce(tensor, group, reduce_op)
-
-    # -------------------------------------------------------------- checkpoints
-
-    @override
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        state: dict[str, Any] = super().lightning_module_state_dict()
-        if self._training is None or not self.is_global_zero:
-            return state
-        self._training.settle()
-        tensors, version = self._training.phase.global_tensors()
-        shown, restoring = self._training.phase.in_place_of(state, tensors)
-        self._saved = SavedModel(version, restoring)
-        return shown
-
-    @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
-        if isinstance(self.launcher, AsyncProcessLauncher) and self.launcher.apart:
-            # Callbacks that save when there was an exception do so in the process that has launched the ranks, too.
-            rank_zero_warn(f"not saved to {filepath}: the ranks have failed, and this process has no trained model")
-            return
-        server = self.add_server_state(checkpoint) if self.is_global_zero and "optimizer_states" in checkpoint else None
-        super().save_checkpoint(frozen_in_time(checkpoint, self.checkpoint_io), filepath, storage_options)
-        if server is not None:
-            keep_beside(filepath, server, folder_of(self._trainer))
-            if self._training is not None:
-                self._training.ask_for_inner_states(filepath, server)
-
-    def add_server_state(self, checkpoint: dict[str, Any]) -> dict[str, Any] | None:
-        """Rank 0: adds the server's state to a checkpoint that the trainer has made, and returns it if there is one."""
-        state = self._last_state
-        if self._training is not None:
-            state = self._training.state_dict()
-            if self._saved.is_in(checkpoint, state["model"]["version"]):
-                state = without_theta(state)
-        if state is not None:
-            checkpoint[CHECKPOINT_KEY] = state = {**state, "folder": self.run_name}
-        return state
-
-    @override
-    def remove_checkpoint(self, filepath: _PATH) -> None:
-        super().remove_checkpoint(filepath)
-        if self.is_global_zero:
-            remove_beside(filepath)
-
-    @override
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        server = checkpoint.get(CHECKPOINT_KEY)
-        if self.is_global_zero or server is None:
-            super().load_optimizer_state_dict(checkpoint)
-        else:
-            # In it is rank 0's own state; that of another worker is beside it.
-            self.inner_file = resume(self._trainer, checkpoint, server)
-
-    @override
-    def load_checkpoint(self, checkpoint_path: _PATH, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        load = load_periodic if is_periodic(checkpoint_path) else super().load_checkpoint
-        checkpoint: dict[str, Any] = load(checkpoint_path, *args, **kwargs)
-        module = self.lightning_module
-        # After a fit in spawned processes, the process that has started them has a module without a trainer.
-        attached = module is not None and module._trainer is not None
-        if attached and self._trainer.state.fn == TrainerFn.FITTING and self.is_global_zero:
-            self._restored = checkpoint.get(CHECKPOINT_KEY)
-        if self.joins:
-            checkpoint.pop("loops", None)  # The run has gone on since; where it is now, the server tells.
-        return checkpoint
 
     # -------------------------------------------------------------------- the end
 
