@@ -60,7 +60,8 @@ def test_early_stopping_of_rank_0_ends_all(outcome: Outcome) -> None:
 
 
 def files(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    """The checkpoints, without what is kept beside them."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*.ckpt") if path.is_file()}
 
 
 def test_checkpoints_are_rank_0s_and_known_to_all(outcome: Outcome) -> None:

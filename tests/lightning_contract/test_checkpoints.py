@@ -102,8 +102,10 @@ def test_workers_states_are_kept_beside_the_checkpoints_that_name_them(folder: P
     assert len(kept) == 3, "two, and the last"
     for path in kept:
         [name] = saved(path)["async_localsgd"]["inner_states"].values()
-        assert [one.name for one in Path(f"{path}.workers").iterdir()] == [name]
-        assert verified(Path(f"{path}.workers") / name)
+        [found] = Path(f"{path}.workers").iterdir()
+        # What the worker had saved last when the checkpoint was written, or has saved when it was asked to afterwards.
+        assert found.name[:15] >= name[:15] == f"worker-1-{int(name[9:15]):06d}"
+        assert verified(found)
     assert len(list((folder / "beside").glob("*.workers"))) == 3, "those of removed checkpoints went with them"
 
 
