@@ -120,6 +120,10 @@ class AwaitedStates:
         self._pending = [one for one in self._pending if str(one[0]) != str(checkpoint)][1 - _MOST_PENDING :]
         self._pending.append((checkpoint, names_in(state), {}))
 
+    def forget(self, checkpoint: Any) -> None:
+        """A checkpoint has been removed."""
+        self._pending = [one for one in self._pending if str(one[0]) != str(checkpoint)]
+
     def look(self) -> None:
         """Keeps what has been reported. Called at the end of rank 0's rounds."""
         if self._pending:
@@ -140,8 +144,8 @@ class AwaitedStates:
                 for worker, name in names.items()
                 if worker not in newer and name and name != before.get(worker)
             }
-            if found and Path(str(checkpoint)).exists():
+            if found:
                 newer.update(found)
                 keep_beside(checkpoint, {"inner_states": {**before, **newer}}, self._folder)
-            if newer.keys() >= set(awaited) or not Path(str(checkpoint)).exists():
+            if newer.keys() >= set(awaited):
                 self._pending.remove((checkpoint, before, newer))

@@ -65,8 +65,8 @@ class Connection:
         """How a process of this rank's host joins."""
         way = self.endpoints
         if way is None:
-            return JoinTicket("", "", False, self._settings.run)
-        return JoinTicket(way.address, way.token, way.encrypted, self._settings.run)
+            return JoinTicket("", "", False, self._settings.fit)
+        return JoinTicket(way.address, way.token, way.encrypted, self._settings.fit)
 
     def open(
         self,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +40,7 @@ KEPT = 3
 
 _FORMAT = 1
 _SECONDS_AT_THE_END = 60.0
-_SECONDS_WHEN_INTERRUPTED = 20.0
+_SECONDS_WHEN_INTERRUPTED = 5.0
 
 
 class InnerStates(Callback):
@@ -96,9 +97,11 @@ class InnerStates(Callback):
         if not orderly or worker.diverged or self._phase.stopped:
             return
         if self._writer is not None and worker.total_steps > 0:
+            until = time.monotonic() + _SECONDS_WHEN_INTERRUPTED
             if self._writer.wait(_SECONDS_WHEN_INTERRUPTED):
                 self._begin(self._writer)
-            self._writer.wait(_SECONDS_WHEN_INTERRUPTED)
+            if not self._writer.wait(max(0.0, until - time.monotonic())):
+                _log.warning("there is no time to complete the optimizer state of worker %d", self._number)
             if self._name:
                 _log.warning("the optimizer state of worker %d is in %s", self._number, self._folder / self._name)
         if lost:

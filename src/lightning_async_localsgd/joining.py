@@ -34,6 +34,7 @@ RUN = "ASYNC_LOCALSGD_RUN"
 """Name of the run's folder, for whoever goes on with the same run."""
 
 _runs = 0
+_fits = 0
 _entries: dict[str, Entry] = {}
 
 
@@ -138,21 +139,34 @@ def enter(invited: Invitation, timeout: float) -> Entry:
     return _entries[invited.address]
 
 
-def begin_run() -> int:
-    """Counts the runs (fit, validate, ...) of this process. All ranks run the same script, so their counts agree."""
-    global _runs
+def begin_run(fitting: bool) -> tuple[int, int]:
+    """A run (fit, validate, ...) of this process begins.
+
+    Returns:
+        Runs, and how many of them are fits, with this one. All ranks run the same script, so their counts agree.
+
+    """
+    global _runs, _fits
     _runs += 1
-    return _runs
+    _fits += fitting
+    return _runs, _fits
 
 
-def takes_part(entry: Entry) -> bool:
+def takes_part(entry: Entry, fitting: bool) -> bool:
     """Whether a process that joins has a part in the run that its script has come to; if not, that one is counted.
 
-    What comes before the run that it joins is over. What comes after it needs a place among the ranks.
+    What comes before the fit that it joins is over. What comes after it needs a place among the ranks.
+
+    Raises:
+        SystemExit: nothing more of the script is for this process.
+
     """
-    upcoming = _runs + 1
-    if upcoming == entry.facts.run or (upcoming > entry.facts.run and not entry.stranger):
+    joined = entry.facts.fit
+    if (fitting and _fits + 1 == joined) or (_fits >= joined and not entry.stranger):
         return True
-    begin_run()
-    _log.info("this process has joined run %d of the script; run %d goes without it", entry.facts.run, upcoming)
+    if _fits >= joined:
+        _log.warning("fit %d of the script, which this process has joined, is over; the rest goes without it", joined)
+        raise SystemExit(0)
+    begin_run(fitting)
+    _log.warning("this process joins fit %d of the script; what comes before is passed over, without results", joined)
     return False

@@ -82,11 +82,14 @@ class AsyncScriptLauncher(_SubprocessScriptLauncher):
     def launch(self, function: Callable[..., Any], *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
         """Launches the other ranks' processes, unless something else has, and runs ``function`` in this one."""
         end_with_parent_until_joined()
-        takes_part = trainer is None or trainer.strategy.takes_part()  # type: ignore[attr-defined] # ours
+        fitting = trainer is not None and trainer.state.fn == TrainerFn.FITTING
+        takes_part = trainer is None or trainer.strategy.takes_part(fitting)  # type: ignore[attr-defined] # ours
         if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
             args = prepare_fit(trainer, args)
         if not takes_part:
-            return None
+            # What a script looks at first is there: one data loader without metrics, no predictions.
+            assert trainer is not None
+            return {TrainerFn.FITTING: None, TrainerFn.PREDICTING: []}.get(trainer.state.fn, [{}])  # type: ignore[arg-type]
         self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
         # Whoever joins a running training is one worker.
         if not self.cluster_environment.creates_processes_externally and JOIN not in os.environ:
@@ -186,8 +189,8 @@ class _ChildWatch(threading.Thread):
                 try:
                     children[rank].start_again(self._ticket.variables(worker, life))
                     down.discard(rank)
-                except OSError as error:
-                    _log.error("worker %d cannot be started again: %s", worker, error)
+                except OSError as error:  # Of memory or disk there may be more in a while.
+                    self._restarts.died(worker, 1, now, f"it could not be started: {error}")
 
 
 class AsyncProcessLauncher(_MultiProcessingLauncher):

@@ -11,6 +11,7 @@ from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies.ddp import DDPStrategy
 from lightning_utilities.core.rank_zero import rank_zero_only
@@ -53,6 +54,7 @@ class MeetingStrategy(DDPStrategy):
         self._rendezvous: Rendezvous | None = None
         self._entry: Entry | None = None
         self._run = 0
+        self._fit = 0
         self._alone_in_group = False
 
     @property
@@ -69,17 +71,21 @@ class MeetingStrategy(DDPStrategy):
         """Whether this process takes part in a training that ran before it was there."""
         return self._entry is not None
 
-    def takes_part(self) -> bool:
+    def takes_part(self, fitting: bool) -> bool:
         """Whether this process has a part in the run that the script has come to: one that joins need not."""
         invited = self._invitation
-        return invited is None or takes_part(enter(invited, self.start_timeout))
+        return invited is None or takes_part(enter(invited, self.start_timeout), fitting)
 
     @override
     def set_world_ranks(self) -> None:
-        super().set_world_ranks()
         invited = self._invitation
         if invited is None or not invited.stranger:
+            super().set_world_ranks()
             return
+        if type(self.cluster_environment) is not LightningEnvironment:
+            # A stranger may be a task of SLURM's or a process of torchrun's, which know only their own ranks.
+            self.cluster_environment = LightningEnvironment()
+        super().set_world_ranks()
         # Above 0 from the beginning; which one it is becomes known when it joins.
         facts = None if self._entry is None else self._entry.facts
         assert self.cluster_environment is not None
@@ -94,14 +100,14 @@ class MeetingStrategy(DDPStrategy):
         # A worker beyond the first ones has no share of its own in data that is split in advance.
         return {**shares, "rank": shares["rank"] % shares["num_replicas"]}
 
-    def _meet(self) -> None:
+    def _meet(self, fitting: bool) -> None:
         """A run begins: finds out who this rank is, and where it meets the others."""
-        self._run = begin_run()
+        self._run, self._fit = begin_run(fitting)
         invited = self._invitation
         self._entry = None
         if invited is not None:
             entry = enter(invited, self.start_timeout)
-            self._entry = entry if entry.facts.run == self._run else None
+            self._entry = entry if fitting and entry.facts.fit == self._fit else None
         self.set_world_ranks()
         if self.world_size > 1 and not (self._entry is not None and self._entry.stranger):
             reset_seed()  # So that all ranks build the same model and agree on permutations.

@@ -263,7 +263,7 @@ class Facts(Message):
         worker: the worker's number.
         workers: workers that the run was started with.
         seed: of the order of the training data.
-        run: how many runs (fits, validations, ...) the script has come to, this one included.
+        fit: how many fits the script has come to, this one included.
         folder: name of the run's folder.
         unshared: hash of what all workers need and what is not exchanged: frozen parameters.
         epoch: that rank 0 is in.
@@ -276,7 +276,7 @@ class Facts(Message):
     worker: int
     workers: int
     seed: int
-    run: int
+    fit: int
     folder: str
     unshared: str
     epoch: int = 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,8 +38,9 @@ KEPT = 2
 _SECONDS_AT_THE_END = 60.0
 """How long the end of training waits for the last one to be written."""
 
-_SECONDS_WHEN_INTERRUPTED = 20.0
-"""How long an interruption waits for the checkpoint that it causes: whoever interrupts may be waiting, too."""
+_SECONDS_WHEN_INTERRUPTED = 5.0
+"""How long an interruption waits for what is being written, and for the checkpoint that it causes: whoever interrupts
+may be waiting, too, and the one before stays valid."""
 
 
 class PeriodicCheckpoints(Callback):
@@ -79,12 +81,14 @@ class PeriodicCheckpoints(Callback):
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         assert self._writer is not None
+        until = time.monotonic() + _SECONDS_WHEN_INTERRUPTED
         if not self._writer.wait(_SECONDS_WHEN_INTERRUPTED):
             _log.warning("a checkpoint is still being written to %s; this rank ends without another", self._folder)
             return
         if self._version > self._saved:
             self._begin()
-            self._writer.wait(_SECONDS_WHEN_INTERRUPTED)
+            if not self._writer.wait(max(0.0, until - time.monotonic())):
+                _log.warning("there is no time to complete another checkpoint in %s", self._folder)
         if self._newest is not None:
             _log.warning('the run was interrupted; trainer.fit(ckpt_path="last") goes on from %s', self._newest)
 
@@ -93,6 +97,10 @@ class PeriodicCheckpoints(Callback):
         if self._writer is None:
             return
         callbacks_of(self._trainer).remove(self)
+        complete = self._phase.stopped and self._writer.wait(_SECONDS_AT_THE_END)
+        if complete and self._newest is not None and self._version > self._saved:
+            # Otherwise who starts the script again would train once more what came after the last one.
+            self._begin()
         if not self._writer.wait(_SECONDS_AT_THE_END):
             _log.warning("a checkpoint is still being written to %s; nobody waits for it any longer", self._folder)
         self._writer = None
@@ -125,17 +133,25 @@ class PeriodicCheckpoints(Callback):
         self._writer.begin(lambda: self._write(snapshot))
 
     def _write(self, snapshot: dict[str, Any]) -> None:
-        self._newest = store(self._folder, snapshot)
+        self._newest = store(self._folder, snapshot, self._trainer.ckpt_path)
         self._saved = int(snapshot[CHECKPOINT_KEY]["model"]["version"])
 
 
-def store(folder: Path, checkpoint: dict[str, Any]) -> Path:
-    """Writes a checkpoint into the run's folder, removes what is too old there, and returns the file."""
+def store(folder: Path, checkpoint: dict[str, Any], resumed: Any = None) -> Path:
+    """Writes a checkpoint into the run's folder, removes what is too old there, and returns the file.
+
+    Args:
+        folder: of the run.
+        checkpoint: with the server's state.
+        resumed: what this run has been resumed from, if anything; workers that come back begin with it, so it stays.
+
+    """
     server = checkpoint[CHECKPOINT_KEY]
     version = int(server["model"]["version"])
     path = write(folder, f"rounds={version:06d}", ".ckpt", lambda file: torch.save(checkpoint, file))
     keep_beside(path, server, folder)
-    for old in in_order_of_age(folder.glob(CHECKPOINTS))[KEPT:]:
+    found = [one for one in folder.glob(CHECKPOINTS) if resumed is None or not Path(resumed).match(one.name)]
+    for old in in_order_of_age(found)[KEPT:]:
         remove_beside(old)
         os.unlink(old)
     return path

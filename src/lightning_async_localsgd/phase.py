@@ -91,7 +91,7 @@ class AsyncPhase:
             self._digests = digests(tensors)
         self._connection = Connection(settings, self.binding, workers, lambda: self.keeps_weights)
         try:
-            about = About(workers, settings.seed, settings.run, settings.folder, unshared(module, self._digests))
+            about = About(workers, settings.seed, settings.fit, settings.folder, unshared(module, self._digests))
             if entry is not None:
                 exchange = self._join(entry, about)
             elif rank > 0:

@@ -190,7 +190,10 @@ class Job:
                 self._bury(sentinel)
         for worker, life in self._restarts.take_due(time.monotonic()).items():
             if not self._over:
-                self._start_again(worker - self._first, life)
+                try:
+                    self._start_again(worker - self._first, life)
+                except OSError as error:  # Of memory or disk there may be more in a while.
+                    self._restarts.died(worker, 1, time.monotonic(), f"it could not be started: {error}")
         if self._asked_at is not None and time.monotonic() > self._asked_at + _SECONDS_TO_END:
             for process in filter(is_alive, processes.processes):
                 process.kill()

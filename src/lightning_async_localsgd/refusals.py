@@ -8,7 +8,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.imports import _IS_INTERACTIVE
 from lightning.pytorch.accelerators import MPSAccelerator
-from lightning.pytorch.callbacks import ModelPruning
+from lightning.pytorch.callbacks import LearningRateFinder, ModelPruning
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision, FSDPPrecision, XLAPrecision
 
 from lightning_async_localsgd.trainer_parts import callbacks_of
@@ -81,4 +81,18 @@ def refuse_callbacks(trainer: pl.Trainer) -> None:
             "ModelPruning puts other parameters into the module while it trains, as each rank's local weights suggest, "
             "and the global model would not follow; with async_localsgd train first and prune the trained model in a "
             "fit with another strategy"
+        )
+
+
+def refuse_search(trainer: pl.Trainer) -> None:
+    """Looks at the callbacks of a worker that joins a training which runs already.
+
+    Raises:
+        ValueError: one of them has done, before training, what this worker had no part in.
+
+    """
+    if any(isinstance(callback, LearningRateFinder) for callback in callbacks_of(trainer)):
+        raise ValueError(
+            "LearningRateFinder has found this run's learning rate before a worker that joins later was there to learn "
+            "it; to let workers rejoin, take the callback away and set the learning rate that it has found"
         )

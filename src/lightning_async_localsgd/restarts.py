@@ -50,14 +50,14 @@ class JoinTicket:
         address: of the server, as the processes of this host reach it.
         token: the run's secret.
         encrypted: whether the server speaks CURVE at that address.
-        run: number of the run in the script.
+        fit: number of the fit in the script.
 
     """
 
     address: str
     token: str = field(repr=False)
     encrypted: bool
-    run: int
+    fit: int
 
     def variables(self, worker: int, life: int) -> dict[str, str]:
         """The environment of ``worker``'s next process, in addition to that of its first.
@@ -67,7 +67,7 @@ class JoinTicket:
             life: how often it has been started again, this time included.
 
         """
-        told = {"worker": worker, "run": self.run, "encrypted": self.encrypted, "life": life}
+        told = {"worker": worker, "fit": self.fit, "encrypted": self.encrypted, "life": life}
         return {JOIN: self.address, TOKEN: self.token, REJOIN: json.dumps(told)}
 
 

@@ -103,6 +103,8 @@ class SavingStrategy(MeetingStrategy):
     def remove_checkpoint(self, filepath: _PATH) -> None:
         super().remove_checkpoint(filepath)
         if self.is_global_zero:
+            if self._training is not None:
+                self._training.forget_checkpoint(filepath)
             remove_beside(filepath)
 
     @override

@@ -53,7 +53,7 @@ class About:
 
     workers: int
     seed: int
-    run: int
+    fit: int
     folder: str
     unshared: str
     epoch: int = 0

@@ -30,7 +30,7 @@ class PhaseSettings:
         frozen: whether frozen parameters are exchanged like the others.
         max_update_norm: see :class:`.UpdateGuard`.
         token: the user's secret, with which others may join while training runs; None if there is none.
-        run: number of the run in the script.
+        fit: number of the fit in the script.
         seed: of the training data's order.
         folder: name of the run's folder.
 
@@ -50,6 +50,6 @@ class PhaseSettings:
     frozen: bool = False
     max_update_norm: float | Literal["auto"] | None = "auto"
     token: str | None = field(default=None, repr=False)
-    run: int = 1
+    fit: int = 1
     seed: int = 0
     folder: str = ""

@@ -42,7 +42,7 @@ from lightning_async_localsgd.options import ExchangeOptions
 from lightning_async_localsgd.outer import OuterOptimizer, resolve_outer_optimizer
 from lightning_async_localsgd.pacing import SpeedAwareSteps
 from lightning_async_localsgd.phase import AsyncPhase
-from lightning_async_localsgd.refusals import refuse_callbacks, refuse_plugins, refuse_process_group
+from lightning_async_localsgd.refusals import refuse_callbacks, refuse_plugins, refuse_process_group, refuse_search
 from lightning_async_localsgd.registration import register_names
 from lightning_async_localsgd.restarts import WorkersLostError
 from lightning_async_localsgd.saving import SavingStrategy
@@ -216,7 +216,7 @@ class AsyncLocalSGDStrategy(SavingStrategy):
         Strategy.setup_environment(self)  # Not DDPStrategy's, which would open a process group.
         self._failed = False
         self._restored = None
-        self._meet()
+        self._meet(self._trainer.state.fn == TrainerFn.FITTING)
         trainer = self._trainer
         if self.joins:
             trainer.num_sanity_val_steps = 0  # That is done before training.
@@ -254,6 +254,8 @@ class AsyncLocalSGDStrategy(SavingStrategy):
             # What cannot work is refused before anything has been trained.
             assert self.lightning_module is not None
             refuse_callbacks(trainer)
+            if self.joins:
+                refuse_search(trainer)
             Layout.of(self.lightning_module, self._exchanges_frozen)
             run_budget(trainer, self.world_size)
         Strategy.setup(self, trainer)
@@ -321,7 +323,7 @@ class AsyncLocalSGDStrategy(SavingStrategy):
             frozen=self._exchanges_frozen,
             max_update_norm=self.max_update_norm,
             token=token_of(self._token),
-            run=self._run,
+            fit=self._fit,
             seed=self._seed,
             folder=self.run_name,
         )
@@ -414,6 +416,7 @@ class AsyncLocalSGDStrategy(SavingStrategy):
         if training is None:
             return
         trainer, phase = self._trainer, training.phase
+        lost: list[int] = []
         assert self.lightning_module is not None
         if self._rendezvous is not None:
             self._rendezvous.meet_again()
@@ -422,6 +425,7 @@ class AsyncLocalSGDStrategy(SavingStrategy):
             training.save_inner_states(self._rendezvous)
             self._rendezvous.barrier("end of training")
             training.gather_inner_states(self._rendezvous)
+            lost = self._lost(phase)  # Now, while all that are left are still there.
             if self.is_global_zero:
                 left = phase.survivors()
                 self._rendezvous.survivors = lambda: left - ended_ranks()
@@ -438,7 +442,6 @@ class AsyncLocalSGDStrategy(SavingStrategy):
             states = self._rendezvous.broadcast(states_of_callbacks(trainer))
             if not self.is_global_zero:
                 load_states_of_callbacks(trainer, states)
-        lost = self._lost(phase)
         phase.close()
         if self.strict and lost:
             raise WorkersLostError(

@@ -210,6 +210,11 @@ class AsyncTraining:
         if self._awaited_states is not None:
             self._awaited_states.ask(checkpoint, state)
 
+    def forget_checkpoint(self, checkpoint: Any) -> None:
+        """Rank 0 has removed a checkpoint."""
+        if self._awaited_states is not None:
+            self._awaited_states.forget(checkpoint)
+
     def save_inner_states(self, rendezvous: Rendezvous) -> None:
         """After the end, on every rank: workers save their states once more if there are checkpoints they belong to."""
         wanted = rendezvous.broadcast(self._awaited_states is not None and self._awaited_states.asked > 0)

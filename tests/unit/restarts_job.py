@@ -22,7 +22,7 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning_async_localsgd.launcher import AsyncProcessLauncher, AsyncScriptLauncher
 from lightning_async_localsgd.restarts import RESUME, JoinTicket
 
-TICKET = JoinTicket("tcp://127.0.0.1:1", "a token that nobody must see", encrypted=False, run=1)
+TICKET = JoinTicket("tcp://127.0.0.1:1", "a token that nobody must see", encrypted=False, fit=1)
 
 
 class Rank:
@@ -38,7 +38,7 @@ class Rank:
         told = json.loads(os.environ.get("ASYNC_LOCALSGD_REJOIN", "{}"))
         life = told.get("life", 0)
         if told:
-            assert told == {"worker": rank, "run": 1, "encrypted": False, "life": life}
+            assert told == {"worker": rank, "fit": 1, "encrypted": False, "life": life}
             assert os.environ["ASYNC_LOCALSGD_JOIN"] == TICKET.address
             assert os.environ["ASYNC_LOCALSGD_TOKEN"] == TICKET.token
         fate = self.options.get("fates", {}).get(f"{rank}.{life}")

@@ -394,6 +394,7 @@ def test_a_checkpoint_that_was_removed_is_not_awaited_for(tmp_path: Path) -> Non
     make(run, name(1, 1))
     awaited = AwaitedStates(server, run)  # type: ignore[arg-type] # what it asks of one
     awaited.ask(path, {"inner_states": {}})
+    awaited.forget(path)
     server.names = {1: name(1, 1)}
     awaited.look()
     assert awaited._pending == []

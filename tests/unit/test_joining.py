@@ -20,10 +20,11 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (JOIN, TOKEN, REJOIN):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(joining, "_runs", 0)
+    monkeypatch.setattr(joining, "_fits", 0)
 
 
-def entry(run: int, stranger: bool) -> Entry:
-    facts = Facts("i", "p", worker=4, workers=3, seed=0, run=run, folder="f", unshared="")
+def entry(fit: int, stranger: bool) -> Entry:
+    facts = Facts("i", "p", worker=4, workers=3, seed=0, fit=fit, folder="f", unshared="")
     return Entry(None, facts, stranger)  # type: ignore[arg-type] # nobody dials here
 
 
@@ -59,7 +60,7 @@ def test_an_address_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, add
 
 def test_a_worker_that_is_started_again_keeps_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(JOIN, "tcp://127.0.0.1:29600")
-    monkeypatch.setenv(REJOIN, json.dumps({"worker": 2, "run": 1, "encrypted": False, "life": 3}))
+    monkeypatch.setenv(REJOIN, json.dumps({"worker": 2, "fit": 1, "encrypted": False, "life": 3}))
     invited = invitation(SECRET, None)
     assert invited is not None
     assert (invited.worker, invited.life, invited.stranger, invited.encrypted) == (2, 3, False, False)
@@ -85,17 +86,23 @@ def test_the_strategy_refuses_a_short_token() -> None:
         AsyncLocalSGDStrategy(token="abc")
 
 
-def test_runs_before_the_one_that_is_joined_are_left_out() -> None:
-    for stranger in (True, False):
-        joining._runs = 0
-        assert not takes_part(entry(run=2, stranger=stranger))
-        assert takes_part(entry(run=2, stranger=stranger))
+@pytest.mark.parametrize("stranger", [True, False])
+def test_what_comes_before_the_fit_that_is_joined_is_passed_over(stranger: bool) -> None:
+    second = entry(fit=2, stranger=stranger)
+    assert not takes_part(second, fitting=False)
+    assert not takes_part(second, fitting=True)
+    assert not takes_part(second, fitting=False)
+    assert takes_part(second, fitting=True)
+    assert (joining._runs, joining._fits) == (3, 1), "the one that it takes part in counts when it begins"
 
 
-@pytest.mark.parametrize(("stranger", "part"), [(True, False), (False, True)])
-def test_what_comes_after_is_for_the_ranks_of_the_beginning(stranger: bool, part: bool) -> None:
-    joining._runs = 1  # The run that it has joined.
-    assert takes_part(entry(run=1, stranger=stranger)) is part
+@pytest.mark.parametrize("fitting", [True, False])
+def test_what_comes_after_is_for_the_ranks_of_the_beginning(fitting: bool) -> None:
+    joining._fits = 1  # The one that it has joined.
+    assert takes_part(entry(fit=1, stranger=False), fitting)
+    with pytest.raises(SystemExit) as ended:
+        takes_part(entry(fit=1, stranger=True), fitting)
+    assert ended.value.code == 0
 
 
 @pytest.mark.parametrize(

@@ -119,18 +119,34 @@ def rounds_of(path: Path) -> int:
 def test_the_two_newest_are_kept_and_are_ordinary_checkpoints(tmp_path: Path) -> None:
     trainer = fit(tmp_path)
     left = left_in(tmp_path)
-    assert [rounds_of(path) for path in left] == [9, 12]
+    assert [rounds_of(path) for path in left] == [12, 15], "one more, at the end"
     assert all(verified(path) and is_periodic(path) for path in left)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("async_localsgd")]
     assert [type(one) for one in trainer.callbacks] == [AsyncLocalSGDCallback]  # type: ignore[attr-defined]
-    checkpoint = torch.load(left[1], weights_only=True)
+    checkpoint = torch.load(left[0], weights_only=True)
     assert checkpoint["global_step"] == checkpoint["async_localsgd"]["budget"]["done"] == 36
     # Nothing of it is shared with anything that goes on changing, and nothing larger than itself was written.
     assert all(one.untyped_storage().nbytes() == one.nbytes for one in checkpoint["state_dict"].values())
 
     plain = job.trainer_of(tmp_path, strategy="auto", devices=1, max_steps=40)
-    plain.fit(job.Module(), job.loader(), ckpt_path=left[1])
+    plain.fit(job.Module(), job.loader(), ckpt_path=left[0])
     assert plain.global_step == 40
+    assert torch.load(left[1], weights_only=True)["global_step"] == 45
+
+
+def test_a_complete_run_is_not_trained_again(tmp_path: Path) -> None:
+    whole = fit(tmp_path)
+    again = fit(tmp_path, ckpt_path="last")
+    assert again.global_step == 45
+    assert job.same(job.copied(whole.lightning_module), job.copied(again.lightning_module))
+
+
+def test_what_the_run_was_resumed_from_stays(tmp_path: Path) -> None:
+    fit(tmp_path, max_steps=18)
+    [first, *_] = left_in(tmp_path)
+    trainer = fit(tmp_path, ckpt_path=first)
+    assert trainer.ckpt_path == first
+    assert first.exists()
 
 
 @pytest.mark.parametrize("every", [None, timedelta(minutes=10), 1000])
@@ -218,7 +234,7 @@ def test_a_new_one_is_not_begun_while_the_last_is_being_written(
 
     monkeypatch.setattr(os, "fsync", slow)
     fit(tmp_path, Opens(), every=2)
-    assert rounds_of(left_in(tmp_path)[0]) == 2
+    assert rounds_of(left_in(tmp_path)[-1]) == 15
 
 
 class Foreign(TorchCheckpointIO):

@@ -81,12 +81,12 @@ def test_exit_codes_in_words() -> None:
 
 
 def test_a_ticket_does_not_show_its_token(caplog: pytest.LogCaptureFixture) -> None:
-    ticket = JoinTicket("tcp://10.0.0.1:4000", "0123456789abcdef", encrypted=True, run=2)
+    ticket = JoinTicket("tcp://10.0.0.1:4000", "0123456789abcdef", encrypted=True, fit=2)
     assert "0123456789abcdef" not in repr(ticket)
     variables = ticket.variables(worker=3, life=1)
     assert variables["ASYNC_LOCALSGD_JOIN"] == "tcp://10.0.0.1:4000"
     assert variables["ASYNC_LOCALSGD_TOKEN"] == "0123456789abcdef"
-    told = {"worker": 3, "run": 2, "encrypted": True, "life": 1}
+    told = {"worker": 3, "fit": 2, "encrypted": True, "life": 1}
     assert json.loads(variables["ASYNC_LOCALSGD_REJOIN"]) == told
 
 

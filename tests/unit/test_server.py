@@ -383,7 +383,7 @@ def introduction(server: Server, worker: int) -> Facts:
 def test_whoever_comes_later_is_told_what_it_needs(servers: list[Server]) -> None:
     server = build(workers=2, total=10)
     servers.append(server)
-    server.about = About(workers=2, seed=7, run=3, folder="run", unshared="hash", epoch=4)
+    server.about = About(workers=2, seed=7, fit=3, folder="run", unshared="hash", epoch=4)
     expected = Facts("this", "", 2, 2, 7, 3, "run", "hash", 4, None)
     assert introduction(server, -1) == expected
     assert introduction(server, -1).worker == 3

@@ -159,7 +159,7 @@ def test_what_an_impostor_tells_is_not_believed() -> None:
 
 def test_every_word_of_the_answer_is_proven() -> None:
     told = signed(Facts("start-1", "", 1, 2, 3, 4, "folder", "hash"), TOKEN, "nonce")
-    for changed in ({"worker": 2}, {"seed": 0}, {"folder": "x"}, {"unshared": "x"}, {"refused": ""}, {"run": 5}):
+    for changed in ({"worker": 2}, {"seed": 0}, {"folder": "x"}, {"unshared": "x"}, {"refused": ""}, {"fit": 5}):
         assert signed(replace(told, **changed), TOKEN, "nonce").proof != told.proof  # type: ignore[arg-type]
     assert signed(told, TOKEN, "another").proof != told.proof
     assert signed(told, TOKEN, "nonce") == told
