@@ -89,8 +89,8 @@ class AsyncLocalSGDStrategy(SavingStrategy):
         strict: whether the job ends with an error if a worker was lost, though the others have met the budget.
         checkpoint_every: how often rank 0 writes a checkpoint into the run's folder, and each worker its optimizers'
             states: a number of rounds merged, a ``timedelta``, or ``None`` for never.
-        max_update_norm: the largest L2 norm of a pseudo-gradient that is merged; ``"auto"`` is ten times the median of
-            the last ones, ``None`` is no limit. NaN and infinite values are never merged.
+        max_update_norm: the largest L2 norm of a pseudo-gradient that is merged; ``"auto"`` is a hundred times the
+            median of the last ones, ``None`` is no limit. NaN and infinite values are never merged.
         token: secret of the run. With one, machines that know it may join while training runs. ``None`` takes the
             environment's ``ASYNC_LOCALSGD_TOKEN``; without that, the ranks agree on a random one among themselves.
         accelerator: see :class:`~lightning.pytorch.strategies.DDPStrategy`.
