@@ -40,10 +40,10 @@ class UpdateGuard:
 
     With ``"auto"`` that is a hundred times the median of what the last 64 pushes of all workers, refused ones included,
     let expect, once 20 have been seen. That is much on purpose: near the end of training the push of a worker whose
-    optimizer has begun anew may be tens of times as large as others', and sound. Workers take different numbers of steps
-    in a round, and a push grows with them, at least like their square root and at most in proportion. So one of norm
-    n_i in s_i steps lets expect at most ``n_i * max(s / s_i, sqrt(s / s_i))`` in s steps: n_i itself where rounds are
-    equally long.
+    optimizer has begun anew may be tens of times as large as others', and sound. Workers take different numbers of
+    steps in a round, and a push grows with them, at least like their square root and at most in proportion. So one of
+    norm n_i in s_i steps lets expect at most ``n_i * max(s / s_i, sqrt(s / s_i))`` in s steps: n_i itself where rounds
+    are equally long.
 
     A third push in a row that is too large means that the run has changed (a learning rate that jumps, parameters that
     are unfrozen), if these are of two workers at least or there is only one worker: it is let through, and the median
