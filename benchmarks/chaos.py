@@ -5,7 +5,7 @@ which worker processes are killed (SIGKILL) and frozen (SIGSTOP, later SIGCONT) 
 launcher starts the killed ones again. Rank 0, which has the server, is spared. Prints one JSON line for each event and
 one for the whole, and a table::
 
-    python benchmarks/chaos.py           # 50 events on six ranks, about ten minutes on two cores
+    python benchmarks/chaos.py           # 50 events on six ranks, about twenty minutes on two cores
     python benchmarks/chaos.py --quick   # a few of them
 
 What is measured:
