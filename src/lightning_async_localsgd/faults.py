@@ -5,8 +5,6 @@ docs/faults.md says who may die, and what happens.
 
 from __future__ import annotations
 
-import json
-import os
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -15,7 +13,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lightning_async_localsgd.injection import MOMENTS, Fault, FaultKind, Injector, Moment
-from lightning_async_localsgd.joining import REJOIN
+from lightning_async_localsgd.joining import rejoining
 from lightning_async_localsgd.run_folder import goes_on
 
 if TYPE_CHECKING:
@@ -120,8 +118,7 @@ class FaultInjection(pl.Callback):
 
 def life_number() -> int:
     """How often this process's worker has been started again, by the launcher or with the whole job."""
-    alone = int(json.loads(os.environ.get(REJOIN, "{}")).get("life", 0))
-    return alone or int(goes_on())
+    return int(rejoining().get("life", 0)) or int(goes_on())
 
 
 def _spoil(module: torch.nn.Module) -> None:

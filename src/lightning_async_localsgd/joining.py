@@ -12,7 +12,7 @@ import json
 import logging
 import os
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_async_localsgd.messages import Facts
 
@@ -28,7 +28,7 @@ TOKEN = "ASYNC_LOCALSGD_TOKEN"
 """Secret of a run, unless the strategy's ``token`` says it."""
 
 REJOIN = "ASYNC_LOCALSGD_REJOIN"
-"""Set by the launcher for a worker that it starts again: its number, the run, and how often that has happened."""
+"""Set by the launcher for a worker that it starts again, see :meth:`.JoinTicket.variables`."""
 
 RUN = "ASYNC_LOCALSGD_RUN"
 """Name of the run's folder, for whoever goes on with the same run."""
@@ -78,6 +78,12 @@ class Invitation:
         return self.worker < 0
 
 
+def rejoining() -> dict[str, Any]:
+    """What the launcher tells a worker that it has started again; empty in any other process."""
+    told: dict[str, Any] = json.loads(os.environ.get(REJOIN, "{}"))
+    return told
+
+
 def invitation(token: str | None, encrypt: bool | None) -> Invitation | None:
     """What the environment says; None if this process is to start a run of its own.
 
@@ -99,7 +105,7 @@ def invitation(token: str | None, encrypt: bool | None) -> Invitation | None:
         raise ValueError(
             f"{JOIN}={address!r} needs the secret of that run: set {TOKEN} to what rank 0 was started with"
         )
-    told = json.loads(os.environ.get(REJOIN, "{}"))
+    told = rejoining()
     encrypted = bool(told.get("encrypted", address.startswith("tcp://") and encrypt is not False))
     return Invitation(address, secret, encrypted, int(told.get("worker", -1)), int(told.get("life", 0)))
 
