@@ -5,7 +5,7 @@ which worker processes are killed (SIGKILL) and frozen (SIGSTOP, later SIGCONT) 
 launcher starts the killed ones again. Rank 0, which has the server, is spared. Prints one JSON line for each event and
 one for the whole, and a table::
 
-    python benchmarks/chaos.py           # 50 events on six ranks, about twenty minutes on two cores
+    python benchmarks/chaos.py           # 50 events on six ranks, about eight minutes
     python benchmarks/chaos.py --quick   # a few of them
 
 What is measured:
@@ -15,8 +15,10 @@ What is measured:
 * ``T_rejoin``: from a kill to the first push of the worker's next process that was merged. It includes the launcher's
   back-off and the start of Python, torch and Lightning, for which all ranks here share the same cores;
 * longest stall: the longest time between two local steps of a worker that lives, against the longest one without
-  faults. The times in which a worker was frozen itself are left out, from the signal to its next step; so is the time
-  after the storm, in which all wait for the last one;
+  faults. The times in which a worker was frozen itself are left out, from the signal to the first step after the answer
+  to its first push since: until then it finds its way back. So is the time after the storm, in which all wait for the
+  last one;
+* ``T_return``: from the moment a frozen worker is woken up to that step;
 * goodput: local steps in merged pushes, for each second in which a worker lived, against the same without faults. A
   worker lives from the first to the last local step of each of its processes, but for the times in which it was frozen.
   Everything counts against it: rounds that died with their worker, pushes that were refused, waiting, and all that the
@@ -68,6 +70,7 @@ class Event:
         detect: seconds, see above.
         resume: seconds.
         rejoin: seconds.
+        back: seconds, of a stop.
         counted: of a stop, whether the round in which it came was merged.
 
     """
@@ -80,6 +83,7 @@ class Event:
     detect: float | None = None
     resume: float | None = None
     rejoin: float | None = None
+    back: float | None = None
     counted: bool | None = None
 
 
@@ -292,6 +296,10 @@ def judge_events(events: list[Event], lives: Lives, ledger: list[dict[str, Any]]
             # The answer in whose round the stop came; the process may have been killed before it got one.
             after = [sequence for moment, sequence, _, _ in life.answers if moment > event.at]
             event.counted = (life.session, min(after)) in merged if after else None
+            back = _back(life, event)
+            # One that was frozen again, or killed, before it was back tells nothing.
+            disturbed = any(event.at < other.at <= back and other.worker == event.worker for other in events)
+            event.back = back - event.until if after and not disturbed else None
             continue
         text = f"worker {event.worker} left the run"
         event.detect = _first(moment for moment, line in log if moment > event.at and line.startswith(text))
@@ -313,21 +321,34 @@ def _first(moments: Iterator[float] | Any) -> float | None:
     return min(moments, default=None)
 
 
-def frozen_spans(life: Life, events: list[Event]) -> list[tuple[float, float]]:
-    """When a process was frozen: from the signal to its first step after it was woken up."""
+def _back(life: Life, event: Event) -> float:
+    """When a process that was frozen is in step again: at its first step after its first answer."""
+    answered = min((moment for moment, *_ in life.answers if moment > event.until), default=life.steps[-1])
+    return max(event.until, min((step for step in life.steps if step > answered), default=life.steps[-1]))
+
+
+def frozen_spans(life: Life, events: list[Event], back: bool = False) -> list[tuple[float, float]]:
+    """When a process was frozen: from the signal to its first step after it was woken up.
+
+    Args:
+        life: of the process.
+        events: of the storm.
+        back: until it was in step again, instead.
+
+    """
     spans = []
     for event in events:
         if event.kind == "stop" and (event.worker, event.life) == (life.worker, life.number):
             awake = min((step for step in life.steps if step > event.until), default=life.steps[-1])
-            spans.append((event.at, max(event.until, awake)))
+            spans.append((event.at, _back(life, event) if back else max(event.until, awake)))
     return spans
 
 
 def longest_stall(lives: Lives, begin: float, end: float, events: list[Event]) -> float:
-    """Longest time between two steps of a process that was not frozen meanwhile."""
+    """Longest time between two steps of a process that was not frozen meanwhile, nor on its way back."""
     longest = 0.0
     for life in lives.values():
-        spans = frozen_spans(life, events)
+        spans = frozen_spans(life, events, back=True)
         for before, after in life.gaps:
             if before >= begin and after <= end and not any(start <= after and before <= stop for start, stop in spans):
                 longest = max(longest, after - before)
@@ -423,9 +444,9 @@ def measure(
         "identical_weights": len({final["digest"] for final in finals}) == 1,
         "cpus": os.cpu_count(),
     }
-    for name in ("detect", "resume", "rejoin"):
+    for name in ("detect", "resume", "rejoin", "back"):
         values = [value for event in events if (value := getattr(event, name)) is not None]
-        result[f"T_{name}"] = {
+        result["T_return" if name == "back" else f"T_{name}"] = {
             "count": len(values),
             "median": statistics.median(values) if values else None,
             "max": max(values, default=None),
@@ -463,6 +484,7 @@ def table(found: dict[str, Any]) -> str:
         ("T_detect", times("detect"), None),
         ("T_resume", times("resume"), None),
         ("T_rejoin", f"{times('rejoin')}, bar {MOST_REJOIN_SECONDS:g} s", "rejoin"),
+        ("T_return", times("return"), None),
         (
             "longest stall of the living",
             f"{found['longest_stall_seconds']:.3f} s, {found['normal_stall_seconds']:.3f} s without faults: "
