@@ -30,10 +30,20 @@ def push(worker: int, number: int, sequence: int, steps: int, refused: str | Non
 
 def test_who_was_frozen_neither_lives_nor_stalls() -> None:
     events = [chaos.Event("stop", 1, 0, at=2.5, until=6.0)]
-    lives = {(1, 0): life(1, 0, [1.0, 2.0, 6.5, 7.5, 8.9])}
-    assert chaos.living_seconds(lives, 0.0, 10.0, events) == {1: pytest.approx(7.9 - 4.0)}
-    assert chaos.longest_stall(lives, 0.0, 10.0, events) == pytest.approx(1.4)
+    # Its first push since then is answered at 8.3: the step at 8.4 is the first in which it is back.
+    lives = {(1, 0): life(1, 0, [1.0, 2.0, 6.5, 8.4, 9.7], answers=[(1.5, 1, 4, None), (8.3, 2, 9, None)])}
+    assert chaos.living_seconds(lives, 0.0, 10.0, events) == {1: pytest.approx(8.7 - 4.0)}
+    assert chaos.longest_stall(lives, 0.0, 10.0, events) == pytest.approx(1.3)
     assert chaos.longest_stall(lives, 0.0, 10.0, []) == pytest.approx(4.5)
+    chaos.judge_events(events, {**lives, (0, 0): life(0, 0, [])}, [push(1, 0, 2, 2)])
+    assert (events[0].counted, events[0].back) == (True, pytest.approx(2.4))
+
+
+def test_who_is_frozen_twice_before_it_is_back_tells_nothing_of_its_way() -> None:
+    events = [chaos.Event("stop", 1, 0, at=2.5, until=6.0), chaos.Event("stop", 1, 0, at=6.2, until=7.0)]
+    lives = {(0, 0): life(0, 0, []), (1, 0): life(1, 0, [1.0, 6.1, 7.5, 8.0], answers=[(7.2, 1, 4, None)])}
+    chaos.judge_events(events, lives, [push(1, 0, 1, 2)])
+    assert (events[0].back, events[1].back) == (None, pytest.approx(0.5))
 
 
 def test_only_steps_in_merged_pushes_are_useful() -> None:
