@@ -350,7 +350,7 @@ def longest_stall(lives: Lives, begin: float, end: float, events: list[Event]) -
     for life in lives.values():
         spans = frozen_spans(life, events, back=True)
         for before, after in life.gaps:
-            if before >= begin and after <= end and not any(start <= after and before <= stop for start, stop in spans):
+            if before >= begin and after <= end and not any(start <= after and before < stop for start, stop in spans):
                 longest = max(longest, after - before)
     return longest
 
