@@ -6,11 +6,32 @@ import copy
 
 from torch.optim import Optimizer
 
+from lightning_async_localsgd.outer.adam import Adam
 from lightning_async_localsgd.outer.base import OuterOptimizer
+from lightning_async_localsgd.outer.buffer import Buffer
 from lightning_async_localsgd.outer.delayed_nesterov import DelayedNesterov
+from lightning_async_localsgd.outer.heloco import HeLoCo
+from lightning_async_localsgd.outer.look_ahead import LookAhead
+from lightning_async_localsgd.outer.momentum import Momentum
+from lightning_async_localsgd.outer.momentum_restart import MomentumRestart
+from lightning_async_localsgd.outer.nesterov import Nesterov
+from lightning_async_localsgd.outer.sgd import SGD
 from lightning_async_localsgd.outer.torch_optimizer import TorchOptimizer
 
-__all__ = ["DelayedNesterov", "OuterOptimizer", "TorchOptimizer", "resolve_outer_optimizer"]
+__all__ = [
+    "SGD",
+    "Adam",
+    "Buffer",
+    "DelayedNesterov",
+    "HeLoCo",
+    "LookAhead",
+    "Momentum",
+    "MomentumRestart",
+    "Nesterov",
+    "OuterOptimizer",
+    "TorchOptimizer",
+    "resolve_outer_optimizer",
+]
 
 
 def resolve_outer_optimizer(value: object) -> OuterOptimizer:

@@ -53,6 +53,28 @@ class OuterOptimizer(ABC):
         """The momentum as one flat tensor like ``theta``, for monitoring; None where a rule keeps none."""
         return None
 
+    def restart_momentum(self) -> None:
+        """Sets the momentum to zero; the rest of the state stays. Called between two steps, after :meth:`setup`.
+
+        Raises:
+            ValueError: the rule has no momentum that could be restarted. Depends on its hyper-parameters alone.
+
+        """
+        raise ValueError(
+            f"{self!r} has no momentum that could be restarted; use a rule with a momentum > 0, such as"
+            " DelayedNesterov(momentum=0.9), or no restarts"
+        )
+
+    @property
+    def collects(self) -> bool:
+        """Whether the rule itself averages N pushes, and so has to be given each push on its own."""
+        return False
+
+    @property
+    def in_period(self) -> bool:
+        """Whether pushes were taken in that are not in the momentum yet. Meaningful after :meth:`setup`."""
+        return False
+
     @property
     def replaces_model(self) -> bool:
         """Whether every step is exactly ``theta - gradient``. Meaningful after :meth:`setup`.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -11,7 +10,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_async_localsgd.outer.base import CHUNK, OuterOptimizer, check_named, chunks
+from lightning_async_localsgd.hyperparameters import fraction, is_number, positive
+from lightning_async_localsgd.outer.base import CHUNK, OuterOptimizer, chunks
+from lightning_async_localsgd.outer.vectors import ModelVectors, check_integers
 
 log = logging.getLogger(__name__)
 
@@ -61,18 +62,14 @@ class DelayedNesterov(OuterOptimizer):
         period: int | Literal["auto"] = "auto",
         activation: float = 0.0,
     ) -> None:
-        if not (_is_number(lr) and 0.0 < lr < math.inf):
-            raise ValueError(f"DelayedNesterov: lr must be a number > 0, got {lr!r}; the paper's scale is lr=0.7")
-        if not (_is_number(momentum) and 0.0 <= momentum < 1.0):
-            raise ValueError(f"DelayedNesterov: momentum must be in [0, 1), got {momentum!r}; 0.9 is usual, 0 is off")
+        self.lr = positive("DelayedNesterov", "lr", lr, "the paper's scale is lr=0.7")
+        self.momentum = fraction("DelayedNesterov", "momentum", momentum, "0.9 is usual, 0 is off")
         if period != "auto" and (type(period) is not int or period < 1):
             raise ValueError(f'DelayedNesterov: period must be an integer >= 1 or "auto", got {period!r}')
-        if not (_is_number(activation) and 0.0 <= activation <= 1.0):
+        if not (is_number(activation) and 0.0 <= activation <= 1.0):
             raise ValueError(
                 f"DelayedNesterov: activation must be in [0, 1/period], got {activation!r}; 0 is the paper's choice"
             )
-        self.lr = float(lr)
-        self.momentum = float(momentum)
         self.period = period
         self.activation = float(activation)
         if period != "auto":
@@ -94,18 +91,11 @@ class DelayedNesterov(OuterOptimizer):
         self._check_activation(self._period)
         self._workers = workers
         self._theta = theta
-        # Negative zeros, because -0 + x is x for every x: the first momentum is then the first mean bit for bit, the
-        # sign of a zero included.
-        self._m = torch.full_like(theta, -0.0)
-        self._delta = torch.full_like(theta, -0.0)
+        self._vectors = ModelVectors("DelayedNesterov", theta, views, ["momentum", "delta"])
+        self._m, self._delta = self._vectors["momentum"], self._vectors["delta"]
         self._scratch = torch.empty(min(CHUNK, theta.numel()), dtype=theta.dtype)
         self._pushes = 0
         self._collected = 0
-        offsets = {name: view.storage_offset() - theta.storage_offset() for name, view in views.items()}
-        self._m_views, self._delta_views = (
-            {name: flat[offsets[name] : offsets[name] + view.numel()].view_as(view) for name, view in views.items()}
-            for flat in (self._m, self._delta)
-        )
 
     @override
     def step(self, gradient: Tensor, views: Mapping[str, Tensor]) -> None:
@@ -156,6 +146,24 @@ class DelayedNesterov(OuterOptimizer):
         self._ready()
         return self._m
 
+    @override
+    def restart_momentum(self) -> None:
+        self._ready()
+        if self.momentum == 0.0:
+            super().restart_momentum()
+        self._vectors.rest("momentum")
+
+    @property
+    @override
+    def collects(self) -> bool:
+        return True
+
+    @property
+    @override
+    def in_period(self) -> bool:
+        self._ready()
+        return self._collected > 0
+
     @property
     @override
     def replaces_model(self) -> bool:
@@ -166,8 +174,7 @@ class DelayedNesterov(OuterOptimizer):
     def state_dict(self) -> dict[str, Any]:
         self._ready()
         return {
-            "momentum": {name: view.clone() for name, view in self._m_views.items()},
-            "delta": {name: view.clone() for name, view in self._delta_views.items()},
+            **self._vectors.state_dict(),
             "pushes": self._pushes,
             "collected": self._collected,
             "period": self._period,
@@ -177,14 +184,8 @@ class DelayedNesterov(OuterOptimizer):
     @override
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._ready()
-        for key in ("pushes", "collected", "period", "workers"):
-            if type(state.get(key)) is not int:
-                raise ValueError(f"the saved state of DelayedNesterov lacks {key!r}, or it is no integer")
-        for key, views in (("momentum", self._m_views), ("delta", self._delta_views)):
-            check_named(f"the saved {key!r} of DelayedNesterov", state.get(key), views)
-        for key, views in (("momentum", self._m_views), ("delta", self._delta_views)):
-            for name, view in views.items():
-                view.copy_(state[key][name])
+        check_integers("DelayedNesterov", state, ["pushes", "collected", "period", "workers"])
+        self._vectors.load_state_dict(state)
         self._pushes = state["pushes"]
         self._collected = state["collected"]
         if (state["period"], state["workers"]) != (self._period, self._workers):
@@ -215,7 +216,3 @@ class DelayedNesterov(OuterOptimizer):
         if self._theta is None:
             raise RuntimeError("DelayedNesterov was used before setup()")
         return self._theta
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)

@@ -13,6 +13,10 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_async_localsgd.outer.base import OuterOptimizer
+from lightning_async_localsgd.outer.vectors import slices
+
+MOMENTA = ("momentum_buffer", "exp_avg")
+"""How torch's optimizers name their momentum."""
 
 
 class TorchOptimizer(OuterOptimizer):
@@ -27,7 +31,8 @@ class TorchOptimizer(OuterOptimizer):
     Args:
         optimizer: a subclass of ``torch.optim.Optimizer``, or a callable that makes one from an iterable of
             parameters.
-        **kwargs: further arguments of ``optimizer``.
+        **kwargs: further arguments of ``optimizer``. They count also after a checkpoint with others was loaded; what
+            is not given here is as it was in the checkpoint.
 
     Raises:
         TypeError: ``optimizer`` is neither, or does not take the arguments.
@@ -54,7 +59,7 @@ class TorchOptimizer(OuterOptimizer):
             )
         self._factory: Callable[[Iterable[Any]], Optimizer] = functools.partial(optimizer, **kwargs)
         self._name = getattr(optimizer, "__name__", type(optimizer).__name__)
-        self._replaces_model = self._try_out()
+        self._replaces_model, self._momentum_name = self._try_out()
         self._optimizer: Optimizer | None = None
 
     def __repr__(self) -> str:
@@ -66,6 +71,8 @@ class TorchOptimizer(OuterOptimizer):
         self._parameters = {name: nn.Parameter(view) for name, view in views.items()}
         self._optimizer = self._factory(list(self._parameters.values()))
         self._moved: set[str] = set()
+        self._momentum = torch.zeros_like(theta) if self._momentum_name else None
+        self._places = slices(theta, views)
 
     @override
     def step(self, gradient: Tensor, views: Mapping[str, Tensor]) -> None:
@@ -79,6 +86,7 @@ class TorchOptimizer(OuterOptimizer):
         # The push's buffer belongs to somebody else as soon as this returns.
         for parameter in self._parameters.values():
             parameter.grad = None
+        self._gather_momentum()
 
     @override
     def set_workers(self, workers: int) -> None:
@@ -86,8 +94,23 @@ class TorchOptimizer(OuterOptimizer):
 
     @property
     @override
+    def momentum_buffer(self) -> Tensor | None:
+        """Where the optimizer keeps one under a name that torch's have for it."""
+        self._ready()
+        return self._momentum
+
+    @override
+    def restart_momentum(self) -> None:
+        # What others keep is tied to their count of steps.
+        if self._momentum is None or not isinstance(self._ready(), torch.optim.SGD):
+            super().restart_momentum()
+        else:
+            self._momentum.fill_(-0.0)
+
+    @property
+    @override
     def replaces_model(self) -> bool:
-        return self._replaces_model
+        return self._replaces_model if self._optimizer is None else _subtracts(self._optimizer)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -138,17 +161,38 @@ class TorchOptimizer(OuterOptimizer):
             raise ValueError("the saved outer optimizer has other parameter groups than this run's")
         optimizer.load_state_dict(
             {
-                "state": {index[name]: dict(values) for name, values in state["state"].items()},
+                "state": {
+                    index[name]: {key: _copy(value) for key, value in values.items()}
+                    for name, values in state["state"].items()
+                },
                 "param_groups": groups,
             }
         )
+        given = self._factory.keywords  # type: ignore[attr-defined]
+        for group in optimizer.param_groups:
+            group.update({key: value for key, value in given.items() if key in group})
         self._moved = set(state["moved"])
+        if self._momentum is not None:
+            self._momentum.zero_()
+            self._gather_momentum()
 
-    def _try_out(self) -> bool:
+    def _gather_momentum(self) -> None:
+        """Moves the parts of the momentum into one flat vector, on which the optimizer then goes on working."""
+        if self._momentum is None or self._momentum_name is None:
+            return
+        optimizer = self._ready()
+        for name, parameter in self._parameters.items():
+            state = optimizer.state.get(parameter, {})
+            part = state.get(self._momentum_name)
+            place = self._momentum[self._places[name]]
+            if isinstance(part, Tensor) and part.shape == parameter.shape and part.data_ptr() != place.data_ptr():
+                state[self._momentum_name] = place.copy_(part.flatten()).view_as(parameter)
+
+    def _try_out(self) -> tuple[bool, str | None]:
         """One step on a matrix of one element, so that bad arguments are named now and not when training has begun.
 
         Returns:
-            Whether a step subtracts the gradient and nothing else.
+            Whether a step subtracts the gradient and nothing else, and the name of the momentum in the state, if any.
 
         """
         parameter = nn.Parameter(torch.zeros(1, 1))
@@ -174,17 +218,23 @@ class TorchOptimizer(OuterOptimizer):
             raise ValueError(
                 f"outer optimizer: {self._name} cannot step on a dense fp32 gradient ({error}); use another one"
             ) from error
-        group = optimizer.param_groups[0]
-        return (
-            type(optimizer) is torch.optim.SGD
-            and float(group["lr"]) == 1.0
-            and not any(group[key] for key in ("momentum", "weight_decay", "dampening", "maximize"))
-        )
+        state = optimizer.state.get(parameter, {})
+        names = [name for name in MOMENTA if isinstance(state.get(name), Tensor)]
+        return _subtracts(optimizer), names[0] if names else None
 
     def _ready(self) -> Optimizer:
         if self._optimizer is None:
             raise RuntimeError("TorchOptimizer was used before setup()")
         return self._optimizer
+
+
+def _subtracts(optimizer: Optimizer) -> bool:
+    """Whether a step is exactly ``theta - gradient``."""
+    return type(optimizer) is torch.optim.SGD and all(
+        float(group["lr"]) == 1.0
+        and not any(group[key] for key in ("momentum", "weight_decay", "dampening", "maximize"))
+        for group in optimizer.param_groups
+    )
 
 
 def _copy(value: Any) -> Any:
