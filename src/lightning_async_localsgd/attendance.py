@@ -86,6 +86,11 @@ class Attendance:
         """The workers that are gone and whose sessions may come back."""
         return self._membership.departed
 
+    @property
+    def bases(self) -> tuple[list[int], list[int]]:
+        """The versions that live workers may be computing on, and those that workers which are gone may."""
+        return self._membership.bases
+
     def new_number(self) -> int:
         """A number for somebody who has not been there from the beginning. No number is given twice in a run."""
         return self._membership.new_number()

@@ -10,12 +10,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from lightning_async_localsgd.budget import Budget
+from lightning_async_localsgd.assembly import build_coordinator
 from lightning_async_localsgd.buffers import BufferPool
-from lightning_async_localsgd.coordinator import Coordinator
-from lightning_async_localsgd.global_model import GlobalModel
-from lightning_async_localsgd.guard import UpdateGuard
-from lightning_async_localsgd.pacing import SpeedAwareSteps
 from lightning_async_localsgd.rendezvous import RendezvousError
 from lightning_async_localsgd.restarts import JoinTicket
 from lightning_async_localsgd.server import About, LocalExchange, Server
@@ -150,21 +146,10 @@ class Connection:
 
     def _open_server(self, about: About, restored: dict[str, Any] | None, alone: bool) -> Server:
         settings, layout = self._settings, self._binding.layout
-        model = GlobalModel(layout, settings.rule, self._workers)
-        self._binding.read(model.theta)
-        # What is plain training, to the last bit, must not leave out a step because it is an unusual one.
-        limit = None if settings.max_update_norm == "auto" and self._exact() else settings.max_update_norm
-        coordinator = Coordinator(
-            model,
-            SpeedAwareSteps(settings.local_steps, settings.dynamic_local_steps),
-            settings.grace,
-            Budget(settings.total, settings.done, estimated=settings.ends_with_data),
-            cohort=self._workers,
-            incarnation=uuid.uuid4().hex,
-            guard=UpdateGuard(limit),
-        )
+        coordinator = build_coordinator(settings, layout, self._workers, uuid.uuid4().hex, exact=alone)
+        self._binding.read(coordinator.model.theta)
         if restored is not None:
-            coordinator.load_state_dict(_rescaled(restored, self._workers))
+            coordinator.load_state_dict(rescaled(restored, self._workers))
         buffers = BufferPool(layout.numel, most=self._workers + 2)
         return Server(coordinator, buffers, threaded=not alone, about=about)
 
@@ -225,7 +210,7 @@ def _nearby(address: str) -> str:
     return address
 
 
-def _rescaled(state: dict[str, Any], workers: int) -> dict[str, Any]:
+def rescaled(state: dict[str, Any], workers: int) -> dict[str, Any]:
     """The state for ``workers`` workers: what is done stays the same share of the run."""
     before = int(state["initial_workers"])
     if before == workers:

@@ -5,9 +5,9 @@ every event comes with the time at which it happened, so that the live server an
 object, and the same events in the same order give the same global model to the last bit.
 
 A worker is *computing* between a dispatch and its push, *waiting* from its push to its dispatch (for the grace window
-to close), and *resting* when there are no local steps left to give it. When everybody rests, training is over and all
-are handed the same final model. Whoever was away then is handed it, too, when it comes back; what it had not handed in
-by then is refused.
+to close, or for the others of its group), and *resting* when there are no local steps left to give it. When everybody
+rests, training is over and all are handed the same final model. Whoever was away then is handed it, too, when it comes
+back; what it had not handed in by then is refused.
 
 Each push counts once: the last sequence number of each session is remembered, with what became of it, for as long as
 the session may come back. A push that is sent again is answered again, and changes nothing.
@@ -19,8 +19,10 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from lightning_async_localsgd.attendance import Attendance
-from lightning_async_localsgd.grace import Pending
+from lightning_async_localsgd.events import Event
+from lightning_async_localsgd.gathering import Gathering
 from lightning_async_localsgd.guard import Conduct, UpdateGuard
+from lightning_async_localsgd.merging import Merging
 from lightning_async_localsgd.messages import Lease, Reply
 from lightning_async_localsgd.objections import (
     DIVERGED,
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
 
     from lightning_async_localsgd.budget import Budget
     from lightning_async_localsgd.global_model import GlobalModel
-    from lightning_async_localsgd.grace import GraceWindow, Plan
+    from lightning_async_localsgd.grace import GraceWindow
     from lightning_async_localsgd.membership import Member
     from lightning_async_localsgd.messages import Hello, LeaseRequest, Push
     from lightning_async_localsgd.pacing import SpeedAwareSteps
@@ -67,10 +69,12 @@ class Coordinator:
         cohort: how many workers must have joined before the first dispatch; their numbers are 0, 1, ...
         incarnation: random name of this start of the server.
         guard: tells which pushes are too large; one with its own default if there is none.
+        merging: makes outer steps of pushes; by default of each at once.
 
     Attributes:
         on_metrics: called with a worker's number and what its module has logged in a round, as the push has it.
         on_settled: called with each push that has been decided on.
+        on_event: called with everything that happens, in order.
         shared: what every reply tells, see :class:`~lightning_async_localsgd.messages.Reply`.
         asked: likewise.
         attendance: who takes part.
@@ -86,24 +90,26 @@ class Coordinator:
         cohort: int,
         incarnation: str,
         guard: UpdateGuard | None = None,
+        merging: Merging | None = None,
     ) -> None:
         self.model = model
         self.budget = budget
         self.incarnation = incarnation
         self.on_metrics: Callable[[int, str], None] = lambda worker, text: None
         self.on_settled: Callable[[Settled], None] = lambda settled: None
+        self.on_event: Callable[[Event], None] = lambda event: None
         self.shared = ""
         self.asked = 0
         self.stopping = False
         self._pacing = pacing
-        self._grace = grace
         self._guard = guard if guard is not None else UpdateGuard()
+        self._merging = merging if merging is not None else Merging(model, cohort)
         self._conduct = Conduct()
         self._leases = DataLeases(cohort)
         self._records = Records()
         self.attendance = Attendance(cohort, model, budget, pacing, self._leases, self._conduct, self._records)
         self._members = self.attendance.live
-        self._window: Plan | None = None
+        self._gathering = Gathering(self._members, grace, pacing, budget, self._merging)
         self._progress = float(budget.done)
         self._latest_arrival = float("-inf")
 
@@ -116,6 +122,7 @@ class Coordinator:
             Why it is refused for good, or None: it waits for its dispatch.
 
         """
+        self.on_event(Event("join", now, {"hello": hello}))
         return self.attendance.join(hello, now)
 
     def revive(self, worker: int, session: str, now: float) -> bool:
@@ -127,6 +134,7 @@ class Coordinator:
             Whether the session is live. It cannot be once a newer one has taken its place, or if it is in quarantine.
 
         """
+        self.on_event(Event("revive", now, {"worker": worker, "session": session}))
         return self.attendance.find(worker, session, now) is not None
 
     def session_of(self, worker: int) -> str | None:
@@ -135,7 +143,7 @@ class Coordinator:
         return None if member is None else member.session
 
     def push(self, push: Push, gradient: Tensor | None, now: float, result: Tensor | None = None) -> str | None:
-        """A pseudo-gradient has arrived completely. It is applied at once, or refused, counted and logged.
+        """A pseudo-gradient has arrived completely. It is applied at once, or held, or refused, counted and logged.
 
         Args:
             push: its header.
@@ -146,9 +154,10 @@ class Coordinator:
 
         Returns:
             Why this *session* is refused for good (another one has taken its place, or it is in quarantine), else None:
-            the worker waits for its dispatch, whether its push was applied or not.
+            the worker waits for its dispatch, whether its push was taken or not.
 
         """
+        self.on_event(Event("push", now, {"push": push}))
         worker = push.worker
         member = self.attendance.find(worker, push.session, now)
         if member is None:
@@ -171,14 +180,16 @@ class Coordinator:
             self.attendance.inner_states[worker] = push.inner
         self.budget.settle(worker, push.steps if counts else 0)
         self._leases.settle(worker, push.used, consumed=counts)
-        self._settle(push, objection, now, member.staleness)
-        if push.stop and not self.stopping:
-            self.stop()
+        held = self._merging.held.get(worker)
+        if held is None or held.push is not push:
+            self._settle(push, objection, now, member.staleness)
+        if push.stop:
+            self._stop()
         offences = self._conduct.note(worker, objection is not None and objection.offence)
         if offences is not None:
             assert objection is not None
             reason = self.attendance.quarantine(worker, f"{offences} were refused (the last one: {objection.text})")
-            self._close_window_of_the_gone()
+            self._gathering.somebody_left()
             return reason
         self._wait(push, member, now)
         self.attendance.wake()
@@ -191,9 +202,10 @@ class Coordinator:
             Whether it was a live worker's present session.
 
         """
+        self.on_event(Event("leave", now, {"worker": worker, "session": session, "reason": reason}))
         live = self.attendance.leave(worker, session, reason)
         if live:
-            self._close_window_of_the_gone()
+            self._gathering.somebody_left()
         return live
 
     def lease(self, request: LeaseRequest) -> Lease:
@@ -203,17 +215,22 @@ class Coordinator:
         """
         refused = self.attendance.refuses_lease(request.worker, request.session)
         if refused is not None:
-            return Lease(request.number, request.epoch, 0, 0, refused)
-        return self._leases.grant(request, len(self._members))
+            lease = Lease(request.number, request.epoch, 0, 0, refused)
+        else:
+            lease = self._leases.grant(request, len(self._members))
+        self.on_event(Event("lease", content={"request": request, "lease": lease}))
+        return lease
 
     def pause(self, worker: int, now: float) -> None:
         """A worker does something else (validates, saves): nobody waits for it until :meth:`resume`."""
+        self.on_event(Event("pause", now, {"worker": worker}))
         member = self._members.get(worker)
         if member is not None and member.paused_at is None:
             member.paused_at = now
 
     def resume(self, worker: int, now: float) -> None:
         """A paused worker computes again."""
+        self.on_event(Event("resume", now, {"worker": worker}))
         member = self._members.get(worker)
         if member is not None and member.paused_at is not None:
             member.dispatched_at += now - member.paused_at
@@ -221,8 +238,8 @@ class Coordinator:
 
     def stop(self) -> None:
         """Training ends: nothing more is granted, every worker hands in what it has and gets the final model."""
-        self.stopping = True
-        self.budget.stop()
+        self.on_event(Event("stop"))
+        self._stop()
 
     # --------------------------------------------------------------- decisions
 
@@ -243,43 +260,43 @@ class Coordinator:
 
     def deadline(self) -> float | None:
         """When to look again though nothing happened (seconds, same clock), or None."""
-        return self._window.deadline if self._window is not None else None
+        return self._gathering.deadline
 
     def ready(self, now: float) -> bool:
         """Whether somebody is to be dispatched now."""
         if not self.attendance.started:
             return False
-        members = self._members
-        if not any(member.state == "waiting" for member in members.values()):
-            return not self.finished and self._everybody_rests()
-        if self._window is None or now >= self._window.deadline:
+        if self._gathering.is_due(now) or self._gathering.is_over(now):
             return True
-        return not any(
-            member.state == "computing" and member.paused_at is None and worker in self._window.expected
-            for worker, member in members.items()
-        )
+        return not self.finished and self._everybody_rests()
 
     def dispatch(self, now: float) -> dict[int, Reply]:
-        """Dispatches everybody who waits: all of them the present global model.
+        """Dispatches everybody who waits for no group: all of them the present global model.
+
+        A group that is due is merged before that.
 
         Returns:
             The replies by worker; workers for whom no steps are left rest without a reply until there are some
             again (another worker died) or training is over.
 
         """
-        self._window = None
+        if self._gathering.is_due(now):
+            for one in self._merging.merge():
+                self._settle(one.push, None, now, one.staleness)
         members = self._members
         speeds = {worker: self._pacing.speed(worker) for worker, member in members.items() if not member.final}
         progress = self._expected_progress(now, speeds)
-        replies = {}
+        # Those who wait for each other all take the same steps, the last ones too, if their rounds are equally long.
+        rates = dict.fromkeys(speeds) if self._gathering.lock_step and not self._pacing.dynamic else speeds
+        replies, dispatched = {}, []
         for worker in self.live:
             member = members[worker]
-            if member.state != "waiting":
+            if member.state != "waiting" or self._gathering.waits(worker):
                 continue
             steps = 0
             if not (self.stopping or self.finished or member.final):
                 wanted = self._pacing.steps_for(worker, self.live)
-                steps = self.budget.grant(worker, wanted, now, speeds)
+                steps = self.budget.grant(worker, wanted, now, rates)
             if steps == 0:
                 member.state = "resting"
                 self.budget.release(worker)  # Of a dispatch that did not reach it.
@@ -293,12 +310,18 @@ class Coordinator:
             member.dispatched_at = now
             member.paused_at = None
             member.called_in = False
-            replies[worker] = self._reply(worker, member, now, progress, stop=False)
+            dispatched.append(worker)
+        for worker in dispatched:
+            replies[worker] = self._reply(worker, members[worker], now, progress, stop=False)
+        if dispatched:
+            self._merging.keep_base(*self.attendance.bases)
+        self._gathering.dispatched(now)
         self._call_in_the_unknown()
         if not self.finished and self._everybody_rests():
             self.attendance.finished = True
             for worker, member in members.items():
                 replies[worker] = self._reply(worker, member, now, progress, stop=True)
+        self.on_event(Event("dispatch", now, {"replies": replies}))
         return replies
 
     def wanted(self) -> dict[int, int]:
@@ -336,6 +359,7 @@ class Coordinator:
             "pacing": self._pacing.state_dict(),
             "leases": self._leases.state_dict(),
             "guard": self._guard.state_dict(),
+            "merging": self._merging.state_dict(),
             **self._records.state_dict(),
             **self.attendance.state_dict(),
         }
@@ -348,11 +372,16 @@ class Coordinator:
         self._leases.load_state_dict(state.get("leases", {}))
         if "guard" in state:
             self._guard.load_state_dict(state["guard"])
+        self._merging.load_state_dict(state.get("merging", {}))
         self._records.load_state_dict(state)
         self.attendance.load_state_dict(state)
         self._progress = float(self.budget.done)
 
     # ---------------------------------------------------------------- internal
+
+    def _stop(self) -> None:
+        self.stopping = True
+        self.budget.stop()
 
     def _objection(self, push: Push, gradient: Tensor | None, member: Member) -> Objection | None:
         """Why ``push`` must not be applied, as far as can be told without reading all of it."""
@@ -372,12 +401,14 @@ class Coordinator:
         refused = self._guard.judge(push.worker, looked.norm, push.steps, len(self._members))
         if refused is not None:
             return too_large(refused)
-        member.staleness = self.model.version - push.base_version
-        self.model.apply(gradient, result)
         self._pacing.observe(push.worker, push.timed_steps, push.compute_seconds)
         member.exchange_seconds = push.exchange_seconds
-        self._records.applied(push, looked, member.staleness, len(self._members))
-        return None
+        staleness = self.model.version - push.base_version
+        objection = self._merging.take(push, gradient, looked, self._members, self.budget.done, result)
+        if objection is None:
+            member.staleness = staleness
+            self._records.applied(push, looked, staleness, len(self._members))
+        return objection
 
     def _repeated(self, push: Push, member: Member, now: float) -> None:
         """A push that has been settled comes again. Nothing changes; if it is the latest one it is answered again."""
@@ -391,23 +422,13 @@ class Coordinator:
             self._wait(push, member, now)
 
     def _wait(self, push: Push, member: Member, now: float) -> None:
-        """The worker hands over to the grace window, which its arrival may open."""
+        """The worker waits for its dispatch: for its group, or the grace window that its arrival may open."""
         round_seconds = now - member.dispatched_at
         member.state = "waiting"
         member.arrived_at = self._latest_arrival = now
         member.paused_at = None
         member.final = member.final or push.final
-        if self._window is None and member.answer is None and not (self.budget.exhausted or member.final):
-            pending = [
-                Pending(worker, other.dispatched_at, self._expected_seconds(worker, other))
-                for worker, other in self._members.items()
-                if other.state == "computing" and other.paused_at is None
-            ]
-            self._window = self._grace.plan(now, round_seconds, pending)
-
-    def _expected_seconds(self, worker: int, member: Member) -> float | None:
-        speed = self._pacing.speed(worker)
-        return None if speed is None else member.local_steps / speed + member.exchange_seconds
+        self._gathering.arrive(push.worker, member, round_seconds, now)
 
     def _call_in_the_unknown(self) -> None:
         members = self._members
@@ -415,10 +436,6 @@ class Coordinator:
             for worker, member in members.items():
                 if self._pacing.speed(worker) is None and member.dispatched_at < self._latest_arrival:
                     member.called_in = True
-
-    def _close_window_of_the_gone(self) -> None:
-        if not any(member.state == "waiting" for member in self._members.values()):
-            self._window = None
 
     def _everybody_rests(self) -> bool:
         members = self._members
@@ -435,6 +452,10 @@ class Coordinator:
             self._records.totals[worker].wait_seconds += waited
         speed, total = self._pacing.speed(worker), self._pacing.total_speed(self._members)
         pace = total / speed if speed and total else float(len(self._members))
+        if self._gathering.lock_step and not stop:
+            # In the time of this round, whatever the speeds, the others take those of theirs and no more.
+            computing = [other.local_steps for other in self._members.values() if other.state == "computing"]
+            pace = sum(computing) / member.local_steps
         self._records.views[worker] = WorkerView(
             staleness=member.staleness,
             local_steps=member.local_steps,

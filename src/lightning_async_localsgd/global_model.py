@@ -112,17 +112,19 @@ class GlobalModel:
         cosine = max(-1.0, min(1.0, product / scale)) if scale > 0.0 and math.isfinite(product) else None
         return PushNorm(finite=True, norm=norm, momentum_cosine=cosine)
 
-    def apply(self, gradient: Tensor, result: Tensor | None = None) -> None:
-        """Applies one push; ``gradient`` is only read.
+    def apply(self, gradient: Tensor, result: Tensor | None = None, pushes: int = 1) -> None:
+        """Applies one push, or the average of several as one step; ``gradient`` is only read.
 
         Parameters follow the outer optimizer. Buffers (running statistics) move by 1/workers of the way towards the
         worker's own values, which the buffer part of a push holds: never outside the range of what workers have
         measured, however stale the push, so that a variance stays positive; buffers equal everywhere stay bit for bit.
+        An average of n moves them n times as far, at most all of the way.
 
         Args:
             gradient: flat vector as :meth:`.layout.Binding.subtract_from` forms it; finite.
             result: the worker's whole local model, where it is the only one and :attr:`.OuterOptimizer.replaces_model`
                 holds. The outcome is then that very model, without the rounding of two subtractions.
+            pushes: how many pushes ``gradient`` is the average of: so many new versions.
 
         Raises:
             ValueError: ``result`` was given, but the rule does more than replace the model, or there are more workers.
@@ -132,10 +134,10 @@ class GlobalModel:
             raise ValueError(f"{self.rule} with {self._workers} workers does not replace the model by a local one")
         parameters, buffers = self._split(gradient)
         self.rule.step(parameters, self.layout.views(parameters, "parameter"))
-        self._buffers.lerp_(buffers, 1.0 / self._workers)
+        self._buffers.lerp_(buffers, min(1.0, pushes / self._workers))
         if result is not None:
             self.load(result)
-        self.version += 1
+        self.version += pushes
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of everything that training needs to continue; tensors by name, readable with ``weights_only``."""

@@ -92,6 +92,15 @@ class Membership:
         """The workers that are gone and whose sessions may come back."""
         return frozenset(self._departed)
 
+    @property
+    def bases(self) -> tuple[list[int], list[int]]:
+        """The versions that live sessions may be computing on, and those that departed ones may."""
+        live, departed = (
+            [version for member in sessions.values() for version in member.bases]
+            for sessions in (self.live, self._departed)
+        )
+        return live, departed
+
     def new_number(self) -> int:
         """A number that nobody has had before."""
         number = self.next_number

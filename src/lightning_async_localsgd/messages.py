@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 _M = TypeVar("_M", bound="Message")
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 """Raised whenever a peer of the version before would misread a message."""
 
 ALREADY_APPLIED = "already applied"
@@ -133,6 +133,7 @@ class Push(Message):
         metrics: what this worker's module logged since its last push, for rank 0's loggers: a JSON object, or "".
         inner: name of the file in which this worker has last saved its inner optimizers' states, which holds the
             content's hash; "" if there is none.
+        tokens: taken in the round, see :func:`.batch_tokens`.
 
     """
 
@@ -151,6 +152,7 @@ class Push(Message):
     used: str = ""
     metrics: str = ""
     inner: str = ""
+    tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -161,11 +163,11 @@ class Reply(Message):
         incarnation: random name of this start of the server.
         sequence: of the push that is answered; 0 answers a :class:`Hello`.
         version: of the global model that follows (pushes applied so far).
-        staleness: of the push that is answered: versions between its base and its application; 0 for a hello.
+        staleness: of the push that is answered: versions between its base and its merge; 0 for a hello.
         local_steps: optimizer steps to take in the next round; 0 if and only if ``stop``.
         progress: local steps of all workers together that the server expects to be done by now.
         pace: how many local steps of all workers together go by for one step of this worker (>= 1).
-        wait_seconds: seconds between the push's application and this dispatch (grace window, or end of the budget).
+        wait_seconds: seconds between the push's arrival and this dispatch (grace window, quorum, or end of the budget).
         stop: training is over; the model that follows is the final one.
         refused: why the push was not applied, in one line; None if it was.
         shared: what rank 0 has decided for everybody (learning rates that follow a metric): a JSON object, or "".

@@ -60,6 +60,11 @@ def other_base(version: int) -> Objection:
     return Objection("base", f"based on version {version}, which was not this worker's last dispatch")
 
 
+def stale(text: str) -> Objection:
+    """The staleness stage drops it: its steps were taken, and are worth nothing to the model as it is now."""
+    return Objection("stale", text, counts=True)
+
+
 def malformed(text: str) -> Objection:
     """What it says of itself cannot be."""
     return Objection("malformed", text, offence=True, nonsense=True)
@@ -93,8 +98,8 @@ def form_objection(push: Push, gradient: Tensor | None, numel: int) -> Objection
         numel: elements of the model.
 
     """
-    if push.steps < 0 or push.samples < 0:
-        return malformed(f"claims {push.steps} steps and {push.samples} samples")
+    if push.steps < 0 or push.samples < 0 or push.tokens < 0:
+        return malformed(f"claims {push.steps} steps, {push.samples} samples and {push.tokens} tokens")
     if push.steps > 0 and (gradient is None or gradient.numel() != numel):
         size = 0 if gradient is None else gradient.numel()
         return malformed(f"has {size} elements, the model has {numel}")

@@ -1,8 +1,8 @@
-"""What the trainer was given besides the strategy and cannot work with it: refused by name, with the way out."""
+"""What does not go together, with the strategy or among its options: refused by name, with the way out."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -11,12 +11,131 @@ from lightning.pytorch.accelerators import MPSAccelerator
 from lightning.pytorch.callbacks import LearningRateFinder, ModelPruning
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision, FSDPPrecision, XLAPrecision
 
+from lightning_async_localsgd.merging import MergeOptions
+from lightning_async_localsgd.staleness import Staleness
 from lightning_async_localsgd.trainer_parts import callbacks_of
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
+    from lightning_async_localsgd.grace import GraceWindow
+    from lightning_async_localsgd.outer import OuterOptimizer
     from lightning_async_localsgd.strategy import AsyncLocalSGDStrategy
+
+
+def refuse_merging(
+    quorum: int | Literal["all"],
+    warmup_steps: int,
+    staleness: Staleness | None,
+    merge: MergeOptions,
+    rule: OuterOptimizer,
+    grace: GraceWindow,
+) -> None:
+    """Looks at how pushes are to be merged, as far as that can be told without the number of workers.
+
+    Raises:
+        ValueError: an option is outside its range, does nothing, or does not go together with another one.
+        TypeError: an option is something else than it must be.
+
+    """
+    if quorum != "all" and (type(quorum) is not int or quorum < 1):
+        raise ValueError(
+            f"quorum={quorum!r} must be a number of workers >= 1, or 'all'; 1 merges each push as it comes, 'all' is "
+            "synchronous"
+        )
+    if type(warmup_steps) is not int or warmup_steps < 0:
+        raise ValueError(f"warmup_steps={warmup_steps!r} must be a number of steps per worker, 0 or more")
+    if staleness is not None and not isinstance(staleness, Staleness):
+        raise TypeError(
+            f"staleness={staleness!r} is no staleness stage; use one of lightning_async_localsgd.staleness, such as "
+            "Polynomial(power=0.5), or None"
+        )
+    if not isinstance(merge, MergeOptions):
+        raise TypeError(f"merge={merge!r} must be a MergeOptions, such as MergeOptions(weights='samples'), or None")
+    groups = quorum != 1
+    if groups and rule.collects:
+        raise ValueError(
+            f"quorum={quorum!r} averages the pushes of a group, and outer_optimizer={rule!r} averages N pushes itself; "
+            "use quorum=1 (warmup_steps gives it a synchronous beginning), or a rule that needs no N, such as "
+            "Nesterov(lr=0.7, momentum=0.9)"
+        )
+    if warmup_steps and quorum == "all":
+        raise ValueError(
+            f"warmup_steps={warmup_steps} lets the quorum down from all workers, and with quorum='all' it stays there; "
+            "use a smaller quorum, or warmup_steps=0"
+        )
+    if merge.quorum_seconds is not None and not (groups or warmup_steps):
+        raise ValueError(
+            f"merge.quorum_seconds={merge.quorum_seconds:g} limits how long pushes wait for a quorum, and with "
+            "quorum=1 none waits; use quorum >= 2, quorum='all' or warmup_steps, or leave it out"
+        )
+    if merge.average != "mean" and (rule.collects or not (groups or warmup_steps)):
+        reason = f"outer_optimizer={rule!r} averages pushes itself" if rule.collects else "with quorum=1 there are none"
+        raise ValueError(
+            f"merge.average={merge.average!r} averages the pushes of a group, but {reason}; use quorum >= 2 and a rule "
+            "such as Nesterov(lr=0.7, momentum=0.9), or leave it out"
+        )
+    if quorum == "all" and isinstance(grace.grace, float | int) and grace.grace > 0:
+        raise ValueError(
+            f"grace={grace.grace!r} waits for more workers than the quorum, and quorum='all' waits for all of "
+            "them; use a smaller quorum, or leave grace out"
+        )
+    if quorum == "all" and merge.quorum_seconds is None:
+        _refuse_staleness(staleness, "with quorum='all' and no merge.quorum_seconds")
+
+
+def refuse_workers(
+    workers: int,
+    joinable: bool,
+    quorum: int | Literal["all"],
+    warmup_steps: int,
+    staleness: Staleness | None,
+    merge: MergeOptions,
+    rule: OuterOptimizer,
+) -> None:
+    """Looks whether options fit the number of workers: the outer optimizer's, and how pushes are merged.
+
+    Args:
+        workers: that the run is started with.
+        joinable: others may join while it goes on.
+        quorum: see :func:`refuse_merging`, as the others.
+        warmup_steps: likewise.
+        staleness: likewise.
+        merge: likewise.
+        rule: likewise; of no use afterwards.
+
+    Raises:
+        ValueError: they don't.
+
+    """
+    # Tried on a model of one parameter.
+    rule.setup(torch.zeros(1), {"": torch.zeros(1)}, workers)
+    if staleness is not None and staleness.needs_momentum and rule.momentum_buffer is None:
+        raise ValueError(
+            f"staleness={staleness!r} compares pushes with the outer momentum, and outer_optimizer={rule!r} has "
+            "none; use a rule with a momentum, such as DelayedNesterov(momentum=0.9), or another stage"
+        )
+    if quorum != "all" and quorum > workers:
+        raise ValueError(
+            f"quorum={quorum} is more than the {workers} worker(s) of this run; use at most {workers}, or 'all'"
+        )
+    alone = workers == 1 and not joinable
+    if warmup_steps and (alone or quorum == workers > 1):
+        raise ValueError(
+            f"warmup_steps={warmup_steps} lets the quorum down from all {workers} worker(s) to {quorum}, which is no "
+            "way down; use more workers, a smaller quorum, or warmup_steps=0"
+        )
+    if alone:
+        _refuse_staleness(staleness, "with a single worker")
+    if quorum == workers and merge.quorum_seconds is None and not joinable:
+        _refuse_staleness(staleness, f"with quorum={quorum} of {workers} worker(s) and no merge.quorum_seconds")
+
+
+def _refuse_staleness(staleness: Staleness | None, reason: str) -> None:
+    if staleness is not None:
+        raise ValueError(
+            f"staleness={staleness!r} is about pushes from older models, and {reason} there are none; leave it out"
+        )
 
 
 def refuse_plugins(strategy: AsyncLocalSGDStrategy, start_method: str) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from lightning_async_localsgd.merging import MergeOptions
+
 if TYPE_CHECKING:
     from lightning_async_localsgd.grace import GraceWindow
     from lightning_async_localsgd.options import ExchangeOptions
     from lightning_async_localsgd.outer import OuterOptimizer
+    from lightning_async_localsgd.staleness import Staleness
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,10 @@ class PhaseSettings:
         ends_with_data: the data ends the run, ``total`` is an estimate of it.
         frozen: whether frozen parameters are exchanged like the others.
         max_update_norm: see :class:`.UpdateGuard`.
+        quorum: see :class:`.Merging`.
+        warmup_steps: likewise.
+        staleness: likewise.
+        merge: likewise.
         token: the user's secret, with which others may join while training runs; None if there is none.
         fit: number of the fit in the script.
         seed: of the training data's order.
@@ -49,6 +56,10 @@ class PhaseSettings:
     ends_with_data: bool = False
     frozen: bool = False
     max_update_norm: float | Literal["auto"] | None = "auto"
+    quorum: int | Literal["all"] = 1
+    warmup_steps: int = 0
+    staleness: Staleness | None = None
+    merge: MergeOptions = field(default_factory=MergeOptions)
     token: str | None = field(default=None, repr=False)
     fit: int = 1
     seed: int = 0
