@@ -29,10 +29,16 @@ START_METHODS = {
     "async_localsgd_fork": "fork",
     "async_localsgd_notebook": "fork",
 }
-"""How the ranks of one host are started under each name that ``Trainer(strategy=...)`` takes."""
+"""How the ranks of one host are started under each name of the live strategy."""
+
+SIMULATED = "async_localsgd_simulated"
+"""The name of the strategy that plays a cluster in one process."""
+
+SIMULATED_DESCRIPTION = "Asynchronous Local-SGD on a virtual cluster, in one process"
+"""What Lightning's registry shows for it."""
 
 DESCRIPTION = "Asynchronous Local-SGD, ranks started by `{}`"
-"""What Lightning's registry shows for a name."""
+"""What Lightning's registry shows for another name."""
 
 _HOMES = {
     "lightning.pytorch.strategies": "lightning_async_localsgd",
@@ -59,22 +65,27 @@ def _install() -> None:
 
 def _register(strategies: ModuleType) -> None:
     registry = strategies.StrategyRegistry
-    builder = _Builder(_HOMES[strategies.__name__])
+    home = _HOMES[strategies.__name__]
+    builder = _Builder(home, "AsyncLocalSGDStrategy")
     for name, start_method in START_METHODS.items():
         if name not in registry:
             registry.register(name, builder, description=DESCRIPTION.format(start_method), start_method=start_method)
+    if SIMULATED not in registry:
+        builder = _Builder(home, "SimulatedAsyncLocalSGDStrategy")
+        registry.register(SIMULATED, builder, description=SIMULATED_DESCRIPTION)
 
 
 class _Builder:
     """Makes the strategy when Lightning's registry asks for it; here an import error is the user's to see."""
 
-    def __init__(self, package: str) -> None:
+    def __init__(self, package: str, strategy: str) -> None:
         self._package = package
+        self._strategy = strategy
 
     def __call__(self, **init_params: Any) -> Any:
         from importlib import import_module
 
-        return import_module(self._package).AsyncLocalSGDStrategy(**init_params)
+        return getattr(import_module(self._package), self._strategy)(**init_params)
 
 
 def _guarded(function: Callable[..., None], *args: Any) -> None:

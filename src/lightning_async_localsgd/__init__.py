@@ -21,36 +21,56 @@ if TYPE_CHECKING:
     from lightning_async_localsgd.emulation import EmulatedDevices
     from lightning_async_localsgd.faults import FaultInjection
     from lightning_async_localsgd.injection import Fault, FaultKind
+    from lightning_async_localsgd.merging import MergeOptions
     from lightning_async_localsgd.options import ExchangeOptions
     from lightning_async_localsgd.outer import DelayedNesterov, OuterOptimizer, TorchOptimizer
+    from lightning_async_localsgd.simulation.devices import Arrival, Death, Link, Slowdown, StepSeconds
+    from lightning_async_localsgd.simulation.strategy import SimulatedAsyncLocalSGDStrategy
+    from lightning_async_localsgd.staleness import Staleness
     from lightning_async_localsgd.strategy import AsyncLocalSGDStrategy
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Arrival",
     "AsyncLocalSGDCallback",
     "AsyncLocalSGDStrategy",
+    "Death",
     "DelayedNesterov",
     "EmulatedDevices",
     "ExchangeOptions",
     "Fault",
     "FaultInjection",
     "FaultKind",
+    "Link",
+    "MergeOptions",
     "OuterOptimizer",
+    "SimulatedAsyncLocalSGDStrategy",
+    "Slowdown",
+    "Staleness",
+    "StepSeconds",
     "TorchOptimizer",
 ]
 
 # The module of each exported name.
 HOMES = {
+    "Arrival": "simulation.devices",
     "AsyncLocalSGDCallback": "callback",
     "AsyncLocalSGDStrategy": "strategy",
+    "Death": "simulation.devices",
     "DelayedNesterov": "outer",
     "EmulatedDevices": "emulation",
     "ExchangeOptions": "options",
     "Fault": "injection",
     "FaultInjection": "faults",
     "FaultKind": "injection",
+    "Link": "simulation.devices",
+    "MergeOptions": "merging",
     "OuterOptimizer": "outer",
+    "SimulatedAsyncLocalSGDStrategy": "simulation.strategy",
+    "Slowdown": "simulation.devices",
+    "Staleness": "staleness",
+    "StepSeconds": "simulation.devices",
     "TorchOptimizer": "outer",
 }
 

@@ -17,7 +17,7 @@ from lightning_async_localsgd.plateau import FollowedPlateaus
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
-    from lightning_async_localsgd.phase import AsyncPhase
+    from lightning_async_localsgd.phase_base import Phase
     from lightning_async_localsgd.rendezvous import Rendezvous
 
 _log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class Agreement:
 
     """
 
-    def __init__(self, trainer: pl.Trainer, phase: AsyncPhase) -> None:
+    def __init__(self, trainer: pl.Trainer, phase: Phase) -> None:
         self._server = phase.server
         self._worker = phase.worker
         self._rates: list[Any] = []

@@ -18,7 +18,7 @@ from lightning_async_localsgd.trainer_parts import WEIGHT_AVERAGING, callbacks_o
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
-    from lightning_async_localsgd.phase import AsyncPhase
+    from lightning_async_localsgd.phase_base import Phase
 
 
 def averages(trainer: pl.Trainer) -> list[Any]:
@@ -60,7 +60,7 @@ class GlobalAverages:
 
     """
 
-    def __init__(self, trainer: pl.Trainer, phase: AsyncPhase, global_epochs: bool) -> None:
+    def __init__(self, trainer: pl.Trainer, phase: Phase, global_epochs: bool) -> None:
         model = _GlobalModelView(phase) if phase.workers > 1 else None
         self._replaced: list[tuple[Any, str]] = []
         for callback in averages(trainer):
@@ -149,7 +149,7 @@ def _with_buffers(transfer: Callable[..., None]) -> Callable[..., None]:
 class _GlobalModelView:
     """What averaging asks of a module, its tensors in order; those of the global model where they are exchanged."""
 
-    def __init__(self, phase: AsyncPhase) -> None:
+    def __init__(self, phase: Phase) -> None:
         self._phase = phase
         self._version = -1
         self._values: dict[str, Tensor] = {}

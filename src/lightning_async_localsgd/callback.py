@@ -8,17 +8,19 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning_utilities.core.rank_zero import rank_zero_info
 from typing_extensions import override
 
+from lightning_async_localsgd.events import Event, fingerprint
 from lightning_async_localsgd.ledger import Ledger
 from lightning_async_localsgd.records import FORMER
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
-    from lightning_async_localsgd.phase import AsyncPhase
+    from lightning_async_localsgd.phase_base import Phase
     from lightning_async_localsgd.records import View
     from lightning_async_localsgd.training import AsyncTraining
 
@@ -40,7 +42,7 @@ class AsyncLocalSGDCallback(Callback):
       were among the latest), ``async/update_norm`` (of the last pseudo-gradient), ``async/momentum_cosine`` (between it
       and the outer momentum), ``async/refused_pushes`` and, for each kind that there was, how many of that kind
       (``async/refused_pushes/not_finite``), ``async/bytes_sent`` and ``async/bytes_received`` (by the server, over the
-      network or sockets).
+      network or sockets); in a simulated run ``async/virtual_seconds`` (since the start of training).
 
     At the end a table of the workers is printed, and the same numbers are written to ``async_localsgd_summary.json``
     in the trainer's log directory (with ``logger=False`` there is none).
@@ -49,9 +51,11 @@ class AsyncLocalSGDCallback(Callback):
         table: whether the table is printed at the end.
         ledger: file to which rank 0 appends a line of JSON for every push that was applied or refused, with the fields
             of :class:`.Settled`; None for no such file. It is made, with its folder, if it is not there.
+        events: file to which rank 0 writes everything that happens to the server, as lines of JSON with the fields of
+            :class:`.Event`; None for no such file. :class:`.SimulatedAsyncLocalSGDStrategy` plays it again.
 
     Raises:
-        ValueError: ``ledger`` is no path of a file.
+        ValueError: ``ledger`` or ``events`` is no path of a file, or both are the same one.
 
     Example::
 
@@ -62,21 +66,35 @@ class AsyncLocalSGDCallback(Callback):
 
     """
 
-    def __init__(self, table: bool = True, ledger: str | PathLike[str] | None = None) -> None:
+    def __init__(
+        self,
+        table: bool = True,
+        ledger: str | PathLike[str] | None = None,
+        events: str | PathLike[str] | None = None,
+    ) -> None:
         if ledger is not None and (not str(ledger) or Path(ledger).is_dir()):
             raise ValueError(f"ledger must be the path of a file, or None for no ledger, got {ledger!r}")
+        if events is not None and (not str(events) or Path(events).is_dir()):
+            raise ValueError(f"events must be the path of a file, or None for no log of events, got {events!r}")
+        if ledger is not None and events is not None and Path(ledger).absolute() == Path(events).absolute():
+            raise ValueError(f"ledger and events are both {str(ledger)!r}; give each a file of its own")
         self.table = table
         self.ledger = None if ledger is None else Path(ledger)
+        self.events = None if events is None else Path(events)
         self._bar: _GlobalProgress | None = None
         self._open_ledger: Ledger | None = None
+        self._open_events: Ledger | None = None
 
-    def on_async_phase_start(self, trainer: pl.Trainer, phase: AsyncPhase) -> None:
+    def on_async_phase_start(self, trainer: pl.Trainer, phase: Phase) -> None:
         """Called by the strategy, on every rank, when the asynchronous phase has begun and before its first epoch."""
         if phase.server is not None:
             self._bar = _take_over(trainer.progress_bar_callback, phase)
             if self.ledger is not None:
                 self._open_ledger = Ledger(self.ledger)
             phase.server.record(None if self._open_ledger is None else self._open_ledger.write)
+            if self.events is not None:
+                self._open_events = Ledger(self.events, "event log")
+            phase.server.record_events(None if self._open_events is None else self._open_events.write)
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -125,11 +143,11 @@ class AsyncLocalSGDCallback(Callback):
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._give_back_bar()
-        self._close_ledger()
+        self._close_files()
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._close_ledger()
+        self._close_files()
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -139,6 +157,8 @@ class AsyncLocalSGDCallback(Callback):
         self._give_back_bar()
         if training is None or training.phase.server is None:
             return
+        if self._open_events is not None:
+            self._open_events.write(_end_of(training.phase))
         summary = run_summary(training.phase)
         # Without a logger there is no log directory, only the working directory: nothing is written there unasked.
         if trainer.loggers and trainer.log_dir is not None:
@@ -148,10 +168,11 @@ class AsyncLocalSGDCallback(Callback):
         if self.table:
             rank_zero_info("\n" + format_table(summary))
 
-    def _close_ledger(self) -> None:
-        if self._open_ledger is not None:
-            self._open_ledger.close()
-            self._open_ledger = None
+    def _close_files(self) -> None:
+        for file in (self._open_ledger, self._open_events):
+            if file is not None:
+                file.close()
+        self._open_ledger = self._open_events = None
 
     def _give_back_bar(self) -> None:
         if self._bar is not None:
@@ -159,7 +180,7 @@ class AsyncLocalSGDCallback(Callback):
             self._bar = None
 
 
-def run_metrics(phase: AsyncPhase) -> dict[str, float]:
+def run_metrics(phase: Phase) -> dict[str, float]:
     """The metrics of the run at this moment, by the names they are logged under. For rank 0."""
     assert phase.server is not None
     view: View = phase.server.view
@@ -172,6 +193,8 @@ def run_metrics(phase: AsyncPhase) -> dict[str, float]:
         "async/bytes_received": phase.bytes_received,
         **{f"async/refused_pushes/{kind}": count for kind, count in view.refusals.items()},
     }
+    if phase.virtual_seconds is not None:
+        metrics["async/virtual_seconds"] = phase.virtual_seconds
     if view.update_norm is not None:
         metrics["async/update_norm"] = view.update_norm
     if view.momentum_cosine is not None:
@@ -184,7 +207,7 @@ def run_metrics(phase: AsyncPhase) -> dict[str, float]:
     return metrics
 
 
-def run_summary(phase: AsyncPhase) -> dict[str, Any]:
+def run_summary(phase: Phase) -> dict[str, Any]:
     """What the run came to, in plain values: for the run and for each worker. For rank 0."""
     assert phase.server is not None
     totals = phase.totals()
@@ -219,9 +242,18 @@ def run_summary(phase: AsyncPhase) -> dict[str, Any]:
         "refusals": dict(view.refusals),
         "lost": [{"worker": worker, "seconds": when, "reason": why} for worker, when, why in phase.lost_workers],
         "seconds": phase.seconds,
+        "virtual": phase.virtual_seconds is not None,
         "bytes_sent": phase.bytes_sent,
         "bytes_received": phase.bytes_received,
     }
+
+
+def _end_of(phase: Phase) -> Event:
+    """The last event of a run, by which a replay is compared with it. For rank 0."""
+    assert phase.server is not None
+    theta = torch.empty(phase.binding.layout.numel, dtype=torch.float32)
+    version = phase.server.copy_model(theta)
+    return Event("end", None, {"version": version, "theta": fingerprint(theta)})
 
 
 def format_table(summary: dict[str, Any]) -> str:
@@ -280,7 +312,7 @@ class _GlobalProgress:
     Total and position are those of the budget of all workers, not of rank 0's batches.
     """
 
-    _phase: AsyncPhase
+    _phase: Phase
     _own_class: type[ProgressBar]
 
     @property
@@ -312,7 +344,7 @@ class _GlobalProgress:
         del self._phase, self._own_class
 
 
-def _take_over(bar: ProgressBar | None, phase: AsyncPhase) -> _GlobalProgress | None:
+def _take_over(bar: ProgressBar | None, phase: Phase) -> _GlobalProgress | None:
     """Makes the trainer's progress bar show the whole run's progress. Its settings and its looks stay."""
     if bar is None:
         return None

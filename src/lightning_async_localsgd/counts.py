@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
 
     from lightning_async_localsgd.epochs import TrainingData
-    from lightning_async_localsgd.phase import AsyncPhase
+    from lightning_async_localsgd.phase_base import Phase
 
-_HAIR = 1e-6
+HAIR = 1e-6
 """The progress is a sum of estimates: a hair below a whole number is that number."""
 
 
@@ -58,14 +58,14 @@ class GlobalCounts:
 
     """
 
-    def __init__(self, trainer: pl.Trainer, phase: AsyncPhase, data: TrainingData) -> None:
+    def __init__(self, trainer: pl.Trainer, phase: Phase, data: TrainingData) -> None:
         self._trainer = cast("Any", trainer)  # Much of what is read of it is set by its connectors.
         self._phase = phase
         self._data = data
         automatic = trainer.lightning_module.automatic_optimization
         # With manual optimization Lightning counts the steps of all optimizers.
         self._factor = 1 if automatic else max(1, len(trainer.strategy.optimizers))
-        self.steps = max(trainer.global_step // self._factor, math.floor(phase.progress + _HAIR))
+        self.steps = max(trainer.global_step // self._factor, math.floor(phase.progress + HAIR))
         self._before = self.steps
         self._batches = self._batches_before = self.steps * self._trainer.accumulate_grad_batches
         self._log_interval: int = self._trainer.log_every_n_steps
@@ -92,7 +92,7 @@ class GlobalCounts:
         """A batch of this rank is about to be trained on."""
         self._before = self.steps
         if not self._trainer.fit_loop._should_accumulate():
-            self.steps = max(self.steps, math.floor(self._phase.next_progress + _HAIR))
+            self.steps = max(self.steps, math.floor(self._phase.next_progress + HAIR))
             self._trainer.fit_loop.epoch_loop._batches_that_stepped = self._step_to_log()
         self._set_global_step(self._before)
 

@@ -141,10 +141,17 @@ class TrainingData:
         if loader is self._prepared or self._open is None:
             return
         self._prepared = loader
+        self.global_epochs = self._bound_sampler(loader) is not None
+        self._samplers = self._connected(loader, self._open)
+        if not self._samplers and self._rendezvous is not None and self._same_samples is None:
+            self._same_samples = SameSamples(self._rendezvous)
+        self._watch_epochs(loader)
+
+    def _connected(self, loader: CombinedLoader, open_stock: OpenStock) -> dict[str, LeasedSampler]:
+        """Connects the leased loaders in ``loader`` with their stocks; their samplers by the names of these."""
         bound = self._bound_sampler(loader)
-        self.global_epochs = bound is not None
         reloads = bool(self._trainer.reload_dataloaders_every_n_epochs)
-        self._samplers = {}
+        samplers: dict[str, LeasedSampler] = {}
         for index, part in enumerate(loader.flattened):
             sampler = leased_sampler_of(part)
             if sampler is None:
@@ -156,11 +163,9 @@ class TrainingData:
             changing = any(isinstance(one, GradientAccumulationScheduler) for one in callbacks_of(self._trainer))
             unit = 1 if changing or not sampler.bound else accumulated_batches(self._trainer, 0)
             ordered = self._alone or not sampler.order.shuffled
-            sampler.start(self._open(name, self._items(loader, sampler), unit, ordered))
-            self._samplers[name] = sampler
-        if not self._samplers and self._rendezvous is not None and self._same_samples is None:
-            self._same_samples = SameSamples(self._rendezvous)
-        self._watch_epochs(loader)
+            sampler.start(open_stock(name, self._items(loader, sampler), unit, ordered))
+            samplers[name] = sampler
+        return samplers
 
     def see_batch(self, batch: Any) -> None:
         """A batch is about to be trained on."""

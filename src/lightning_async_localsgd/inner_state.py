@@ -30,7 +30,7 @@ from lightning_async_localsgd.trainer_parts import callbacks_of
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
-    from lightning_async_localsgd.phase import AsyncPhase
+    from lightning_async_localsgd.phase_base import Phase
     from lightning_async_localsgd.strategy import AsyncLocalSGDStrategy
 
 _log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class InnerStates(Callback):
 
     """
 
-    def __init__(self, trainer: pl.Trainer, phase: AsyncPhase) -> None:
+    def __init__(self, trainer: pl.Trainer, phase: Phase) -> None:
         self._strategy: AsyncLocalSGDStrategy = trainer.strategy  # type: ignore[assignment]
         self._trainer = trainer
         self._phase = phase

@@ -1,4 +1,4 @@
-"""The ledger of a run: every push that the server has decided on, as one line of JSON.
+"""What a run's server tells, as lines of JSON in a file: its ledger of pushes, or the log of all its events.
 
 The server's thread only hands the lines over; a thread of the ledger's own writes them, so that no disk holds up
 merging, however slow it is. Each line is with the operating system as soon as it is written: a killed process loses
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from lightning_async_localsgd.events import Event
     from lightning_async_localsgd.records import Settled
 
 _log = logging.getLogger(__name__)
@@ -31,30 +32,32 @@ _CLOSING_SECONDS = 30.0
 
 
 class Ledger:
-    """Appends to a file, one line for each :class:`.Settled` push, with its fields as they are.
+    """Appends to a file, one line for each :class:`.Settled` push or :class:`.Event`, with its fields as they are.
 
     Args:
         path: of the file, which is made with mode 0600, as its folder is, if it is not there.
+        what: what it is, for messages.
 
     Raises:
         OSError: it cannot be written.
 
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], what: str = "ledger") -> None:
         self._path = Path(path)
+        self._what = what
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._open()
         self._lost = 0
         self._failure: OSError | None = None
-        self._lines: queue.Queue[Settled | None] = queue.Queue(_MOST_WAITING)
+        self._lines: queue.Queue[Settled | Event | None] = queue.Queue(_MOST_WAITING)
         self._thread = threading.Thread(target=self._run, name="async_localsgd-ledger", daemon=True)
         self._thread.start()
 
-    def write(self, settled: Settled) -> None:
+    def write(self, entry: Settled | Event) -> None:
         """Has a line written, without waiting for it. After :meth:`close` nothing is."""
         try:
-            self._lines.put_nowait(settled)
+            self._lines.put_nowait(entry)
         except queue.Full:
             self._lost += 1
 
@@ -68,7 +71,7 @@ class Ledger:
         lost = self._lost + self._lines.qsize()
         if lost:
             reason = self._failure or "its disk is too slow"
-            _log.error("the ledger %s lacks %d pushes: %s", self._path, lost, reason)
+            _log.error("the %s %s lacks %d entries: %s", self._what, self._path, lost, reason)
 
     def _open(self) -> FileIO:
         # Unbuffered: what is written is with the operating system.
@@ -82,16 +85,16 @@ class Ledger:
 
     def _run(self) -> None:
         with self._file:
-            while (settled := self._lines.get()) is not None:
+            while (entry := self._lines.get()) is not None:
                 if self._failure is not None:
                     self._lost += 1
                     continue
                 try:
-                    self._file.write(json.dumps(asdict(settled), separators=(",", ":")).encode() + b"\n")
+                    self._file.write(json.dumps(asdict(entry), separators=(",", ":")).encode() + b"\n")
                 except OSError as error:
                     self._failure = error
                     self._lost += 1
-                    _log.error("the ledger %s ends here: %s; training goes on", self._path, error)
+                    _log.error("the %s %s ends here: %s; training goes on", self._what, self._path, error)
 
 
 def _open_for_the_owner(path: str, flags: int) -> int:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
     from lightning.pytorch.trainer.connectors.logger_connector.result import _METRICS, _ResultCollection, _ResultMetric
 
-    from lightning_async_localsgd.phase import AsyncPhase
+    from lightning_async_localsgd.phase_base import Phase
     from lightning_async_localsgd.rendezvous import Rendezvous
 
 _log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class SharedMetrics:
 
     """
 
-    def __init__(self, trainer: pl.Trainer, phase: AsyncPhase) -> None:
+    def __init__(self, trainer: pl.Trainer, phase: Phase) -> None:
         self._side = _HandedIn(trainer) if phase.server is None else _Collected(trainer, phase)
         if isinstance(self._side, _HandedIn):
             phase.worker.metrics = self._side.text
@@ -227,7 +227,7 @@ class _HandedIn:
 class _Collected:
     """Rank 0: what the others have handed in, added to its own values whenever Lightning asks for these."""
 
-    def __init__(self, trainer: pl.Trainer, phase: AsyncPhase) -> None:
+    def __init__(self, trainer: pl.Trainer, phase: Phase) -> None:
         assert phase.server is not None
         self._trainer = trainer
         self._results: _ResultCollection = trainer.fit_loop.epoch_loop._results

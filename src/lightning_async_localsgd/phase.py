@@ -7,16 +7,15 @@ Lightning is not known here: the strategy tells what happens and gets told what 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_async_localsgd.connection import Connection
 from lightning_async_localsgd.layout import Binding, Layout
 from lightning_async_localsgd.leases import LeaseDesk
+from lightning_async_localsgd.phase_base import Phase
 from lightning_async_localsgd.server import About
 from lightning_async_localsgd.share import counters, digests, not_exchanged, send, share_differing, unshared
 from lightning_async_localsgd.worker import Worker
@@ -26,14 +25,13 @@ if TYPE_CHECKING:
     from lightning_async_localsgd.joining import Entry
     from lightning_async_localsgd.leases import LeaseStock
     from lightning_async_localsgd.messages import Reply
-    from lightning_async_localsgd.records import WorkerTotals
     from lightning_async_localsgd.rendezvous import Rendezvous
     from lightning_async_localsgd.restarts import JoinTicket
     from lightning_async_localsgd.server import Server
     from lightning_async_localsgd.settings import PhaseSettings
 
 
-class AsyncPhase:
+class AsyncPhase(Phase):
     """One rank's part in the asynchronous phase.
 
     Args:
@@ -70,22 +68,13 @@ class AsyncPhase:
         watch: Callable[[], None] = lambda: None,
         entry: Entry | None = None,
     ) -> None:
-        self.workers = workers
-        self.alone = workers == 1 and settings.token is None
-        self.total = settings.total
-        self._settings = settings
+        alone = workers == 1 and settings.token is None
+        layout = Layout.of(module, settings.frozen)
+        super().__init__(settings, module, Binding(layout, module), workers, alone)
         self._rendezvous = rendezvous
         self._rank = rank
-        self.module = module
-        self._samples = 0
-        self._in_step = False
         self._left = False
         self._digests: dict[str, str] = {}
-        self._held: list[Tensor] | None = None
-        self._showing = False
-        self._shown_version = 0
-        layout = Layout.of(module, settings.frozen)
-        self.binding = Binding(layout, module)
         tensors = not_exchanged(module, layout)
         if not self.alone:
             self._digests = digests(tensors)
@@ -130,6 +119,7 @@ class AsyncPhase:
     def keeps_weights(self) -> bool:
         """Whether an exchange leaves the module as it was, to the last bit: one worker, an outer step of theta - g."""
         exact = all(entry.dtype == "torch.float32" for entry in self.binding.layout.entries)
+        exact = exact and self._settings.merge.clip_norm is None
         return exact and self.alone and self._settings.rule.replaces_model
 
     @property
@@ -138,33 +128,16 @@ class AsyncPhase:
 
         Where the run has an end this is a share of the steps that were planned for each worker, and all of them then.
         """
-        return self._progress_after(self.worker.round_steps)
+        return self._per_worker(self._reply.progress + self.worker.round_steps * self._reply.pace)
 
     @property
     def next_progress(self) -> float:
         """What :attr:`progress` will be when this rank has taken one step more."""
-        return self._progress_after(self.worker.round_steps + 1)
-
-    def _progress_after(self, steps: int) -> float:
-        reply = self._reply
-        done = reply.progress + steps * reply.pace
-        if self.total is None or not self._settings.planned:
-            return done / self.workers
-        return min(done / self.total, 1.0) * self._settings.planned
+        return self._per_worker(self._reply.progress + (self.worker.round_steps + 1) * self._reply.pace)
 
     def lease_stock(self, stream: str, items: int, unit: int, ordered: bool) -> LeaseStock:
         """This rank's share of a data loader's items, see :meth:`.LeaseDesk.stock`."""
         return self._leases.stock(stream, items, unit, ordered)
-
-    def begin_epoch(self, epoch: int) -> None:
-        """This rank begins an epoch; where it is rank 0, whoever joins begins with the same."""
-        if self.server is not None:
-            self.server.about = replace(self.server.about, epoch=epoch)
-
-    @property
-    def in_step(self) -> bool:
-        """Whether an optimizer step has begun and not ended; batches are accumulated for one, for example."""
-        return self._in_step
 
     @property
     def ticket(self) -> JoinTicket:
@@ -174,11 +147,6 @@ class AsyncPhase:
     def may_restart(self, worker: int) -> bool:
         """Whether a worker may come back, as far as this rank can tell."""
         return not self.stopped and (self.server is None or worker not in self.server.quarantined)
-
-    def see_batch(self, samples: int) -> None:
-        """A batch of ``samples`` samples is about to be trained on."""
-        self._samples += samples
-        self._in_step = True
 
     def end_step(self) -> bool:
         """The loop has come to the end of an optimizer step; the round is exchanged if it is over.
@@ -192,8 +160,9 @@ class AsyncPhase:
         """
         if self.stopped:
             return False
-        self.worker.end_step(self._samples)
+        self.worker.end_step(self._samples, self._tokens)
         self._samples = 0
+        self._tokens = 0
         self._in_step = False
         self.worker.exchange.check()
         if not self.worker.due:
@@ -234,11 +203,6 @@ class AsyncPhase:
             self._left = True
             self.worker.exchange.close()
 
-    def request_stop(self) -> None:
-        """Rank 0 has decided to stop: everybody is told now, and handed the final model at their next step."""
-        if self.server is not None:
-            self.server.stop()
-
     @property
     def seconds(self) -> float:
         """Since training started, or for as long as it lasted."""
@@ -261,102 +225,6 @@ class AsyncPhase:
         """Rank 0: bytes that workers in other processes have sent to the server."""
         wire = self._connection.wire
         return 0 if wire is None else wire.bytes_received
-
-    # --------------------------------------------------- rank 0: validate, save
-
-    def show_global_model(self) -> None:
-        """Puts the global model of this moment into the module, and the local weights aside."""
-        if self.server is None or self.stopped:
-            return
-        self.server.pause(self._rank)
-        tensors = self.binding.tensors()
-        if self._held is None:
-            self._held = [torch.empty_like(tensor) for tensor in tensors]
-        with torch.no_grad():
-            for held, tensor in zip(self._held, tensors, strict=True):
-                held.copy_(tensor)
-        snapshot = torch.empty(self.binding.layout.numel, dtype=torch.float32)
-        self._shown_version = self.server.copy_model(snapshot)
-        self.binding.load(snapshot)
-        self._showing = True
-
-    def hide_global_model(self) -> None:
-        """Puts the local weights back, to go on with the round."""
-        if not self._showing or self.server is None or self._held is None:
-            return
-        self._showing = False
-        with torch.no_grad():
-            for held, tensor in zip(self._held, self.binding.tensors(), strict=True):
-                tensor.copy_(held)
-        self.server.resume(self._rank)
-        self.worker.interrupt()
-
-    def global_tensors(self) -> tuple[dict[str, Tensor], int]:
-        """Rank 0: the weights to save, fp32 by name, and their version.
-
-        While a validation shows the global model these are the validated weights, otherwise those of this moment.
-        """
-        assert self.server is not None
-        flat = torch.empty(self.binding.layout.numel, dtype=torch.float32)
-        if self._showing:
-            self.binding.read(flat)
-            version = self._shown_version
-        else:
-            version = self.server.copy_model(flat)
-            # A save between two steps takes time that is no computing.
-            self.worker.interrupt()
-        return self.binding.layout.views(flat), version
-
-    def in_place_of(self, state: dict[str, Any], tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], list[Tensor]]:
-        """A module's ``state_dict`` with ``tensors`` (by name, fp32) where it shows the module's own.
-
-        The module may have given its entries other names, or left some out; they are recognised by their memory, which
-        also covers tied parameters. Whatever training may still change is a copy, with memory of its own.
-
-        Returns:
-            The state, and those of its tensors that restore the exchanged model to the last bit; none if they don't,
-            because some are rounded from fp32 or left out.
-
-        """
-        names = self._names()
-        frozen = {parameter.data_ptr() for parameter in self.module.parameters() if not parameter.requires_grad}
-        copies: dict[str, Tensor] = {}
-        shown = dict(state)
-        for key, value in state.items():
-            if not isinstance(value, Tensor):
-                continue
-            name = names.get((value.data_ptr(), value.shape))
-            if name is None:
-                shown[key] = value if value.data_ptr() in frozen else value.clone()
-            else:
-                if name not in copies:
-                    copies[name] = tensors[name].to(value.device, value.dtype, copy=True)
-                shown[key] = copies[name]
-        return shown, list(copies.values()) if self.restored_by(state) else []
-
-    def restored_by(self, state: Mapping[str, Any]) -> bool:
-        """Whether a module's ``state_dict``, loaded again, restores the exchanged tensors to the last bit."""
-        shown = {(value.data_ptr(), value.shape) for value in state.values() if isinstance(value, Tensor)}
-        entries = self.binding.layout.entries
-        return all(entry.dtype == "torch.float32" for entry in entries) and self._names().keys() <= shown
-
-    def _names(self) -> dict[tuple[int, torch.Size], str]:
-        """The names of the exchanged tensors by their memory."""
-        return {
-            (tensor.data_ptr(), tensor.shape): entry.name
-            for entry, tensor in zip(self.binding.layout.entries, self.binding.tensors(), strict=True)
-            if tensor.numel() > 0
-        }
-
-    def state_dict(self) -> dict[str, Any]:
-        """Rank 0: the server's whole state, of one moment."""
-        assert self.server is not None
-        return {"format": 1, "initial_workers": self.workers, **self.server.state_dict()}
-
-    def totals(self) -> dict[int, WorkerTotals]:
-        """Rank 0: what each worker has done so far."""
-        assert self.server is not None
-        return self.server.totals()
 
     # -------------------------------------------------------------------- ending
 
@@ -386,11 +254,6 @@ class AsyncPhase:
         tensors.update(self.binding.named())
         send({**{name: tensors[name] for name in names}, **counters(self.module)}, self._rendezvous)
         return not changed
-
-    def survivors(self) -> set[int]:
-        """Rank 0: the workers that are still there."""
-        assert self.server is not None
-        return set(self.server.ask(lambda coordinator: coordinator.live))
 
     def close(self, reason: str | None = None) -> None:
         """Takes everything down. Without an earlier :meth:`finish`, workers that are told so end with an error.

@@ -10,21 +10,32 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lightning_async_localsgd_autoload import DESCRIPTION, START_METHODS, install
+from lightning_async_localsgd_autoload import DESCRIPTION, SIMULATED, SIMULATED_DESCRIPTION, START_METHODS, install
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["NAMES", "register_names", "register_when_lightning_is_imported"]
+__all__ = ["NAMES", "register_names", "register_simulated", "register_when_lightning_is_imported"]
 
-NAMES = tuple(START_METHODS)
+NAMES = (*START_METHODS, SIMULATED)
 """Every name that ``Trainer(strategy=...)`` takes."""
 
 register_when_lightning_is_imported = install
 
 
+def register_simulated(registry: Any, strategy: Callable[..., Any]) -> None:
+    """Registers ``strategy`` as the one that plays a cluster, in place of what may be registered there.
+
+    Args:
+        registry: Lightning's ``StrategyRegistry``, or another one with the same ``register`` method.
+        strategy: called when the name is asked for; usually the strategy's class.
+
+    """
+    registry.register(SIMULATED, strategy, description=SIMULATED_DESCRIPTION, override=True)
+
+
 def register_names(registry: Any, strategy: Callable[..., Any]) -> None:
-    """Registers ``strategy`` under all :data:`NAMES`, in place of what may be registered there.
+    """Registers ``strategy`` under all names of the live strategy, in place of what may be registered there.
 
     Args:
         registry: Lightning's ``StrategyRegistry``, or another one with the same ``register`` method.

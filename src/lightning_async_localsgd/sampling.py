@@ -156,6 +156,7 @@ class LeasedSampler:
         ranks: ranks that share them.
 
     Attributes:
+        ranks: as given.
         stock: where leases come from; None before training has begun, when nothing can be leased.
         bound: whether one iteration is one epoch of the run, the one set by :meth:`set_epoch`. If not, an iteration
             takes what is being handed out.
@@ -168,7 +169,7 @@ class LeasedSampler:
         self.stock: LeaseStock | None = None
         self.bound = True
         self.endless = False
-        self._ranks = ranks
+        self.ranks = ranks
         self._epoch = 0
         self._epoch_is_new = False
         self._yielded = 0
@@ -232,7 +233,7 @@ class LeasedSampler:
 
     def __len__(self) -> int:
         """Items of an epoch for each rank if all were equally fast, as under DDP."""
-        return -(-self.order.items // self._ranks)
+        return -(-self.order.items // self.ranks)
 
 
 class _LeasedLoader(DataLoader[Any]):
@@ -264,6 +265,19 @@ def leased_loader(loader: DataLoader[Any], ranks: int, seed: int, alone: bool = 
     attributes["leased"] = sampler
     leased.__class__ = type(own.__name__, (_LeasedLoader, own), {"__module__": own.__module__})
     return leased
+
+
+def leased_again(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """A copy of a loader made by :func:`leased_loader`, with leases of its own in the same order."""
+    first = leased_sampler_of(loader)
+    assert first is not None
+    again = copy.copy(loader)
+    sampler = LeasedSampler(first.order, first.ranks)
+    attributes = again.__dict__  # As above.
+    attributes["sampler" if loader.batch_sampler is None else "batch_sampler"] = sampler
+    attributes["_iterator"] = None
+    attributes["leased"] = sampler
+    return again
 
 
 def leased_sampler_of(loader: object) -> LeasedSampler | None:

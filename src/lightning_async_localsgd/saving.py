@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
     from lightning.fabric.utilities.types import _PATH
 
-    from lightning_async_localsgd.phase import AsyncPhase
+    from lightning_async_localsgd.phase_base import Phase
     from lightning_async_localsgd.training import AsyncTraining
 
 
@@ -50,7 +50,7 @@ class SavingStrategy(MeetingStrategy):
         self._saved = SavedModel()
 
     @property
-    def phase(self) -> AsyncPhase | None:
+    def phase(self) -> Phase | None:
         """The asynchronous phase while it lasts."""
         return None if self._training is None else self._training.phase
 

@@ -31,6 +31,9 @@ class ProgressSchedulers:
         trainer: the trainer, its schedulers restored if it resumes.
         progress: local steps of all workers / number of workers that the schedulers have already seen.
 
+    Attributes:
+        taken: steps that each scheduler has been given.
+
     """
 
     def __init__(self, trainer: pl.Trainer, progress: float) -> None:
@@ -49,7 +52,7 @@ class ProgressSchedulers:
         self._periods = [config.frequency * steps[config.interval] for config in self._configs]
         # A restored scheduler has also seen rounds that had not been handed in when it was saved, and are lost.
         seen = [getattr(config.scheduler, "last_epoch", 0) if progress > 0 else 0 for config in self._configs]
-        self._taken = [max(int(progress // period), n) for period, n in zip(self._periods, seen, strict=True)]
+        self.taken = [max(int(progress // period), n) for period, n in zip(self._periods, seen, strict=True)]
         for config in self._configs:
             config.frequency = _NEVER
 
@@ -60,9 +63,9 @@ class ProgressSchedulers:
             if not any(config is one for one in in_use):
                 continue  # A callback (SWA) has put a scheduler of its own in this one's place.
             # The progress is a sum of estimates; a hair below a whole number is that number.
-            for _ in range(self._taken[index], int((progress + 1e-6) // period)):
+            for _ in range(self.taken[index], int((progress + 1e-6) // period)):
                 call._call_lightning_module_hook(self._trainer, "lr_scheduler_step", config.scheduler, None)
-                self._taken[index] += 1
+                self.taken[index] += 1
 
     def release(self) -> None:
         """Gives the schedulers back to Lightning."""

@@ -11,6 +11,7 @@ import logging
 import queue
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lightning_async_localsgd.coordinator import Coordinator
+from lightning_async_localsgd.events import FORMAT, Event
 from lightning_async_localsgd.exchange import Exchange, ExchangeError
 from lightning_async_localsgd.messages import Facts, Lease
 from lightning_async_localsgd.records import Settled, View, WorkerTotals
@@ -45,6 +47,10 @@ _MOST_METRICS = 100_000
 
 _MOST_SETTLED = 10_000
 """So many pushes that were settled before :meth:`Server.record` are recorded all the same."""
+
+
+_MOST_EVENTS = 10_000
+"""So many events of before :meth:`Server.record_events` are recorded all the same."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +102,10 @@ class Server:
         coordinator.on_metrics = self._keep_metrics
         self._settled: deque[Settled] = deque(maxlen=_MOST_SETTLED)
         coordinator.on_settled = self._settled.append
+        self._happened: deque[Event] = deque([_beginning(coordinator, clock())], maxlen=_MOST_EVENTS)
+        coordinator.on_event = self._happened.append
         self._clock = clock
-        self._outlets: dict[int, Outlet | _LocalOutlet] = {}
+        self._outlets: dict[int, Outlet | LocalOutlet] = {}
         self._spare: BufferLease | None = None
         self._retry = False
         self._view = coordinator.view()
@@ -125,7 +133,7 @@ class Server:
         """
         return self._wanted
 
-    def join(self, hello: Hello, outlet: Outlet) -> None:
+    def join(self, hello: Hello, outlet: Outlet | LocalOutlet) -> None:
         """A worker introduces itself; the answer comes through ``outlet``."""
         self._submit(lambda: self._on_join(hello, outlet))
 
@@ -142,6 +150,20 @@ class Server:
         if lease is not None:
             lease.settle()
         self._submit(event)
+
+    def push_here(
+        self, push: Push, gradient: Tensor | None, outlet: LocalOutlet, result: Tensor | None = None
+    ) -> None:
+        """A worker in this process pushes; its tensors stay as they are until it is answered.
+
+        Args:
+            push: the header.
+            gradient: what it pushes; None where it has taken no steps.
+            outlet: for the answer.
+            result: see :meth:`.Coordinator.push`.
+
+        """
+        self._submit(lambda: self._on_push(push, gradient, outlet, result))
 
     def lease(self, request: LeaseRequest, answer: Callable[[Lease], None]) -> None:
         """A worker asks for training data; the answer is given from the owner thread."""
@@ -183,6 +205,24 @@ class Server:
     def missing(self) -> list[int]:
         """The workers of the first cohort that have not joined yet."""
         return self.ask(lambda coordinator: coordinator.missing)
+
+    @property
+    def finished(self) -> bool:
+        """Everybody has been handed the final model."""
+        return self.ask(lambda coordinator: coordinator.finished)
+
+    @property
+    def deadline(self) -> float | None:
+        """When there may be something to decide though nothing happens, by the server's clock; None if there is not."""
+        return self.ask(lambda coordinator: coordinator.deadline())
+
+    def look(self) -> None:
+        """Whoever is due by now is dispatched. A server with a thread of its own does so by itself."""
+        self._submit(_nothing)
+
+    def new_number(self) -> int:
+        """A number for a worker that has not been there from the beginning."""
+        return self.ask(lambda coordinator: coordinator.attendance.new_number())
 
     def pause(self, worker: int) -> None:
         """Nobody waits for ``worker`` until :meth:`resume`."""
@@ -243,6 +283,21 @@ class Server:
             self._coordinator.on_settled = write if write is not None else _forget
             while self._settled:
                 self._coordinator.on_settled(self._settled.popleft())
+
+        self._submit(event)
+
+    def record_events(self, write: Callable[[Event], None] | None) -> None:
+        """Has everything that happens told to ``write`` from the owner thread, from the beginning on.
+
+        Args:
+            write: must return at once. None: nobody wants to know.
+
+        """
+
+        def event() -> None:
+            self._coordinator.on_event = write if write is not None else _forget_event
+            while self._happened:
+                self._coordinator.on_event(self._happened.popleft())
 
         self._submit(event)
 
@@ -327,7 +382,7 @@ class Server:
         deadline = self._coordinator.deadline()
         return None if deadline is None else max(0.0, deadline - self._clock())
 
-    def _on_join(self, hello: Hello, outlet: Outlet | _LocalOutlet) -> None:
+    def _on_join(self, hello: Hello, outlet: Outlet | LocalOutlet) -> None:
         if self._failure is not None:
             outlet.refuse(f"the server failed: {self._failure}")
             return
@@ -344,7 +399,7 @@ class Server:
         self.buffers.allow(len(self._coordinator.live) + 2)
 
     def _on_push(
-        self, push: Push, gradient: Tensor | None, outlet: Outlet | _LocalOutlet, result: Tensor | None = None
+        self, push: Push, gradient: Tensor | None, outlet: Outlet | LocalOutlet, result: Tensor | None = None
     ) -> None:
         if self._failure is not None:
             outlet.refuse(f"the server failed: {self._failure}")
@@ -403,7 +458,7 @@ class Server:
         self._retry = False
         now = self._clock()
         if self._coordinator.ready(now):
-            remote = any(not isinstance(outlet, _LocalOutlet) for outlet in self._outlets.values())
+            remote = any(not isinstance(outlet, LocalOutlet) for outlet in self._outlets.values())
             if remote and self._spare is None:
                 self._spare = self.buffers.try_acquire()
                 if self._spare is None:
@@ -421,7 +476,7 @@ class Server:
         distant = []
         for worker, reply in replies.items():
             outlet = self._outlets.get(worker)
-            if isinstance(outlet, _LocalOutlet):
+            if isinstance(outlet, LocalOutlet):
                 outlet.answer(reply, model.copy_to)
             elif outlet is not None:
                 distant.append((outlet, reply))
@@ -445,8 +500,49 @@ def _forget(settled: Settled) -> None:
     """What becomes of a push that nobody records."""
 
 
-class _LocalOutlet:
-    """Hands a dispatch to the worker in the server's own process: the model is copied straight to where it wants it."""
+def _forget_event(event: Event) -> None:
+    """What becomes of an event that nobody records."""
+
+
+def _beginning(coordinator: Coordinator, now: float) -> Event:
+    """The first event of all."""
+    content = {
+        "format": FORMAT,
+        "incarnation": coordinator.incarnation,
+        "workers": len(coordinator.missing),
+        "version": coordinator.model.version,
+        "done": coordinator.budget.done,
+        "total": coordinator.budget.total,
+        "fingerprint": coordinator.model.layout.fingerprint,
+    }
+    return Event("begin", now, content)
+
+
+class LocalOutlet(ABC):
+    """The way back to a worker in the server's own process, which copies the model straight to where it wants it."""
+
+    @abstractmethod
+    def answer(self, reply: Reply, copy: Callable[[Tensor], None]) -> None:
+        """The worker is dispatched.
+
+        Args:
+            reply: the header.
+            copy: copies the model that goes with it to a flat tensor; to be called before this returns.
+
+        """
+
+    @abstractmethod
+    def refuse(self, reason: str) -> None:
+        """The worker is refused for good."""
+
+
+class _AwaitedOutlet(LocalOutlet):
+    """Holds the answer for a worker that waits for it in another thread.
+
+    Args:
+        out: where the worker wants the model.
+
+    """
 
     def __init__(self, out: Tensor) -> None:
         self._out = out
@@ -501,19 +597,19 @@ class LocalExchange(Exchange):
 
     def join(self, hello: Hello, model: Tensor) -> Reply:
         """See :meth:`Exchange.join`."""
-        outlet = _LocalOutlet(model)
+        outlet = _AwaitedOutlet(model)
         self._worker = hello.worker
-        self._server._submit(lambda: self._server._on_join(hello, outlet))
+        self._server.join(hello, outlet)
         return outlet.wait(self._server, self._watch)
 
     def push(self, push: Push, gradient: Tensor, model: Tensor) -> Reply:
         """See :meth:`Exchange.push`."""
-        outlet = _LocalOutlet(model)
+        outlet = _AwaitedOutlet(model)
         result = None
         if self._result is not None and push.steps > 0:
             result = model
             self._result(result)
-        self._server._submit(lambda: self._server._on_push(push, gradient if push.steps > 0 else None, outlet, result))
+        self._server.push_here(push, gradient if push.steps > 0 else None, outlet, result)
         return outlet.wait(self._server)
 
     @property

@@ -37,16 +37,26 @@ from lightning_async_localsgd.interval import check_interval
 from lightning_async_localsgd.joining import token_of
 from lightning_async_localsgd.launcher import AsyncProcessLauncher, AsyncScriptLauncher
 from lightning_async_localsgd.layout import Layout
-from lightning_async_localsgd.limits import LiftedLimits, run_budget
+from lightning_async_localsgd.limits import LiftedLimits, RunBudget, run_budget
+from lightning_async_localsgd.merging import MergeOptions
 from lightning_async_localsgd.options import ExchangeOptions
-from lightning_async_localsgd.outer import OuterOptimizer, resolve_outer_optimizer
+from lightning_async_localsgd.outer import Nesterov, OuterOptimizer, resolve_outer_optimizer
 from lightning_async_localsgd.pacing import SpeedAwareSteps
 from lightning_async_localsgd.phase import AsyncPhase
-from lightning_async_localsgd.refusals import refuse_callbacks, refuse_plugins, refuse_process_group, refuse_search
+from lightning_async_localsgd.phase_base import Phase
+from lightning_async_localsgd.refusals import (
+    refuse_callbacks,
+    refuse_merging,
+    refuse_plugins,
+    refuse_process_group,
+    refuse_search,
+    refuse_workers,
+)
 from lightning_async_localsgd.registration import register_names
 from lightning_async_localsgd.restarts import WorkersLostError
 from lightning_async_localsgd.saving import SavingStrategy
 from lightning_async_localsgd.settings import PhaseSettings
+from lightning_async_localsgd.staleness import Staleness
 from lightning_async_localsgd.trainer_parts import (
     callbacks_of,
     load_states_of_callbacks,
@@ -76,11 +86,19 @@ class AsyncLocalSGDStrategy(SavingStrategy):
         local_steps: local optimizer steps in a round of the fastest worker (the paper's H).
         outer_optimizer: how a round's pseudo-gradient changes the global model: a rule from
             :mod:`lightning_async_localsgd.outer`, or a callable that makes a torch optimizer from parameters, which is
-            then stepped once per push. ``None`` is ``DelayedNesterov(lr=0.7, momentum=0.9)``.
+            then stepped once per push. ``None`` is ``DelayedNesterov(lr=0.7, momentum=0.9)``, and with a ``quorum``
+            other than 1 ``Nesterov(lr=0.7, momentum=0.9)``.
         dynamic_local_steps: whether slower workers take proportionally fewer local steps, so that all rounds take
             about the same time (DyLU, equation 6).
         grace: for how long, from the first arrival on, finished workers wait to be dispatched together: seconds, 0 for
             not at all, or ``"auto"``: as long as it takes those who are about to finish, at most 15 % of a round.
+        quorum: how many different workers hand in before their pushes are merged, as one step on their average: 1
+            merges each push as it comes, ``"all"`` is synchronous DiLoCo.
+        warmup_steps: steps per worker, counted as in ``max_steps``, in which the quorum comes down from all workers to
+            ``quorum``, so that training begins synchronously.
+        staleness: what becomes of pushes from older models: a stage of :mod:`lightning_async_localsgd.staleness`.
+            ``None`` merges them like others.
+        merge: weights of pushes, their average, and limits. ``None`` is ``MergeOptions()``.
         exchange: transport, port and encryption of the exchange between ranks. ``None`` is ``ExchangeOptions()``.
         start_timeout: seconds that rank 0 waits for the other ranks at the start, and they for rank 0.
         silence_timeout: seconds without a sign of life after which a worker, or the server, counts as gone. One that
@@ -125,6 +143,10 @@ class AsyncLocalSGDStrategy(SavingStrategy):
         outer_optimizer: OuterOptimizer | Callable[[Iterable[Any]], Optimizer] | None = None,
         dynamic_local_steps: bool = True,
         grace: Literal["auto"] | float = "auto",
+        quorum: int | Literal["all"] = 1,
+        warmup_steps: int = 0,
+        staleness: Staleness | None = None,
+        merge: MergeOptions | None = None,
         exchange: ExchangeOptions | None = None,
         start_timeout: float = 1800.0,
         silence_timeout: float = 60.0,
@@ -167,9 +189,16 @@ class AsyncLocalSGDStrategy(SavingStrategy):
         self.checkpoint_every = checkpoint_every
         self.max_update_norm = max_update_norm
         self.local_steps = local_steps
+        if outer_optimizer is None and quorum != 1:
+            outer_optimizer = Nesterov(lr=0.7, momentum=0.9)
         self.outer_optimizer = resolve_outer_optimizer(outer_optimizer)
         self.dynamic_local_steps = dynamic_local_steps
         self.grace = GraceWindow(grace)
+        self.merge = merge if merge is not None else MergeOptions()
+        refuse_merging(quorum, warmup_steps, staleness, self.merge, self.outer_optimizer, self.grace)
+        self.quorum = quorum
+        self.warmup_steps = warmup_steps
+        self.staleness = staleness
         self.silence_timeout = float(silence_timeout)
         self._seed = 0
         self._limits: LiftedLimits | None = None
@@ -185,7 +214,7 @@ class AsyncLocalSGDStrategy(SavingStrategy):
         mine, other, path = "lightning.pytorch", "pytorch_lightning", "lightning_async_localsgd.pytorch_lightning"
         if not Strategy.__module__.startswith(mine):
             mine, other, path = other, mine, "lightning_async_localsgd"
-        return f"<{type(self).__name__} for {mine}.Trainer; for {other}.Trainer there is {path}.AsyncLocalSGDStrategy>"
+        return f"<{type(self).__name__} for {mine}.Trainer; for {other}.Trainer there is {path}.{type(self).__name__}>"
 
     # ------------------------------------------------------------ registration
 
@@ -198,16 +227,19 @@ class AsyncLocalSGDStrategy(SavingStrategy):
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None
         refuse_plugins(self, self._start_method)
-        # Whether the outer optimizer's options fit the number of workers: tried on a model of one parameter.
-        rule = resolve_outer_optimizer(self.outer_optimizer)
-        rule.setup(torch.zeros(1), {"": torch.zeros(1)}, max(1, self.num_nodes * self.num_processes))
         invited = self._invitation
+        if invited is None or not invited.stranger:  # Who joins later is none of those that the run was started with.
+            self._refuse_workers(max(1, self.num_nodes * self.num_processes), token_of(self._token) is not None)
         if self._start_method == "popen" or (invited is not None and invited.stranger):
             self._launcher = AsyncScriptLauncher(
                 self.cluster_environment, self.num_processes, self.num_nodes, self.max_restarts
             )
         else:
             self._launcher = AsyncProcessLauncher(self, self._start_method, self.max_restarts)
+
+    def _refuse_workers(self, workers: int, joinable: bool) -> None:
+        rule = resolve_outer_optimizer(self.outer_optimizer)
+        refuse_workers(workers, joinable, self.quorum, self.warmup_steps, self.staleness, self.merge, rule)
 
     # ------------------------------------------------------------------- set-up
 
@@ -240,12 +272,18 @@ class AsyncLocalSGDStrategy(SavingStrategy):
             if self._entry is not None:
                 told = self._entry.facts.seed, self._entry.facts.folder
             self._seed, self.run_name = told
-            alone = self.world_size == 1 and token_of(self._token) is None
-            self._data = TrainingData(
-                trainer, self.world_size, self._seed, self._distributes_data, self._rendezvous, alone
-            )
+            self._data = self._training_data(trainer)
         else:
             self._open_group()
+
+    def _training_data(self, trainer: pl.Trainer) -> TrainingData:
+        alone = self.world_size == 1 and token_of(self._token) is None
+        return TrainingData(trainer, self.world_size, self._seed, self._distributes_data, self._rendezvous, alone)
+
+    @property
+    def _workers(self) -> int:
+        """Workers that the run is started with."""
+        return self.world_size
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
@@ -257,7 +295,7 @@ class AsyncLocalSGDStrategy(SavingStrategy):
             if self.joins:
                 refuse_search(trainer)
             Layout.of(self.lightning_module, self._exchanges_frozen)
-            run_budget(trainer, self.world_size)
+            run_budget(trainer, self._workers)
         Strategy.setup(self, trainer)
         if fitting and trainer.max_steps != 0 and trainer.fit_loop.max_epochs != 0:
             # Before the loop first asks whether it is done: a resumed rank's own count may be past a limit that all
@@ -303,11 +341,11 @@ class AsyncLocalSGDStrategy(SavingStrategy):
         assert self._data is not None
         if forgo_second_pass(trainer):
             self._limits.lift_epochs()
-        budget = run_budget(trainer, self.world_size, self._data)
+        budget = run_budget(trainer, self._workers, self._data)
         # What a checkpoint of another strategy says to be done is what every rank would have done.
         done = self._done
         if done is None:
-            done = round(trainer.global_step * budget.total_per_planned_step(self.world_size))
+            done = round(trainer.global_step * budget.total_per_planned_step(self._workers))
         settings = PhaseSettings(
             local_steps=self.local_steps,
             rule=resolve_outer_optimizer(self.outer_optimizer),
@@ -322,11 +360,30 @@ class AsyncLocalSGDStrategy(SavingStrategy):
             ends_with_data=budget.ends_with_data,
             frozen=self._exchanges_frozen,
             max_update_norm=self.max_update_norm,
+            quorum=self.quorum,
+            warmup_steps=self.warmup_steps,
+            staleness=self.staleness,
+            merge=self.merge,
             token=token_of(self._token),
             fit=self._fit,
             seed=self._seed,
             folder=self.run_name,
         )
+        self._training = training = self._begin(settings, restored, budget)
+        if any(entry.dtype == "torch.float64" for entry in training.phase.binding.layout.entries):
+            rank_zero_warn(
+                f"The global model of {self.strategy_name} is kept in fp32: parameters and buffers of dtype fp64 are "
+                "rounded to it at every exchange. Within a round they are trained in fp64."
+            )
+
+    def _begin(
+        self, settings: PhaseSettings, restored: dict[str, Any] | None, budget: RunBudget
+    ) -> AsyncTraining:
+        """The asynchronous phase begins."""
+        trainer = self._trainer
+        assert self.lightning_module is not None
+        assert self._data is not None
+        assert self._limits is not None
         phase = AsyncPhase(
             settings,
             self.lightning_module,
@@ -339,7 +396,7 @@ class AsyncLocalSGDStrategy(SavingStrategy):
         )
         alone = restored.get("alone") if restored is not None and phase.alone else None
         try:
-            self._training = AsyncTraining(trainer, phase, self._data, self._limits, budget, alone, self._entry)
+            training = AsyncTraining(trainer, phase, self._data, self._limits, budget, alone, self._entry)
         except BaseException:
             phase.close()
             raise
@@ -347,11 +404,7 @@ class AsyncLocalSGDStrategy(SavingStrategy):
             self.launcher.mark_started(phase.ticket, phase.may_restart)
         if self._rendezvous is not None:
             self._rendezvous.tolerate_deaths()
-        if any(entry.dtype == "torch.float64" for entry in phase.binding.layout.entries):
-            rank_zero_warn(
-                f"The global model of {self.strategy_name} is kept in fp32: parameters and buffers of dtype fp64 are "
-                "rounded to it at every exchange. Within a round they are trained in fp64."
-            )
+        return training
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
@@ -449,7 +502,7 @@ class AsyncLocalSGDStrategy(SavingStrategy):
                 "to be saved is saved"
             )
 
-    def _lost(self, phase: AsyncPhase) -> list[int]:
+    def _lost(self, phase: Phase) -> list[int]:
         """On rank 0: the workers of the beginning that are not there, and those whose pushes were refused for good."""
         if phase.server is None or self._rendezvous is None:
             return []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch import callbacks
 from lightning.pytorch.callbacks import (
     BaseFinetuning,
@@ -117,6 +118,23 @@ def worker_has_moved(optimizer: Optimizer, diverged: bool) -> None:
             for value in state.values():
                 if isinstance(value, Tensor) and value.is_floating_point():
                     value.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def batch_tokens(batch: Any) -> int:
+    """Tokens of a batch: the elements of the first tensor of integers in it with two dimensions or more, else rows."""
+    tokens = _first_tokens(batch)
+    return batch_size(batch) if tokens is None else tokens.numel()
+
+
+def _first_tokens(batch: Any) -> Tensor | None:
+    if isinstance(batch, Tensor):
+        counts = batch.ndim >= 2 and not (batch.is_floating_point() or batch.is_complex() or batch.dtype == torch.bool)
+        return batch if counts else None
+    if isinstance(batch, dict):
+        batch = batch.values()
+    if isinstance(batch, (list, tuple)) or (hasattr(batch, "__iter__") and not isinstance(batch, (str, bytes))):
+        return next((found for found in map(_first_tokens, batch) if found is not None), None)
+    return None
 
 
 def batch_size(batch: Any) -> int:

@@ -19,6 +19,7 @@ from lightning_async_localsgd.schedules import ProgressSchedulers
 from lightning_async_localsgd.trainer_parts import (
     RestingCallbacks,
     batch_size,
+    batch_tokens,
     callbacks_of,
     torch_optimizer,
     worker_has_moved,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from lightning_async_localsgd.epochs import TrainingData
     from lightning_async_localsgd.joining import Entry
     from lightning_async_localsgd.limits import LiftedLimits, RunBudget
-    from lightning_async_localsgd.phase import AsyncPhase
+    from lightning_async_localsgd.phase_base import Phase
     from lightning_async_localsgd.rendezvous import Rendezvous
     from lightning_async_localsgd.strategy import AsyncLocalSGDStrategy
 
@@ -59,7 +60,7 @@ class AsyncTraining:
     def __init__(
         self,
         trainer: pl.Trainer,
-        phase: AsyncPhase,
+        phase: Phase,
         data: TrainingData,
         limits: LiftedLimits,
         budget: RunBudget,
@@ -153,7 +154,7 @@ class AsyncTraining:
     def see_batch(self, batch: Any) -> None:
         """The same, after all callbacks."""
         self._data.see_batch(batch)
-        self.phase.see_batch(batch_size(batch))
+        self.phase.see_batch(batch_size(batch), batch_tokens(batch))
 
     def end_step(self) -> None:
         """An optimizer step has been taken, or skipped."""
@@ -260,6 +261,11 @@ class AsyncTraining:
             for name in ("ready", "started", "processed", "completed"):
                 setattr(counts, name, epoch)
 
+    @property
+    def _scheduled_steps(self) -> int:
+        """Global steps that schedulers are to have followed."""
+        return self._counts.steps
+
     def _adapt_optimizers(self) -> None:
         """The module holds other weights than its optimizers have left there."""
         if not self.phase.keeps_weights:
@@ -270,7 +276,7 @@ class AsyncTraining:
         """Schedulers follow the progress, and the trainer stops when the run has ended."""
         if self.phase.stopped:
             self._counts.finish()
-        self._schedulers.advance(self._counts.steps)
+        self._schedulers.advance(self._scheduled_steps)
         if self._agreement is not None:
             self._agreement.follow()
         if self.phase.stopped:

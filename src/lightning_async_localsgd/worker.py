@@ -33,6 +33,7 @@ class Worker:
         binding: the module's tensors.
         exchange: the way to the server.
         clock: seconds, monotonic.
+        gradient: memory for pseudo-gradients, where workers share it; otherwise it gets its own.
 
     Attributes:
         reply: header of the last dispatch.
@@ -47,7 +48,12 @@ class Worker:
     """
 
     def __init__(
-        self, number: int, binding: Binding, exchange: Exchange, clock: Callable[[], float] = time.monotonic
+        self,
+        number: int,
+        binding: Binding,
+        exchange: Exchange,
+        clock: Callable[[], float] = time.monotonic,
+        gradient: Tensor | None = None,
     ) -> None:
         self.number = number
         self.session = uuid.uuid4().hex
@@ -63,14 +69,16 @@ class Worker:
         self._binding = binding
         self._clock = clock
         self._model = binding.new_flat()
-        self._gradient = binding.new_flat()
+        self._gradient = binding.new_flat() if gradient is None else gradient
         self._sequence = 0
         self._samples = 0
+        self._tokens = 0
         self._stepped = False
         self._timed_steps = 0
         self._compute_seconds = 0.0
         self._exchange_seconds = 0.0
         self._mark: float | None = None
+        self._handed_in_at = 0.0
 
     @property
     def round(self) -> int:
@@ -82,6 +90,16 @@ class Worker:
         """The model of the last dispatch, flat fp32, as this worker's parameters could take it."""
         return self._model
 
+    @property
+    def hello(self) -> Hello:
+        """How this worker introduces itself."""
+        return Hello(PROTOCOL_VERSION, self.number, self.session, self._binding.layout.fingerprint)
+
+    @property
+    def gradient(self) -> Tensor:
+        """The pseudo-gradient of the last round that was handed in; its memory is used again by the next."""
+        return self._gradient
+
     def join(self) -> Reply:
         """Takes part: waits for the first dispatch and adopts it.
 
@@ -89,10 +107,9 @@ class Worker:
             ExchangeError: the server refused this worker or cannot be reached.
 
         """
-        hello = Hello(PROTOCOL_VERSION, self.number, self.session, self._binding.layout.fingerprint)
-        self._adopt(self.exchange.join(hello, self._model))
-        assert self.reply is not None
-        return self.reply
+        reply = self.exchange.join(self.hello, self._model)
+        self.adopt(reply)
+        return reply
 
     def count_step(self) -> None:
         """An optimizer step has been taken; called by the optimizer itself, so that skipped steps don't count."""
@@ -100,8 +117,8 @@ class Worker:
         self.total_steps += 1
         self._stepped = True
 
-    def end_step(self, samples: int) -> None:
-        """The loop has come to the end of an optimizer step, taken or skipped, and of its ``samples`` samples."""
+    def end_step(self, samples: int, tokens: int = 0) -> None:
+        """The loop has come to the end of an optimizer step, taken or skipped, of so many samples and tokens."""
         now = self._clock()
         if self._mark is not None:
             # A skipped step is time spent computing all the same. The first step (compilation, warm caches) and
@@ -109,6 +126,7 @@ class Worker:
             self._compute_seconds += now - self._mark
             self._timed_steps += self._stepped
         self._samples += samples
+        self._tokens += tokens
         self._stepped = False
         self._mark = now
 
@@ -138,16 +156,34 @@ class Worker:
             ExchangeError: the server cannot be reached any more, or has put this worker in quarantine.
 
         """
+        push = self.hand_in(final=final, stop=stop)
+        reply = self.exchange.push(push, self._gradient, self._model)
+        self.adopt(reply)
+        return reply
+
+    def hand_in(self, *, final: bool = False, stop: bool = False) -> Push:
+        """Ends the round: its pseudo-gradient is in :attr:`gradient` if the push has steps.
+
+        Args:
+            final: see :meth:`end_round`.
+            stop: likewise.
+
+        Returns:
+            The push, which no other call will give again.
+
+        """
         assert self.reply is not None
         assert not self.stopped
         # A device may still have to compute what the loop has given it; that is part of the round, not of the exchange.
         ahead = self._clock()
         self._binding.synchronize()
-        began = self._clock()
+        self._handed_in_at = self._clock()
         if self._timed_steps > 0:
-            self._compute_seconds += began - ahead
+            self._compute_seconds += self._handed_in_at - ahead
         self._sequence += 1
-        push = Push(
+        if self.round_steps > 0:
+            self._binding.subtract_from(self._model, self._gradient)
+        return Push(
             worker=self.number,
             session=self.session,
             sequence=self._sequence,
@@ -163,24 +199,24 @@ class Worker:
             used=self.used(),
             metrics=self.metrics(),
             inner=self.inner(),
+            tokens=self._tokens,
         )
-        if self.round_steps > 0:
-            self._binding.subtract_from(self._model, self._gradient)
-        reply = self.exchange.push(push, self._gradient, self._model)
-        self._adopt(reply)
-        self.diverged = reply.refused == NOT_FINITE
-        if reply.refused is not None and reply.refused != ALREADY_APPLIED:
-            _log.warning("worker %d: push %d was refused: %s", self.number, push.sequence, reply.refused)
-        self._exchange_seconds = max(0.0, self._clock() - began - reply.wait_seconds)
-        return reply
 
-    def _adopt(self, reply: Reply) -> None:
+    def adopt(self, reply: Reply) -> None:
+        """A new round begins: the module takes over :attr:`model`, which came with the reply."""
         self._binding.load(self._model)
         self.reply = reply
         self.stopped = reply.stop
         self.round_steps = 0
         self._samples = 0
+        self._tokens = 0
         self._timed_steps = 0
         self._compute_seconds = 0.0
         # The time of an exchange is not computing. The step after it starts here, the first of all is not timed.
-        self._mark = self._clock() if self._sequence > 0 else None
+        now = self._clock()
+        self._mark = now if self._sequence > 0 else None
+        if self._sequence > 0:
+            self.diverged = reply.refused == NOT_FINITE
+            if reply.refused is not None and reply.refused != ALREADY_APPLIED:
+                _log.warning("worker %d: push %d was refused: %s", self.number, self._sequence, reply.refused)
+            self._exchange_seconds = max(0.0, now - self._handed_in_at - reply.wait_seconds)

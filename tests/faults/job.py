@@ -27,6 +27,9 @@ from tests.live.job import digest
 NOISE = 0.3
 """Of the targets: the loss cannot come below its square."""
 
+LEAST_STEPS = 600
+"""Local steps of all ranks together; the run may end after them, so that what runs have learned can be compared."""
+
 
 class Regression(L.LightningModule):
     """A small regression; with ``width=1024`` a model of several parts on the wire."""
@@ -62,22 +65,20 @@ class End(L.Callback):
     Args:
         out: folder of the notes.
         seconds: least duration of a step.
-        least_steps: of all ranks, as the trainer counts, before the run may end.
         until: answered pushes of certain processes before it may, by ``<worker>_<life>``.
         held: it may not before there is a file ``stop``.
 
     """
 
-    def __init__(self, out: Path, seconds: float, least_steps: int, until: dict[str, int], held: bool) -> None:
+    def __init__(self, out: Path, seconds: float, until: dict[str, int], held: bool) -> None:
         self.out = out
         self.seconds = seconds
-        self.least_steps = least_steps
         self.until = until
         self.held = held
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         time.sleep(self.seconds)
-        if trainer.is_global_zero and trainer.global_step >= self.least_steps:
+        if trainer.is_global_zero and trainer.global_step * trainer.world_size >= LEAST_STEPS:
             free = not self.held or (self.out / "stop").exists()
             trainer.should_stop = free and all(self.answers(name) >= least for name, least in self.until.items())
 
@@ -112,7 +113,7 @@ def run(out: Path, options: dict[str, Any]) -> None:
     seconds = options.get("seconds", 0.03)
     callbacks: list[L.Callback] = [
         StepNotes(out),
-        End(out, seconds, options.get("least_steps", 200), options.get("until", {}), bool(options.get("held"))),
+        End(out, seconds, options.get("until", {}), bool(options.get("held"))),
         AsyncLocalSGDCallback(ledger=out / "ledger.jsonl"),
     ]
     faults = [Fault(**{**fault, "kind": FaultKind[fault["kind"]]}) for fault in options.get("faults", [])]
@@ -128,6 +129,7 @@ def run(out: Path, options: dict[str, Any]) -> None:
         strategy=strategy,
         accelerator="cpu",
         devices=options.get("ranks", 2),
+        num_nodes=options.get("nodes", 1),
         logger=CSVLogger(out, name="", version=""),
         callbacks=callbacks,
         enable_progress_bar=False,

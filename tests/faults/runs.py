@@ -13,6 +13,9 @@ from benchmarks.step_notes import Life, read_notes
 
 ALREADY_APPLIED = "already applied"
 
+REJOIN_SECONDS = 30.0
+"""Most of them are the start of a Python process: about five on an idle machine."""
+
 
 @dataclass
 class Run:
@@ -51,6 +54,10 @@ class Run:
         mine = [push for push in self.ledger if push["worker"] == worker]
         return mine if refused is None else [push for push in mine if (push["refused"] is not None) == refused]
 
+    def seconds_away(self, worker: int) -> float:
+        """From a worker's death, as far as its steps tell, until the server has merged a round of its next life."""
+        return self.lives[worker, 1].answers[0][0] - self.lives[worker, 0].steps[-1]
+
     # ------------------------------------------------------ what must be true
 
     def assert_exactly_once(self) -> None:
@@ -75,6 +82,11 @@ class Run:
         """All that live hold the same final model."""
         assert self.ranks.keys() == living
         assert len({rank["digest"] for rank in self.ranks.values()}) == 1
+
+    def assert_came_back(self, worker: int) -> None:
+        """The worker was started again and merged soon, as it must be for a model as small as this."""
+        away = self.seconds_away(worker)
+        assert away < REJOIN_SECONDS, f"worker {worker} was away for {away:.0f} s"
 
     def assert_learned(self, normal: Run) -> None:
         """The loss is that of a run without faults, within noise."""

@@ -9,10 +9,11 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks.step_notes import read_notes
+from benchmarks.step_notes import Life, read_notes
 from tests.faults.conftest import ROOT, command
 from tests.faults.runs import Run
 from tests.processes import Jobs
@@ -22,20 +23,46 @@ pytestmark = pytest.mark.slow
 TOKEN = "of-two-machines-that-come-later"
 
 
-def test_two_join_a_running_training_and_one_leaves_again(started: Jobs, tmp_path: Path) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]
-    out = tmp_path / "out"
-    words = command(out, ranks=2, held=True, exchange={"port": port})
-    environment = {"PYTHONPATH": str(ROOT), "ASYNC_LOCALSGD_TOKEN": TOKEN}
-    run = started.start(words, **environment)
-    _await(lambda: (0, 0) in read_notes(out) and (1, 0) in read_notes(out), run)
+SLURM_TASK = {
+    "SLURM_JOB_ID": "77", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1",
+    "SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_NODELIST": "127.0.0.1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
+}  # fmt: skip
+"""What a process of another cluster sees, whose only task it is."""
 
-    invited = {**environment, "ASYNC_LOCALSGD_JOIN": f"tcp://127.0.0.1:{port}"}
-    stays = started.start(words, **invited)
+OF_TORCHRUN = {
+    "TORCHELASTIC_RUN_ID": "none", "RANK": "0", "LOCAL_RANK": "0", "GROUP_RANK": "0", "WORLD_SIZE": "1",
+    "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1",
+}  # fmt: skip
+"""What ``torchrun`` tells the only process that it starts."""
+
+
+class Host:
+    """How a run is started that others join, and how they do."""
+
+    def __init__(self, started: Jobs, out: Path, ranks: int, **options: Any) -> None:
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            port = taken.getsockname()[1]
+        self.out = out
+        self.started = started
+        self.words = command(out, ranks=ranks, held=True, exchange={"port": port}, **options)
+        self.environment = {"PYTHONPATH": str(ROOT), "ASYNC_LOCALSGD_TOKEN": TOKEN}
+        self.joining = {**self.environment, "ASYNC_LOCALSGD_JOIN": f"tcp://127.0.0.1:{port}"}
+        self.run = started.start(self.words, **self.environment)
+        _await(lambda: all((rank, 0) in read_notes(out) for rank in range(ranks)), self.run)
+
+    def join(self, **variables: str) -> subprocess.Popen[str]:
+        """Starts the same script as one that joins."""
+        return self.started.start(self.words, **self.joining, **variables)
+
+
+def test_two_join_a_running_training_and_one_leaves_again(started: Jobs, tmp_path: Path, normal: Run) -> None:
+    out = tmp_path / "out"
+    host = Host(started, out, ranks=2)
+    run = host.run
+    stays = host.join(**SLURM_TASK)
     _await(lambda: (2, 0) in read_notes(out), run, stays)
-    leaves = started.start(words, **invited)
+    leaves = host.join(**OF_TORCHRUN)
     _await(lambda: (3, 0) in read_notes(out) and len(read_notes(out)[3, 0].answers) >= 2, run, leaves)
     leaves.send_signal(signal.SIGINT)
     _, said_leaving = started.finish(leaves, 60.0)
@@ -51,12 +78,53 @@ def test_two_join_a_running_training_and_one_leaves_again(started: Jobs, tmp_pat
     found = Run(out, text)
     found.assert_exactly_once()
     found.assert_one_model({0, 1, 2})
+    found.assert_learned(normal)
     for worker in (2, 3):
         assert len(found.pushes(worker, refused=False)) >= 2, "it was merged"
     assert re.search("worker 3 .*it said goodbye", text)
     for said_by in (text, said, said_leaving):
         assert TOKEN not in said_by
     assert not any(TOKEN in path.read_text() for path in out.rglob("*") if path.is_file() and path.suffix != ".pt")
+
+
+def test_rank_0_alone_is_joined_by_one_that_is_killed_and_one_that_freezes(
+    started: Jobs, tmp_path: Path, normal: Run
+) -> None:
+    out = tmp_path / "out"
+    host = Host(started, out, ranks=1, strategy={"silence_timeout": 2.0})
+    dies, freezes = host.join(), host.join()
+
+    def lives(process: subprocess.Popen[str]) -> list[Life]:
+        return [life for life in read_notes(out).values() if life.pid == process.pid]
+
+    def has_merged(process: subprocess.Popen[str], rounds: int) -> bool:
+        return any(len(life.answers) >= rounds for life in lives(process))
+
+    _await(lambda: has_merged(dies, 2) and has_merged(freezes, 2), host.run, dies, freezes)
+    dies.kill()
+    freezes.send_signal(signal.SIGSTOP)
+    time.sleep(5.0)
+    freezes.send_signal(signal.SIGCONT)
+    [frozen], [dead] = lives(freezes), lives(dies)
+    _await(lambda: has_merged(freezes, len(frozen.answers) + 2), host.run, freezes)
+    (out / "stop").touch()
+
+    code, text = started.finish(host.run)
+    assert code == 0, text[-6000:]
+    returned, said = started.finish(freezes)
+    assert returned == 0, said[-6000:]
+    started.finish(dies)
+    found = Run(out, text)
+    found.assert_exactly_once()
+    found.assert_one_model({0, frozen.worker})
+    found.assert_learned(normal)
+    assert {frozen.worker, dead.worker} == {1, 2}
+    for gone in (frozen, dead):
+        assert f"worker {gone.worker} left the run" in text
+    assert "started again" not in text, "nobody here has started them"
+    assert found.pushes(frozen.worker, refused=True) == [], "the round that froze counts"
+    for begin, end in found.outages(frozen.worker, least=4.0):
+        found.assert_others_went_on(begin, end, but={1, 2})
 
 
 def _await(condition: Callable[[], bool], *running: subprocess.Popen[str]) -> None:

@@ -67,6 +67,7 @@ def test_one_dies_and_one_hangs_and_dawdles(job: Job, normal: Run) -> None:
     again = run.lives[1, 1]
     assert again.session != run.lives[1, 0].session
     assert any(entry["session"] == again.session for entry in run.pushes(1, refused=False)), "and came back"
+    run.assert_came_back(1)
 
     (begin, end), (late_begin, late_end) = run.outages(2, least=3.5)
     # Given up meanwhile, for it was silent for longer than the time-out. Its round counts all the same.
@@ -97,6 +98,7 @@ def test_links_break_and_pushes_are_wrong(job: Job, normal: Run) -> None:
     )
     run.assert_exactly_once()
     run.assert_one_model({0, 1, 2})
+    run.assert_learned(normal)
 
     assert reasons(run, 1, 2) == [None, ALREADY_APPLIED]
     assert reasons(run, 1, 4) == [None, ALREADY_APPLIED]
@@ -113,7 +115,7 @@ def test_links_break_and_pushes_are_wrong(job: Job, normal: Run) -> None:
 
     assert reasons(run, 1, 10) == []
     assert "sent nonsense" in run.text
-    assert (1, 1) in run.lives, "it was started again"
+    run.assert_came_back(1)
 
 
 # ------------------------------------------------------------------------------------------------------ the whole
@@ -137,16 +139,17 @@ def options_of(kind: FaultKind, moment: str, worker: int, seconds: float = LONG)
 
 @pytest.mark.usefixtures("whole")
 @pytest.mark.parametrize(("kind", "moment"), WHOLE, ids=lambda value: getattr(value, "name", value))
-def test_a_fault_of_a_worker(job: Job, kind: FaultKind, moment: str) -> None:
+def test_a_fault_of_a_worker(job: Job, normal: Run, kind: FaultKind, moment: str) -> None:
     comes_back = kind in (FaultKind.KILL, FaultKind.CORRUPT)
     run = job(ranks=3, until={"1_1": 3} if comes_back else {"1_0": 8}, **options_of(kind, moment, 1))
     run.assert_exactly_once()
     run.assert_one_model({0, 1, 2})
+    run.assert_learned(normal)
     assert f"injected: {kind.name}" in run.text
     for begin, end in run.outages(1, least=1.0):
         run.assert_others_went_on(begin, end, but={1})
     if comes_back:
-        assert run.lives[1, 1].answers, "it came back, and was merged"
+        run.assert_came_back(1)
         if moment in ("before reply", "mid-pull"):
             assert reasons(run, 1, 3) == [None], "applied before it died"
         elif moment == "mid-push":
@@ -159,10 +162,11 @@ def test_a_fault_of_a_worker(job: Job, kind: FaultKind, moment: str) -> None:
 
 @pytest.mark.usefixtures("whole")
 @pytest.mark.parametrize(("kind", "moment"), OF_RANK_0, ids=lambda value: getattr(value, "name", value))
-def test_a_fault_of_rank_0(job: Job, kind: FaultKind, moment: str) -> None:
+def test_a_fault_of_rank_0(job: Job, normal: Run, kind: FaultKind, moment: str) -> None:
     run = job(ranks=3, until={"0_0": 10}, **options_of(kind, moment, 0))
     run.assert_exactly_once()
     run.assert_one_model({0, 1, 2})
+    run.assert_learned(normal)
     assert f"injected: {kind.name}" in run.text
     if kind is FaultKind.DELAY:
         # Its main thread sleeps, or that which writes its files; the server goes on.
@@ -172,7 +176,7 @@ def test_a_fault_of_rank_0(job: Job, kind: FaultKind, moment: str) -> None:
 
 @pytest.mark.usefixtures("whole")
 @pytest.mark.parametrize("moment", ["before round", "computing", "saving"])
-def test_rank_0_is_killed(started: Jobs, tmp_path: Path, moment: str) -> None:
+def test_rank_0_is_killed(started: Jobs, tmp_path: Path, normal: Run, moment: str) -> None:
     options = {
         "ranks": 3,
         "until": {"0_1": 6, "1_1": 6},
@@ -186,6 +190,7 @@ def test_rank_0_is_killed(started: Jobs, tmp_path: Path, moment: str) -> None:
     run = Run(tmp_path / "out", text)
     run.assert_exactly_once()
     run.assert_one_model({0, 1, 2})
+    run.assert_learned(normal)
     [first, second] = dict.fromkeys(push["incarnation"] for push in run.ledger)
     resumed_at = next(push["base_version"] for push in run.ledger if push["incarnation"] == second)
     last = max(push["version"] for push in run.ledger if push["incarnation"] == first)
@@ -195,12 +200,13 @@ def test_rank_0_is_killed(started: Jobs, tmp_path: Path, moment: str) -> None:
 @pytest.mark.usefixtures("whole")
 @pytest.mark.parametrize("moment", ["computing", "mid-push", "mid-pull"])
 @pytest.mark.parametrize("silence_timeout", [10.0, 90.0])
-def test_a_worker_stands_still_for_a_minute(job: Job, moment: str, silence_timeout: float) -> None:
+def test_a_worker_stands_still_for_a_minute(job: Job, normal: Run, moment: str, silence_timeout: float) -> None:
     options = options_of(FaultKind.STOP, moment, 1, seconds=60.0)
     options["strategy"]["silence_timeout"] = silence_timeout
     run = job(ranks=3, until={"1_0": 6}, timeout=250.0, **options)
     run.assert_exactly_once()
     run.assert_one_model({0, 1, 2})
+    run.assert_learned(normal)
     [(begin, end)] = run.outages(1, least=50.0)
     run.assert_others_went_on(begin, end, but={1})
     assert reasons(run, 1, 3)[0] is None, "the round counts"

@@ -17,6 +17,7 @@ import pytest
 
 from tests.faults.conftest import ROOT, command
 from tests.faults.runs import Run
+from tests.hosts import two_hosts
 from tests.processes import Jobs
 from tests.proxy import Proxy
 
@@ -26,9 +27,9 @@ VICTIM = 1
 
 
 class Behind:
-    """A running job of three ranks, one of which reaches the server through ``road``."""
+    """A running job, one of whose ranks reaches the server through ``road``."""
 
-    def __init__(self, out: Path, process: subprocess.Popen[str], road: Proxy) -> None:
+    def __init__(self, out: Path, process: subprocess.Popen[str], road: Any) -> None:
         self.out = out
         self.process = process
         self.road = road
@@ -67,12 +68,13 @@ def behind(started: Jobs, tmp_path: Path) -> Iterator[Callable[..., Behind]]:
         road.close()
 
 
-def finish(started: Jobs, behind: Behind) -> Run:
+def finish(started: Jobs, behind: Behind, normal: Run, ranks: int = 3) -> Run:
     code, text = started.finish(behind.process, 150.0)
     assert code == 0, text[-6000:]
     run = Run(behind.out, text)
     run.assert_exactly_once()
-    run.assert_one_model({0, 1, 2})
+    run.assert_one_model(set(range(ranks)))
+    run.assert_learned(normal)
     assert [entry["refused"] for entry in run.pushes(VICTIM, refused=True) if "already" not in entry["refused"]] == []
     return run
 
@@ -96,7 +98,7 @@ def test_a_road_is_cut_silent_and_slow(started: Jobs, behind: Callable[..., Behi
     slow_until = time.monotonic()
     job.road.throttle(None)
     job.road.delay(0.0)
-    run = finish(started, job)
+    run = finish(started, job, normal)
     run.assert_others_went_on(slow_since, slow_until, but={VICTIM})
     for begin, end in run.outages(VICTIM, least=1.5):
         run.assert_others_went_on(begin, end, but={VICTIM})
@@ -104,8 +106,32 @@ def test_a_road_is_cut_silent_and_slow(started: Jobs, behind: Callable[..., Behi
     assert departures <= 1, "only when the road was cut"
 
 
+def test_the_cable_between_two_hosts_is_pulled(started: Jobs, tmp_path: Path, normal: Run) -> None:
+    # Unlike a proxy, a dead cable ends no connection: TCP itself sends again what was lost, when it comes to it.
+    out = tmp_path / "out"
+    words = command(out, ranks=1, nodes=2, width=512, until={"1_0": 10}, strategy={"silence_timeout": 12.0})
+    with two_hosts() as hosts:
+        meeting = {"MASTER_ADDR": hosts.address, "MASTER_PORT": "29500", "PYTHONPATH": str(ROOT)}
+        first, second = (started.start([*hosts.enter[n], *words], NODE_RANK=str(n), **meeting) for n in (0, 1))
+        job = Behind(out, first, hosts)
+        job.await_rounds(3)
+        hosts.cut()
+        cut_at = time.monotonic()
+        time.sleep(4.0)
+        hosts.restore()
+        restored_at = time.monotonic()
+        job.await_rounds(3)
+        run = finish(started, job, normal, ranks=2)
+        code, text = started.finish(second)
+        assert code == 0, text[-6000:]
+    run.assert_others_went_on(cut_at, restored_at, but={VICTIM})
+    assert run.outages(VICTIM, least=2.0), "it felt it"
+
+
 @pytest.mark.usefixtures("whole")
-def test_a_transfer_takes_longer_than_the_silence_timeout(started: Jobs, behind: Callable[..., Behind]) -> None:
+def test_a_transfer_takes_longer_than_the_silence_timeout(
+    started: Jobs, behind: Callable[..., Behind], normal: Run
+) -> None:
     # 4.2 MB at 800 kB/s: five seconds each way, of which none is silent.
     job = behind(width=1024, until={"1_0": 5}, strategy={"silence_timeout": 3.0})
     job.await_rounds(2)
@@ -114,7 +140,7 @@ def test_a_transfer_takes_longer_than_the_silence_timeout(started: Jobs, behind:
     job.await_rounds(1)
     slow_until = time.monotonic()
     job.road.throttle(None)
-    run = finish(started, job)
+    run = finish(started, job, normal)
     assert slow_until - slow_since > 2 * 3.0
     run.assert_others_went_on(slow_since, slow_until, but={VICTIM})
     assert f"worker {VICTIM} left the run" not in run.text

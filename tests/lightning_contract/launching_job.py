@@ -114,11 +114,19 @@ class Notice(logging.Handler):
 
 
 class Notes(L.Callback):
-    """Unequal speeds, a fault if it is asked for, and what the rank saw."""
+    """Unequal speeds, a fault if it is asked for, and what the rank saw.
 
-    def __init__(self, out: str, fail: dict[str, int] | None = None) -> None:
+    Args:
+        out: folder of the notes.
+        fail: which rank raises an exception, or kills itself, after which of its steps.
+        awaited: training ends when this worker, started again, is merged again.
+
+    """
+
+    def __init__(self, out: str, fail: dict[str, int] | None = None, awaited: int | None = None) -> None:
         self.out = Path(out)
         self.fail = fail
+        self.awaited = awaited
         self.steps = 0
         self.predicted = 0
         self.group = False
@@ -137,6 +145,9 @@ class Notes(L.Callback):
             raise RuntimeError("a fault of this rank's own")
         if self.fail == {"kill": trainer.global_rank, "step": self.steps} and not started_again():
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.awaited is not None and trainer.is_global_zero:
+            workers = trainer.strategy.phase.totals()
+            trainer.should_stop |= workers[self.awaited].sessions > 1 and workers[self.awaited].rounds > 3
 
     def on_validation_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         if self.fail == {"rank": trainer.global_rank, "step": 0}:
@@ -207,9 +218,10 @@ def run(out: Path, options: dict[str, Any]) -> None:
     saves = bool(options.get("saves_on_exception"))
     quiet = {"logger": False, "enable_checkpointing": saves, "enable_progress_bar": False, "num_sanity_val_steps": 0}
     for number, calls in enumerate(options.get("calls", [["fit"]])):
+        options |= options.get(f"trainer {number}", {})
         trainer = L.Trainer(
             strategy=strategy if number == 0 else options.get("strategy", "async_localsgd"),
-            callbacks=[Notes(str(out), options.get("fail")), *more_callbacks(out, options)],
+            callbacks=[Notes(str(out), options.get("fail"), options.get("awaited")), *more_callbacks(out, options)],
             enable_model_summary=False,
             default_root_dir=out,
             **{"accelerator": "cpu", "devices": 2, "max_steps": 100, **quiet, **options.get("trainer", {})},

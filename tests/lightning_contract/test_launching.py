@@ -5,14 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from lightning.pytorch.accelerators import MPSAccelerator
 from lightning.pytorch.demos.boring_classes import BoringModel
 
 from lightning_async_localsgd import AsyncLocalSGDStrategy
+from tests.hosts import two_hosts
 from tests.processes import Jobs, jobs
 
 pytestmark = pytest.mark.slow
@@ -242,6 +241,21 @@ def test_a_second_trainer_in_the_same_script(started: Jobs, out: Path) -> None:
     assert first["pid"] == second["pid"], "the ranks of the first go on"
 
 
+@pytest.mark.parametrize("name", ["async_localsgd", "async_localsgd_fork"])
+def test_a_worker_is_started_again_in_the_second_fit(started: Jobs, out: Path, name: str) -> None:
+    second = {"fail": {"kill": 1, "step": 8}, "awaited": 1, "trainer": ENDLESS}
+    calls = [["fit"], ["fit", "test"]]
+    text = succeed(started, started.start(command(out, strategy=name, calls=calls, **{"trainer 1": second})))
+    assert "worker 1 ended with signal 9 (SIGKILL); it is started again in 0.5 s (restart 1 of 3)" in text
+    seen = notes(out)
+    first, again = ([seen["fit", rank][time_] for rank in (0, 1)] for time_ in (0, 1))
+    assert sum(fit["steps"] for fit in first) == BUDGET, "the first fit is complete, and not fitted again"
+    assert len(seen["fit", 1]) == 2
+    assert again[0]["digest"] == again[1]["digest"]
+    assert first[1]["pid"] != again[1]["pid"]
+    assert_synchronous(seen, ("test",))
+
+
 # ----------------------------------------------------------------------------------------------------- two nodes
 
 
@@ -261,42 +275,13 @@ def test_two_launchers(started: Jobs, out: Path, devices: int) -> None:
     assert [seen["fit", rank][0]["local_rank"] for rank in range(2 * devices)] == [*range(devices)] * 2
 
 
-@pytest.fixture
-def two_hosts() -> Iterator[tuple[list[str], list[str], str]]:
-    """Two network namespaces with a cable between them: how to enter them, and the first one's address."""
-    ip = shutil.which("ip")
-    names = [f"als{os.getpid()}{side}" for side in "ab"]
-
-    def run(line: str) -> None:
-        subprocess.run([str(ip), *line.split()], check=True, capture_output=True)
-
-    try:
-        if ip is None:
-            pytest.skip("needs iproute2")
-        try:
-            for name in names:
-                run(f"netns add {name}")
-            run(f"-n {names[0]} link add eth0 type veth peer name eth0 netns {names[1]}")
-        except subprocess.CalledProcessError as error:
-            pytest.skip(f"no network namespaces here: {error.stderr}")
-        for number, name in enumerate(names, 1):
-            run(f"-n {name} addr add 10.99.0.{number}/24 dev eth0")
-            for device in ("lo", "eth0"):
-                run(f"-n {name} link set {device} up")
-        yield *[[ip, "netns", "exec", name] for name in names], "10.99.0.1"
-    finally:
-        for name in names:
-            with suppress(OSError):
-                subprocess.run([str(ip), "netns", "del", name], capture_output=True, check=False)
-
-
-def test_two_hosts(started: Jobs, out: Path, two_hosts: tuple[list[str], list[str], str]) -> None:
-    *enter, address = two_hosts
+def test_two_hosts(started: Jobs, out: Path) -> None:
     line = command(out, calls=[["fit", "validate"]], trainer={"num_nodes": 2})
     # The last is for the process group of `validate`: gloo would take the address that the host's name leads to.
-    meeting = {"MASTER_ADDR": address, "MASTER_PORT": "29500", "GLOO_SOCKET_IFNAME": "eth0"}
-    nodes = [started.start([*enter[node], *line], NODE_RANK=str(node), **meeting) for node in (0, 1)]
-    succeed(started, *nodes)
+    with two_hosts() as hosts:
+        meeting = {"MASTER_ADDR": hosts.address, "MASTER_PORT": "29500", "GLOO_SOCKET_IFNAME": hosts.device}
+        nodes = [started.start([*hosts.enter[node], *line], NODE_RANK=str(node), **meeting) for node in (0, 1)]
+        succeed(started, *nodes)
     seen = assert_trained(out, ranks=4, budget=400)
     # Nobody has said anything about the exchange: the rank beside rank 0 has a socket of its own to it, and what goes
     # over the network is encrypted.

@@ -105,6 +105,18 @@ def dataset(samples: int) -> TensorDataset:
     return TensorDataset(inputs, (inputs[:, :1] * inputs[:, 1:2]).tanh() + 0.5 * inputs[:, 2:3])
 
 
+def come_late(rendezvous: Any) -> None:
+    """Rank 0 comes out of each broadcast when the others have long gone on, or ended."""
+    broadcast = rendezvous.broadcast
+
+    def late(*args: Any) -> Any:
+        found = broadcast(*args)
+        time.sleep(0.3)
+        return found
+
+    rendezvous.broadcast = late
+
+
 class Pace(L.Callback):
     """Unequal ranks, and what is to happen to one of them at a step of its own."""
 
@@ -124,6 +136,13 @@ class Pace(L.Callback):
         """How often this worker, or the whole job, has been started again."""
         told = json.loads(os.environ.get("ASYNC_LOCALSGD_REJOIN", "{}"))
         return int(told.get("life", 0)) + int(os.environ.get("ASYNC_LOCALSGD_RESUME", "0"))
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if self.options.get("slow_end"):
+            if trainer.global_rank == 1:
+                time.sleep(1.0)
+            if trainer.global_rank == 0:
+                come_late(trainer.strategy._rendezvous)
 
     def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         module.seen["steps"] = self.steps

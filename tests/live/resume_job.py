@@ -1,7 +1,7 @@
 """A run that is interrupted, or goes on: ``python resume_job.py OUT JSON``, ranks of unequal speed.
 
-Every rank notes in ``OUT/<name>_<rank>.json`` what it began with and which samples it has trained on in which of its
-rounds; rank 0 puts the server's state, as it was loaded, into ``OUT/<name>_server.pt``.
+Every rank notes in ``OUT/<name>_<rank>.json`` what it began with and which samples, of which epoch's order, it has
+trained on in which of its rounds; rank 0 puts the server's state, as it was loaded, into ``OUT/<name>_server.pt``.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_async_localsgd import AsyncLocalSGDCallback, AsyncLocalSGDStrategy
 from lightning_async_localsgd.coordinator import Coordinator
+from lightning_async_localsgd.sampling import EpochOrder
 
 SECONDS = (0.02, 0.03, 0.06, 0.03)
 """Least seconds of a local step, by rank."""
@@ -51,6 +52,24 @@ def digest(tree: Any) -> str:
 
     add(tree)
     return state.hexdigest()
+
+
+def watch_items() -> dict[tuple[int, ...], int]:
+    """Will hold the epoch of every batch that is drawn, by its samples.
+
+    That need not be the one which the rank is in: what is left of the epoch before, because the worker that had it is
+    gone, is handed out first.
+    """
+    epochs: dict[tuple[int, ...], int] = {}
+    draw = EpochOrder.item
+
+    def item(order: EpochOrder, epoch: int, number: int) -> Any:
+        samples = draw(order, epoch, number)
+        epochs[tuple(samples)] = epoch
+        return samples
+
+    EpochOrder.item = item  # type: ignore[method-assign]
+    return epochs
 
 
 class Numbered(Dataset[Any]):
@@ -90,6 +109,7 @@ class Notes(L.Callback):
         self.seen: list[Any] = []
         self.start: dict[str, Any] = {}
         self.messages = messages
+        self.epochs = watch_items()
 
     def state_dict(self) -> dict[str, Any]:
         return {"batches": self.batches}
@@ -110,7 +130,8 @@ class Notes(L.Callback):
                 "schedule": trainer.lr_scheduler_configs[0].scheduler.last_epoch,
                 "callback": self.loaded,
             }
-        self.seen.append([trainer.current_epoch, phase.worker.round, batch[0].tolist()])
+        samples = batch[0].tolist()
+        self.seen.append([self.epochs[tuple(samples)], phase.worker.round, samples])
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         self.batches += 1

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.plugins.environments import LightningEnvironment
 
+from lightning_async_localsgd import process_job
 from lightning_async_localsgd.launcher import AsyncProcessLauncher, AsyncScriptLauncher
 from lightning_async_localsgd.restarts import RESUME, JoinTicket
 
@@ -78,6 +80,19 @@ class Rank:
             time.sleep(0.02)
 
 
+def run_out_of_memory(place: Any, name: str, starts: int) -> None:
+    """The next start of a process after ``starts`` of them fails as it does on a machine that has no memory left."""
+    start = getattr(place, name)
+    calls = iter(range(starts + 1))
+
+    def start_or_fail(*args: Any, **options: Any) -> Any:
+        if next(calls, -1) == starts:
+            raise OSError(12, "Cannot allocate memory")
+        return start(*args, **options)
+
+    setattr(place, name, start_or_fail)
+
+
 def run(out: Path, options: dict[str, Any]) -> None:
     logging.basicConfig(level=logging.INFO)
     method = options.get("method", "popen")
@@ -85,6 +100,8 @@ def run(out: Path, options: dict[str, Any]) -> None:
     launcher: Any
     if method == "popen":
         launcher = AsyncScriptLauncher(LightningEnvironment(), options["ranks"], 1, most)
+        if options.get("no_memory") and "LOCAL_RANK" not in os.environ:
+            run_out_of_memory(subprocess, "Popen", options["ranks"] - 1)
     else:
         strategy = SimpleNamespace(
             num_processes=options["ranks"],
@@ -93,6 +110,8 @@ def run(out: Path, options: dict[str, Any]) -> None:
             accelerator=CPUAccelerator(),
         )
         launcher = AsyncProcessLauncher(strategy, method, most)
+        if options.get("no_memory"):
+            run_out_of_memory(process_job, "start_processes", 1)
     print(launcher.launch(Rank(launcher, out, options)), flush=True)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from lightning_async_localsgd import attendance
 from lightning_async_localsgd.coordinator import Coordinator
-from lightning_async_localsgd.guard import UpdateGuard
+from lightning_async_localsgd.guard import FACTOR, UpdateGuard
 from lightning_async_localsgd.messages import ALREADY_APPLIED, NOT_FINITE, Push
 from lightning_async_localsgd.objections import TOO_LATE
 from lightning_async_localsgd.records import FORMER, Settled, WorkerTotals
@@ -387,8 +387,8 @@ def test_the_guard_goes_on_after_a_restart_and_the_quarantine_does_not() -> None
     later.load_state_dict(state)
     again = Player(later)
     again.join_all(2)
-    again.push(1, 1.0, torch.full((LAYOUT.numel,), 1e4))
-    assert "more than 10 times" in (again.flush(1.0)[1].refused or "")
+    again.push(1, 1.0, torch.full((LAYOUT.numel,), 100 * FACTOR))
+    assert f"more than {FACTOR:g} times" in (again.flush(1.0)[1].refused or "")
     assert later.view().quarantined == frozenset()
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -25,6 +25,7 @@ from lightning_async_localsgd.global_model import GlobalModel
 from lightning_async_localsgd.grace import GraceWindow
 from lightning_async_localsgd.guard import UpdateGuard
 from lightning_async_localsgd.layout import Layout
+from lightning_async_localsgd.merging import Held, MergeOptions, Merging
 from lightning_async_localsgd.messages import (
     ALREADY_APPLIED,
     PROTOCOL_VERSION,
@@ -37,7 +38,7 @@ from lightning_async_localsgd.messages import (
 from lightning_async_localsgd.objections import TOO_LATE
 from lightning_async_localsgd.outer import TorchOptimizer
 from lightning_async_localsgd.pacing import SpeedAwareSteps
-from lightning_async_localsgd.records import Settled
+from lightning_async_localsgd.records import Settled, settled
 
 LAYOUT = Layout.of(torch.nn.Linear(2, 1))
 COHORT = 3
@@ -48,16 +49,26 @@ TOO_LARGE = 1e5
 Key = tuple[int, str, int]
 
 
-def build(total: int | None, grace: float | str, incarnation: str) -> Coordinator:
+class InTurn(TorchOptimizer):
+    """Wants each push of a group by itself."""
+
+    @property
+    def collects(self) -> bool:
+        return True
+
+
+def build(total: int | None, grace: float | str, incarnation: str, groups: dict[str, Any]) -> Coordinator:
     """A server whose model is minus the sum of all that was ever applied to it."""
+    model = GlobalModel(LAYOUT, InTurn(torch.optim.SGD, lr=1.0), COHORT)
     return Coordinator(
-        GlobalModel(LAYOUT, TorchOptimizer(torch.optim.SGD, lr=1.0), COHORT),
+        model,
         SpeedAwareSteps(5),
         GraceWindow(grace),
         Budget(total),
         cohort=COHORT,
         incarnation=incarnation,
         guard=UpdateGuard(TOO_LARGE),
+        merging=Merging(model, COHORT, **groups),
     )
 
 
@@ -109,6 +120,9 @@ class Process:
 class Run(RuleBasedStateMachine):
     """The server, the workers and the network between them."""
 
+    groups: ClassVar[list[dict[str, Any]]] = [{}]
+    """How pushes may be grouped."""
+
     def __init__(self) -> None:
         super().__init__()
         self.now = 0.0
@@ -125,10 +139,11 @@ class Run(RuleBasedStateMachine):
         self.last: Settled | None = None
         self.checkpoint: tuple[Any, ...] | None = None
 
-    @initialize(total=st.sampled_from([40, 200, None]), grace=st.sampled_from([0.0, 1.0, "auto"]))
-    def begin(self, total: int | None, grace: float | str) -> None:
+    @initialize(total=st.sampled_from([40, 200, None]), grace=st.sampled_from([0.0, 1.0, "auto"]), data=st.data())
+    def begin(self, total: int | None, grace: float | str, data: st.DataObject) -> None:
         self.total, self.grace = total, grace
-        self.open(build(total, grace, next(self.names)))
+        self.group = data.draw(st.sampled_from(self.groups))
+        self.open(build(total, grace, next(self.names), self.group))
         self.save()
 
     def open(self, coordinator: Coordinator) -> None:
@@ -187,12 +202,21 @@ class Run(RuleBasedStateMachine):
         refused = self.coordinator.push(push, torch.full((LAYOUT.numel,), gradient), self.now)
         self.counted_steps += self.coordinator.budget.done - done
         assert self.coordinator.budget.done - done in (0, push.steps)
-        assert (self.coordinator.model.version > version) == (
-            self.last is not None and self.last.refused is None and push.steps > 0
-        )
+        held = self.held.get(push.worker)
+        if held is not None and held.push is push:
+            self.last = settled(push, None, version, 0, self.now)  # As far as its worker is concerned.
+            assert self.coordinator.model.version == version
+        else:
+            assert (self.coordinator.model.version > version) == (
+                self.last is not None and self.last.refused is None and push.steps > 0
+            )
         assert key not in self.acknowledged or self.coordinator.model.version == version
         if refused is not None:
             self.bury(process, refused)
+
+    @property
+    def held(self) -> dict[int, Held]:
+        return self.coordinator._merging.held
 
     def gradient_of(self, push: Push) -> float:
         return self.gradients[push.worker, push.session, push.sequence]
@@ -310,7 +334,8 @@ class Run(RuleBasedStateMachine):
             self.join(process)
         process.connected = process.connected and heard
         self.flush()
-        assert self.coordinator.model.version == version
+        # One that is back may complete a group.
+        assert self.group or self.coordinator.model.version == version
 
     def answer_of(self, process: Process) -> str | None:
         """What the latest push of a session was answered."""
@@ -451,15 +476,15 @@ class Run(RuleBasedStateMachine):
         self.acknowledged.clear()
         self.ghosts = [*self.ghosts, *self.processes][-10:]
         before = self.processes
-        coordinator = build(self.total, self.grace, next(self.names))
+        coordinator = build(self.total, self.grace, next(self.names), self.group)
         coordinator.load_state_dict(state)
         self.open(coordinator)
         # Somebody of the lost timeline gets in: it cannot be told from a new process. Its push can.
         for stale in before:
             if stale.sent and stale.worker < COHORT and not coordinator.finished:
-                version = coordinator.model.version
                 assert coordinator.join(stale.hello(), self.now) is None
                 self.flush_to_nobody()
+                version = coordinator.model.version
                 push = dataclasses.replace(
                     stale.sent[-1], sequence=1, base_version=version, used="", steps=1, samples=1
                 )
@@ -497,8 +522,9 @@ class Run(RuleBasedStateMachine):
         assert self.acknowledged <= self.applied.keys(), "acknowledged, but not applied"
         assert coordinator.budget.done == self.counted_steps
         totals = coordinator.totals.values()
-        assert sum(worker.rounds for worker in totals) == len(real)
-        assert sum(worker.steps for worker in totals) == sum(self.applied.values())
+        waiting = [one.push.steps for one in self.held.values()]
+        assert sum(worker.rounds for worker in totals) == len(real) + len(waiting)
+        assert sum(worker.steps for worker in totals) == sum(self.applied.values()) + sum(waiting)
 
     @invariant()
     def members_count(self) -> None:
@@ -530,6 +556,7 @@ class Run(RuleBasedStateMachine):
                 process = next(process for process in self.processes if process.worker == worker)
                 self.go_on(process)
             self.members_count()
+        assert not self.held or not coordinator.live, "held for ever"
         stopped = [process for process in self.processes if coordinator.session_of(process.worker) == process.session]
         assert all(process.stopped for process in stopped)
         if stopped:
@@ -572,3 +599,18 @@ TestRun = Run.TestCase
 TestRun.settings = settings(
     max_examples=150, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
 )
+
+
+class GroupRun(Run):
+    """The same with pushes that wait for each other."""
+
+    groups: ClassVar[list[dict[str, Any]]] = [
+        {"quorum": 2},
+        {"quorum": "all"},
+        {"quorum": 2, "options": MergeOptions(quorum_seconds=2.0)},
+        {"warmup_steps": 20},
+    ]
+
+
+TestGroupRun = GroupRun.TestCase
+TestGroupRun.settings = TestRun.settings

@@ -122,6 +122,14 @@ def test_dead_ranks_are_started_again(job: Job, method: str) -> None:
     assert "nobody must see" not in outcome.text
 
 
+@pytest.mark.parametrize("method", ["popen", "fork"])
+def test_a_restart_that_cannot_start_a_process_is_tried_again(job: Job, method: str) -> None:
+    outcome = job(ranks=2, method=method, fates={"1.0": "kill"}, until=["1.2"], no_memory=True)
+    assert "it could not be started: [Errno 12] Cannot allocate memory; it is started again in 1 s" in outcome.text
+    assert not (outcome.out / "1.1").exists()
+    assert "the result of rank 0" in outcome.text
+
+
 def test_who_has_used_up_its_restarts_stays_away(job: Job) -> None:
     fates = {"1.0": "kill", "1.1": "kill", "2.0": "leave"}
     outcome = job(ranks=3, method="fork", fates=fates, until=["1.1"], more=2.0, max_restarts=1)

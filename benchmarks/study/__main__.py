@@ -1,0 +1,85 @@
+"""Runs the study, table by table, and writes its page.
+
+    python -m benchmarks.study table_a              # all runs of a table, and those that tune its learning rates
+    python -m benchmarks.study table_a --levels very --seeds 0
+    python -m benchmarks.study all --jobs 2         # everything, the most important first; hours
+    python -m benchmarks.study report               # the tables and figures of docs/study.md, from the results
+
+Each run is a line of JSON in ``docs/results/``. Runs that are there are not repeated, so that a command that was
+interrupted can be given again. ``--small`` makes every run tiny, to see that all works; give it ``--results`` of its
+own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from benchmarks.study import cells
+from benchmarks.study.cells import LEVELS, SEEDS, TABLES
+from benchmarks.study.report import IMAGES, PAGE, report
+from benchmarks.study.results import DEFAULT_FOLDER, TUNING, TUNING_SEED, Results
+from benchmarks.study.running import Places
+from benchmarks.study.scheduling import Job, Queue, work
+from benchmarks.study.text import DEFAULT_CACHE, DEFAULT_DATA
+
+TUNED = [*cells.TABLE_A, *cells.CONTROLS, *cells.RULES]
+
+
+def jobs_of(table: str, levels: list[str], seeds: list[int]) -> list[Job]:
+    """The runs of a table, or of the whole study in order of importance."""
+    if table == TUNING:
+        wanted = [*cells.inner_tuning(), *cells.outer_tuning(TUNED)]
+        return [Job(TUNING, cell, TUNING_SEED) for cell in wanted]
+    if table != "all":
+        return [Job(table, cell, seed) for seed in seeds for cell in TABLES[table] if cell.level in levels]
+    order = ["very", "none", "table_d", "table_e", "table_b", "scratch", "wikitext2", "table_h", "table_c", "table_f"]
+    jobs = [Job("table_a", cell, seed) for seed in seeds for cell in (cells.SYNC, cells.BEST) if cell.level in levels]
+    for part in [*order, "moderate", "slight"]:
+        if part in LEVELS:
+            jobs += jobs_of("table_a", [part] if part in levels else [], seeds)
+        else:
+            jobs += jobs_of(part, levels, seeds)
+    return jobs
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Does what the command line says; returns 1 if a run has failed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=[TUNING, *TABLES, "all", "report"])
+    parser.add_argument("--levels", nargs="+", choices=list(LEVELS), default=list(LEVELS), help="of table_a")
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once, each on one thread (default: 1)")
+    parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help="the text (default: %(default)s)")
+    parser.add_argument(
+        "--cache", type=Path, default=DEFAULT_CACHE, help="tokens and warm starts (default: %(default)s)"
+    )
+    parser.add_argument("--results", type=Path, default=DEFAULT_FOLDER, help="default: %(default)s")
+    parser.add_argument("--page", type=Path, default=PAGE, help="of the report (default: %(default)s)")
+    parser.add_argument("--images", type=Path, default=IMAGES, help="of the report (default: %(default)s)")
+    parser.add_argument("--small", action="store_true", help="tiny runs")
+    given = parser.parse_args(arguments)
+    if given.jobs < 1:
+        parser.error(f"--jobs {given.jobs} must be at least 1")
+    if given.small and given.results.resolve() == DEFAULT_FOLDER.resolve():
+        parser.error("--small gives no results worth keeping: give them a folder of their own with --results")
+    try:
+        results = Results(given.results)
+    except ValueError as error:
+        parser.error(str(error))
+    if given.what == "report":
+        report(results, given.page, given.images)
+        return 0
+    if not given.data.is_dir():
+        parser.error(f"--data {given.data} is no folder: give the one that has c4_en, wikitext2 and domains")
+    jobs = jobs_of(given.what, given.levels, given.seeds)
+    if given.small:
+        jobs = [job._replace(cell=cell) for job, cell in zip(jobs, cells.small(job.cell for job in jobs), strict=True)]
+    return 1 if work(Queue(jobs, results), results, Places(given.data, given.cache), given.jobs) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

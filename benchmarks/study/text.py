@@ -1,0 +1,176 @@
+"""The study's text: real excerpts as token windows, encoded once and kept in a cache folder."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+ROOT = Path(__file__).resolve().parents[2]
+# The example's byte pair encoding.
+sys.path.append(str(ROOT / "examples" / "language_model"))
+
+from data import default_cache_directory, encode_documents, train_tokenizer  # noqa: E402
+
+DEFAULT_DATA = ROOT.parent / "shared" / "data"
+DEFAULT_CACHE = default_cache_directory() / "study"
+# Raise it when the same files give other tokens.
+_FORMAT = 1
+# Each domain's end is kept for validation: one of them is two books, so that documents cannot be divided.
+_DOMAIN_VALIDATION = 0.05
+
+DOMAINS = ("books_pg", "github_code", "stackexchange_apple", "bible_ukr")
+"""One for each of four workers: books, source code, questions and answers, and a text in Ukrainian."""
+
+CORPORA: dict[str, str] = {
+    "c4": "c4_en/{split}.jsonl.gz",
+    "wikitext2": "wikitext2/{split}.txt.gz",
+    "domains": "domains/{domain}.jsonl.gz",
+}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Token windows of one corpus.
+
+    Args:
+        train: windows ``[n, length + 1]`` of each part: one part, or one for each domain.
+        validation: likewise; every part counts equally.
+
+    """
+
+    train: list[Tensor]
+    validation: list[Tensor]
+
+    @property
+    def mixture(self) -> Tensor:
+        """All training windows."""
+        return self.train[0] if len(self.train) == 1 else torch.cat(self.train)
+
+    def validation_windows(self, at_most: int) -> Tensor:
+        """Windows spread evenly over the validation text, equally many of each part."""
+        share = max(1, at_most // len(self.validation))
+        return torch.cat([_spread(part, share) for part in self.validation])
+
+
+def load(name: str, data: Path, cache: Path, vocabulary: int, length: int) -> Corpus:
+    """Returns a corpus, encoded with a byte pair encoding that was trained on its own training text.
+
+    Args:
+        name: one of :data:`CORPORA`.
+        data: folder with the files that :data:`CORPORA` names.
+        cache: folder in which the tokens are kept.
+        vocabulary: tokens of the encoding.
+        length: tokens to predict in each window.
+
+    Raises:
+        FileNotFoundError: a file is not there.
+        ValueError: a split has fewer tokens than a window.
+
+    """
+    files = _files(name, data)
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"the corpus {name} needs {file}: give the folder that has it with --data")
+    stamps = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    key = hashlib.sha256(json.dumps([_FORMAT, vocabulary, stamps]).encode()).hexdigest()
+    path = cache / f"{name}-{vocabulary}-{key[:16]}.pt"
+    if not path.exists():
+        save(_encode(name, files, vocabulary), path)
+    tokens: dict[str, list[Tensor]] = torch.load(path, weights_only=True)
+    for split, parts in tokens.items():
+        for part in parts:
+            if len(part) <= length:
+                raise ValueError(f"the {split} split of {name} has {len(part)} tokens, fewer than a window of {length}")
+    return Corpus(**{split: [_windows(part, length) for part in parts] for split, parts in tokens.items()})
+
+
+def save(value: object, path: Path) -> None:
+    """Writes a file that is there completely or not at all, also when two processes write it at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    os.close(handle)
+    try:
+        torch.save(value, name)
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+class Windows(Dataset[Tensor]):
+    """Training windows, fetched a batch at a time."""
+
+    def __init__(self, windows: Tensor) -> None:
+        self.windows = windows
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.windows[index].long()
+
+    def __getitems__(self, indices: list[int]) -> Tensor:
+        return self.windows[indices].long()
+
+
+def loader(windows: Tensor, batch_size: int) -> DataLoader[Tensor]:
+    """Shuffled batches ``[batch_size, length + 1]``."""
+    return DataLoader(Windows(windows), batch_size, shuffle=True, drop_last=True, collate_fn=as_it_is)
+
+
+def as_it_is(batch: Tensor) -> Tensor:
+    """Collates what is a batch already."""
+    return batch
+
+
+def _files(name: str, data: Path) -> list[Path]:
+    pattern = CORPORA[name]
+    if name == "domains":
+        return [data / pattern.format(domain=domain) for domain in DOMAINS]
+    return [data / pattern.format(split=split) for split in ("train", "valid")]
+
+
+def _encode(name: str, files: list[Path], vocabulary: int) -> dict[str, list[Tensor]]:
+    mixed = name == "domains"
+    tokenizer = train_tokenizer(
+        (text for file in files[: None if mixed else 1] for text in _documents(file)), vocabulary
+    )
+    parts = [
+        torch.tensor([token for ids in encode_documents(tokenizer, _documents(file)) for token in ids])
+        for file in files
+    ]
+    if not mixed:
+        return {"train": parts[:1], "validation": parts[1:]}
+    cuts = [round((1 - _DOMAIN_VALIDATION) * len(part)) for part in parts]
+    return {
+        "train": [part[:cut].clone() for part, cut in zip(parts, cuts, strict=True)],
+        "validation": [part[cut:].clone() for part, cut in zip(parts, cuts, strict=True)],
+    }
+
+
+def _documents(file: Path) -> Iterator[str]:
+    with gzip.open(file, "rt", encoding="utf-8") as lines:
+        if file.name.endswith(".txt.gz"):
+            yield lines.read()
+            return
+        for line in lines:
+            yield json.loads(line)["text"]
+
+
+def _windows(tokens: Tensor, length: int) -> Tensor:
+    return tokens.unfold(0, length + 1, length)
+
+
+def _spread(windows: Tensor, at_most: int) -> Tensor:
+    used = min(at_most, len(windows))
+    return windows[torch.arange(used) * len(windows) // used]

@@ -1,0 +1,274 @@
+"""Trains the classifier on a simulated cluster with each method, and prints and draws what came of it.
+
+The cluster are the four devices of arXiv 2401.09135, with 0.58, 0.75, 1.51 and 3.33 seconds a step. All methods take
+the same number of local steps, of all workers together, from the same data and the same random weights::
+
+    python examples/toy_mixture/compare.py                                  # every method, three seeds
+    python examples/toy_mixture/compare.py --outer-lrs 0.2 0.4 0.7 1.0      # every method with each learning rate
+    python examples/toy_mixture/compare.py --figure toy.png                 # draws the curves, too
+
+One JSON line is printed for each run, then a table of means and standard deviations over the seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import logging
+import os
+import statistics
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from classifier import Classifier
+from mixture import MixtureData
+
+from lightning_async_localsgd import AsyncLocalSGDCallback, SimulatedAsyncLocalSGDStrategy
+from lightning_async_localsgd.outer import SGD, DelayedNesterov, Nesterov, OuterOptimizer
+
+SECONDS_PER_STEP = (0.58, 0.75, 1.51, 3.33)
+MOMENTUM = 0.9
+
+
+@dataclass(frozen=True)
+class Method:
+    """How pushes change the global model, and who waits for whom.
+
+    Args:
+        rule: makes the outer optimizer from its learning rate.
+        outer_lr: that rate, the best one of the grid in the README.
+        options: further options of the strategy.
+
+    """
+
+    rule: Callable[[float], OuterOptimizer]
+    outer_lr: float
+    options: dict[str, Any]
+
+
+def _nesterov(lr: float) -> OuterOptimizer:
+    return Nesterov(lr=lr, momentum=MOMENTUM)
+
+
+def _delayed_nesterov(lr: float) -> OuterOptimizer:
+    return DelayedNesterov(lr=lr, momentum=MOMENTUM)
+
+
+_SYNC: dict[str, Any] = {"quorum": "all", "dynamic_local_steps": False, "grace": 0.0}
+_ASYNC: dict[str, Any] = {"dynamic_local_steps": False, "grace": 0.0}
+
+METHODS = {
+    "sync Nesterov": Method(_nesterov, 0.7, _SYNC),
+    "async Nesterov": Method(_nesterov, 0.07, _ASYNC),
+    "sync SGD": Method(SGD, 1.0, _SYNC),
+    "async SGD": Method(SGD, 0.7, _ASYNC),
+    "DN": Method(_delayed_nesterov, 0.4, _ASYNC),
+    "DN+DyLU+grace": Method(_delayed_nesterov, 0.4, {"dynamic_local_steps": True, "grace": "auto"}),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all runs have in common.
+
+    Args:
+        max_steps: local steps of each worker; all workers together take as many times more as they are.
+        local_steps: H, local steps of the fastest worker's round.
+        width: of the classifier's hidden layers.
+        validations: how often the global model is validated, at equal distances; the last time is at the end.
+
+    """
+
+    max_steps: int = 1000
+    local_steps: int = 20
+    width: int = 64
+    validations: int = 20
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run gave.
+
+    Args:
+        method: name of the method.
+        outer_lr: learning rate of the outer optimizer.
+        seed: of data, weights and order.
+        curve: local steps of all workers, virtual seconds, and validation loss of the global model.
+        final_loss: the curve's last loss.
+        mean_loss: mean of the curve's losses: the lower, the faster the model was learned.
+        accuracy: of the final model.
+        best_loss: that of who knows the mixture.
+        virtual_seconds: until the end of training.
+        staleness: mean over the pushes.
+
+    """
+
+    method: str
+    outer_lr: float
+    seed: int
+    curve: list[tuple[int, float, float]]
+    final_loss: float
+    mean_loss: float
+    accuracy: float
+    best_loss: float
+    virtual_seconds: float
+    staleness: float
+
+
+class Curve(pl.Callback):
+    """Notes down every validation of the global model; the last one is that of the final model."""
+
+    def __init__(self) -> None:
+        self.points: list[tuple[int, float, float]] = []
+        self.seconds = 0.0
+        self.staleness = 0.0
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        phase = trainer.strategy.phase
+        steps = trainer.global_step * phase.workers
+        self.points.append((steps, phase.virtual_seconds, float(trainer.callback_metrics["val/loss"])))
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        phase = trainer.strategy.phase
+        totals = phase.totals().values()
+        self.seconds = phase.virtual_seconds
+        self.staleness = sum(worker.staleness for worker in totals) / sum(worker.rounds for worker in totals)
+
+
+def train(name: str, outer_lr: float, seed: int, settings: Settings) -> Run:
+    """Trains the classifier with one method."""
+    torch.set_num_threads(1)
+    # What Lightning says of each of many short runs is of no use here.
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module="lightning")
+    pl.seed_everything(seed, verbose=False)
+    workers = len(SECONDS_PER_STEP)
+    method = METHODS[name]
+    strategy = SimulatedAsyncLocalSGDStrategy(
+        seconds_per_step=SECONDS_PER_STEP,
+        local_steps=settings.local_steps,
+        outer_optimizer=method.rule(outer_lr),
+        checkpoint_every=None,
+        **method.options,
+    )
+    curve = Curve()
+    trainer = pl.Trainer(
+        strategy=strategy,
+        accelerator="cpu",
+        devices=1,
+        max_steps=settings.max_steps,
+        val_check_interval=settings.max_steps // settings.validations,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[AsyncLocalSGDCallback(table=False), curve],
+    )
+    data = MixtureData(train_batches=settings.max_steps * workers, seed=seed)
+    trainer.fit(Classifier(width=settings.width), data)
+    losses = [loss for _, _, loss in curve.points]
+    return Run(
+        method=name,
+        outer_lr=outer_lr,
+        seed=seed,
+        curve=curve.points,
+        final_loss=losses[-1],
+        mean_loss=statistics.fmean(losses),
+        accuracy=float(trainer.callback_metrics["val/accuracy"]),
+        best_loss=data.best_loss,
+        virtual_seconds=curve.seconds,
+        staleness=curve.staleness,
+    )
+
+
+def compare(
+    methods: Iterable[str], seeds: Iterable[int], settings: Settings, outer_lrs: Iterable[float] | None, jobs: int
+) -> Iterator[Run]:
+    """Trains with each method from each seed, ``jobs`` at a time, and gives the runs in this order.
+
+    Args:
+        methods: names of methods.
+        seeds: of the runs.
+        settings: of all runs.
+        outer_lrs: learning rates to try with each method; None for its own.
+        jobs: processes.
+
+    """
+    seeds = list(seeds)
+    wanted = [
+        (name, lr, seed)
+        for name in methods
+        for lr in ([METHODS[name].outer_lr] if outer_lrs is None else outer_lrs)
+        for seed in seeds
+    ]
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(train, *zip(*wanted, strict=True), itertools.repeat(settings))
+
+
+def table(runs: Iterable[Run]) -> str:
+    """The runs as text, one line for each method and learning rate, as means and standard deviations over seeds."""
+    groups: dict[tuple[str, float], list[Run]] = {}
+    for run in runs:
+        groups.setdefault((run.method, run.outer_lr), []).append(run)
+    lines = [
+        f"{'method':16}{'outer lr':>9}{'seeds':>7}{'mean loss':>17}{'final loss':>17}{'accuracy':>10}{'staleness':>11}"
+        f"{'virtual s':>11}"
+    ]
+    for (method, lr), group in groups.items():
+        lines.append(
+            f"{method:16}{lr:9g}{len(group):7}{_spread([run.mean_loss for run in group]):>17}"
+            f"{_spread([run.final_loss for run in group]):>17}"
+            f"{statistics.fmean(run.accuracy for run in group):10.1%}"
+            f"{statistics.fmean(run.staleness for run in group):11.2f}"
+            f"{statistics.fmean(run.virtual_seconds for run in group):11.0f}"
+        )
+    return "\n".join(lines)
+
+
+def _spread(values: list[float]) -> str:
+    deviation = f" +- {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.3f}{deviation}"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Trains, prints and draws."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all of them")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of data, weights and order")
+    parser.add_argument("--outer-lrs", nargs="+", type=float, help="try these instead of each method's own")
+    parser.add_argument("--max-steps", type=int, default=Settings.max_steps, help="local steps for each worker")
+    parser.add_argument("--local-steps", type=int, default=Settings.local_steps, help="H, steps of the longest round")
+    parser.add_argument("--width", type=int, default=Settings.width, help="of the classifier's hidden layers")
+    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="runs at a time")
+    parser.add_argument("--figure", type=Path, help="image to draw the curves into; needs matplotlib")
+    given = parser.parse_args(arguments)
+    settings = Settings(given.max_steps, given.local_steps, given.width)
+    if settings.max_steps < 1 or settings.max_steps % settings.validations:
+        parser.error(f"--max-steps {settings.max_steps} must be a multiple of {settings.validations}, the validations")
+    for option, value in (("--local-steps", given.local_steps), ("--width", given.width), ("--jobs", given.jobs)):
+        if value < 1:
+            parser.error(f"{option} {value} must be at least 1")
+    if given.figure is not None:
+        from figure import draw  # Now, so that a matplotlib that is not there is missed before the runs.
+    runs = []
+    for run in compare(given.methods, given.seeds, settings, given.outer_lrs, given.jobs):
+        runs.append(run)
+        print(json.dumps(asdict(run)), flush=True)
+    print(table(runs))
+    if given.figure is not None:
+        given.figure.parent.mkdir(parents=True, exist_ok=True)
+        draw(runs).savefig(given.figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""What belongs to each virtual worker and not to the exchanged model, changed from turn to turn.
+
+These are the states of its inner optimizers and their parameter groups, of its schedulers and of the precision plugin,
+and the buffers that are not exchanged. Optimizer states are not copied, only referred to; there is one for each worker.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import nn
+    from torch.optim import Optimizer
+
+    from lightning_async_localsgd.schedules import ProgressSchedulers
+
+
+class InnerStates:
+    """The inner states of virtual workers by their numbers.
+
+    Args:
+        optimizers: of the trainer.
+        schedulers: likewise, those that follow steps or epochs.
+        progress: steps the schedulers.
+        precision: the trainer's precision plugin.
+        buffers: the module's tensors that stay with a worker.
+        on_cpu: whether the states of the workers that are not at turn are kept in the host's memory.
+
+    """
+
+    def __init__(
+        self,
+        optimizers: Sequence[Optimizer],
+        schedulers: Sequence[Any],
+        progress: ProgressSchedulers,
+        precision: Any,
+        buffers: Sequence[Tensor],
+        on_cpu: bool,
+    ) -> None:
+        self._optimizers = optimizers
+        self._schedulers = schedulers
+        self._progress = progress
+        self._precision = precision
+        self._buffers = buffers
+        self._on_cpu = on_cpu
+        self._states: dict[int, dict[str, Any]] = {}
+        # What a worker begins with. Where this is a checkpoint's, each has a copy of its own.
+        self._first = _copied({**self._present(), "buffers": list(buffers)})
+        self._loaded = [buffer._version for buffer in buffers]
+
+    def store(self, worker: int) -> None:
+        """The worker's turn is over."""
+        state = self._present()
+        before = self._states.get(worker, self._first)["buffers"]
+        state["buffers"] = [
+            kept if buffer._version == version else buffer.clone()
+            for buffer, version, kept in zip(self._buffers, self._loaded, before, strict=True)
+        ]
+        if self._on_cpu:
+            state["optimizers"] = [_moved(one, torch.device("cpu")) for one in state["optimizers"]]
+        self._states[worker] = state
+
+    def load(self, worker: int) -> None:
+        """The worker's turn begins."""
+        state = self._states.get(worker)
+        if state is None:
+            state = _copied(self._first)
+        for optimizer, (held, groups) in zip(self._optimizers, state["optimizers"], strict=True):
+            optimizer.state.clear()
+            optimizer.state.update(_back(held) if self._on_cpu else held)
+            # A callback may have added groups since, which the worker then has for the first time.
+            for group, values in zip(optimizer.param_groups, groups, strict=False):
+                group.update(values)
+        for scheduler, values in zip(self._schedulers, state["schedulers"], strict=True):
+            scheduler.load_state_dict(values)
+        self._progress.taken[:] = state["taken"]
+        if state["precision"]:
+            self._precision.load_state_dict(state["precision"])
+        with torch.no_grad():
+            for buffer, kept in zip(self._buffers, state["buffers"], strict=True):
+                if not torch.equal(buffer, kept):
+                    buffer.copy_(kept)
+        self._loaded = [buffer._version for buffer in self._buffers]
+
+    def _present(self) -> dict[str, Any]:
+        return {
+            "optimizers": [
+                (dict(optimizer.state), [_values(group) for group in optimizer.param_groups])
+                for optimizer in self._optimizers
+            ],
+            "schedulers": [copy.deepcopy(scheduler.state_dict()) for scheduler in self._schedulers],
+            "taken": list(self._progress.taken),
+            "precision": dict(self._precision.state_dict()),
+        }
+
+
+def left_out(module: nn.Module, exchanged: Sequence[Tensor]) -> list[Tensor]:
+    """The buffers of ``module`` that are not exchanged: counters, and what is not saved."""
+    known = {id(tensor) for tensor in exchanged}
+    return [buffer for buffer in module.buffers() if id(buffer) not in known]
+
+
+def _copied(state: dict[str, Any]) -> dict[str, Any]:
+    """The same with tensors of its own; what is a key, such as a parameter, stays that very object."""
+    copied: dict[str, Any] = apply_to_collection(state, Tensor, torch.clone)
+    return {**copied, "schedulers": copy.deepcopy(state["schedulers"])}
+
+
+def _values(group: dict[str, Any]) -> dict[str, Any]:
+    """A parameter group without its parameters. A tensor among its values may be written to later."""
+    return {
+        name: value.clone() if isinstance(value, Tensor) else value for name, value in group.items() if name != "params"
+    }
+
+
+def _moved(state: tuple[dict[Any, Any], list[Any]], device: torch.device) -> tuple[dict[Any, Any], list[Any]]:
+    """An optimizer's state on a device, with where each tensor of it has been."""
+    held, groups = state
+
+    def move(tensor: Tensor) -> _Moved:
+        return _Moved(tensor.to(device), tensor.device)
+
+    return {parameter: apply_to_collection(values, Tensor, move) for parameter, values in held.items()}, groups
+
+
+def _back(held: dict[Any, Any]) -> dict[Any, Any]:
+    def move(moved: _Moved) -> Tensor:
+        return moved.tensor.to(moved.device)
+
+    return {parameter: apply_to_collection(values, _Moved, move) for parameter, values in held.items()}
+
+
+class _Moved:
+    """A tensor, and the device that it belongs on."""
+
+    def __init__(self, tensor: Tensor, device: torch.device) -> None:
+        self.tensor = tensor
+        self.device = device

@@ -1,0 +1,244 @@
+"""benchmarks/study: a table from nothing, resumed; which run comes next; and the page that is made of the results."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import random
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.study import cells
+from benchmarks.study.__main__ import TUNED, jobs_of, main
+from benchmarks.study.cells import BEST, INNER_GRID, LEVELS, OUTER_GRID, SEEDS, SYNC, TABLES, Cell
+from benchmarks.study.report import PAGE, fill, report, tables, time_to
+from benchmarks.study.results import TUNING, TUNING_SEED, Results, Untuned
+from benchmarks.study.scheduling import Job, Queue
+from benchmarks.study.text import DOMAINS, load
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder like that of the real text, with made-up words."""
+    folder = tmp_path_factory.mktemp("data")
+    draw = random.Random(0)
+    words = ["".join(draw.choices("aeioklmnrst", k=draw.randint(2, 6))) for _ in range(60)]
+
+    def documents(count: int) -> str:
+        texts = (" ".join(draw.choices(words, k=300)) for _ in range(count))
+        return "".join(json.dumps({"text": text}) + "\n" for text in texts)
+
+    names = {f"c4_en/{split}.jsonl.gz": 20 for split in ("train", "valid")}
+    names |= {f"domains/{domain}.jsonl.gz": 20 for domain in DOMAINS}
+    names |= {f"wikitext2/{split}.txt.gz": 20 for split in ("train", "valid")}
+    for name, count in names.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        with gzip.open(folder / name, "wt") as file:
+            file.write(documents(count))
+    return folder
+
+
+def record(cell: Cell, seed: int, loss: float, seconds: float = 100.0) -> dict[str, Any]:
+    """A made-up line."""
+    done = cell.steps * cell.workers
+    return {
+        "table": "made_up",
+        "cell": cell.as_dict(),
+        "seed": seed,
+        "final_loss": loss,
+        "seconds": seconds,
+        "curve": [[0, 0.0, 5.0], [done, seconds, loss]],
+        "staleness": {"mean": 1.5, "max": 4, "histogram": {"0": 1, "3": 1}},
+        "waiting_share": 0.25,
+        "cosine": [[0, 0.1], [100, 0.2]],
+        "timeline": [[0, 0.0, 10.0], [1, 2.0, 12.0]],
+        "wall_seconds": 1.0,
+    }
+
+
+def tuned(results: Results, *of: Cell) -> None:
+    """Makes up the runs that tune; the best values are the second of the inner grid and the third of the outer."""
+    for cell in cells.inner_tuning():
+        results.append(TUNING, record(cell, TUNING_SEED, 4.0 + abs(INNER_GRID.index(cell.inner_lr or 0.0) - 1)))
+    for cell in cells.outer_tuning(of):
+        if results.find(cell, TUNING_SEED) is None:  # One of them has also tuned the inner one.
+            loss = 3.0 + abs(OUTER_GRID.index(cell.lr or 0.0) - 2)
+            results.append(TUNING, record(results.resolved(cell), TUNING_SEED, loss))
+
+
+def test_text_is_divided_and_kept(data: Path, tmp_path: Path) -> None:
+    corpus = load("domains", data, tmp_path, vocabulary=300, length=16)
+    assert len(corpus.train) == len(corpus.validation) == len(DOMAINS)
+    assert corpus.train[0].shape[1] == 17
+    assert len(corpus.mixture) == sum(map(len, corpus.train))
+    assert len(corpus.validation_windows(8)) == 8
+    (kept,) = tmp_path.glob("domains-300-*.pt")
+    stamp = kept.stat().st_mtime_ns
+    again = load("domains", data, tmp_path, vocabulary=300, length=16)
+    assert again.train[3].equal(corpus.train[3])
+    assert kept.stat().st_mtime_ns == stamp
+    with pytest.raises(FileNotFoundError, match="--data"):
+        load("c4", tmp_path, tmp_path, vocabulary=300, length=16)
+    with pytest.raises(ValueError, match="fewer than a window"):
+        load("wikitext2", data, tmp_path, vocabulary=300, length=10**6)
+
+
+def test_synchronous_cells_are_run_once_for_all_levels() -> None:
+    assert len({cell.canonical() for cell in (replace(SYNC, level=level) for level in LEVELS)}) == 1
+    assert len({replace(BEST, level=level).canonical() for level in LEVELS}) == len(LEVELS)
+    equal = replace(SYNC, level="none")
+    assert equal.slowdown() == pytest.approx(0.995 / 3.33)
+    assert replace(equal, method="single").slowdown() == pytest.approx(0.995 / 0.58)
+
+
+def test_what_has_to_be_tuned_comes_first(tmp_path: Path) -> None:
+    results = Results(tmp_path)
+    queue = Queue([Job("table_a", BEST, 1), Job("table_a", Cell("single"), 0)], results)
+    inner = [queue.next() for _ in INNER_GRID]
+    assert [job and (job.table, job.cell.method, job.cell.inner_lr) for job in inner] == [
+        (TUNING, "sync", lr) for lr in INNER_GRID
+    ]
+    # The first job cannot go on before those have ended: meanwhile the second one's turn has come.
+    other = queue.next()
+    assert other is not None
+    assert other.cell.method == "single"
+    for job in inner:
+        assert job is not None
+        results.append(TUNING, record(job.cell, job.seed, 4.0 + abs((job.cell.inner_lr or 0.0) - INNER_GRID[1])))
+    outer = [queue.next() for _ in OUTER_GRID]
+    assert [job and (job.cell.method, job.cell.dynamic, job.cell.lr) for job in outer] == [
+        ("dn", True, lr) for lr in OUTER_GRID
+    ]
+    for job in outer:
+        assert job is not None
+        assert job.cell.inner_lr == INNER_GRID[1]
+        results.append(TUNING, record(job.cell, job.seed, 4.0 + abs((job.cell.lr or 0.0) - OUTER_GRID[3])))
+    rest = [queue.next() for _ in range(4)]
+    wanted = [job for job in rest if job is not None and job.cell.method == "dn"]
+    assert [(job.table, job.cell.lr, job.seed) for job in wanted] == [("table_a", OUTER_GRID[3], 1)]
+    assert queue.next() is None
+
+
+def test_the_whole_study_begins_with_what_matters_most() -> None:
+    jobs = jobs_of("all", list(LEVELS), list(SEEDS))
+    first = jobs[: len(SEEDS) * (len(cells.TABLE_A) + len(cells.CONTROLS))]
+    assert {job.table for job in first} == {"table_a"}
+    assert {job.cell.level for job in first} == {"very"}
+    assert {job.table for job in jobs} == set(TABLES)
+    assert {job.cell.method for job in jobs_of(TUNING, list(LEVELS), [0])} == {cell.method for cell in TUNED}
+
+
+def test_results_survive_and_say_what_they_lack(tmp_path: Path) -> None:
+    results = Results(tmp_path)
+    with pytest.raises(Untuned, match=r"3 runs that tune sync DiLoCo"):
+        results.resolved(BEST)
+    tuned(results, BEST)
+    resolved = results.resolved(BEST)
+    assert (resolved.inner_lr, resolved.lr) == (INNER_GRID[1], OUTER_GRID[2])
+    results.append("table_a", record(resolved, 0, 4.25))
+    again = Results(tmp_path)
+    found = again.find(BEST, 0)
+    assert found is not None
+    assert found["final_loss"] == 4.25
+    assert again.find(BEST, 1) is None
+    with (tmp_path / "table_a.jsonl").open("a") as file:
+        file.write('{"cell": {"method": "dn", "colour": 1}, "seed": 0}\n')
+    with pytest.raises(ValueError, match=r"table_a.jsonl:2 is no line of a run.*colour"):
+        Results(tmp_path)
+
+
+def test_time_to_a_loss_lies_between_two_points() -> None:
+    curve = [[0, 0.0, 5.0], [100, 10.0, 4.0], [200, 20.0, 3.0]]
+    assert time_to(curve, 3.5) == pytest.approx(15.0)
+    assert time_to(curve, 5.0) == 0.0
+    assert time_to(curve, 2.9) is None
+
+
+def test_the_page_is_made_of_the_results(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="figures are drawn with the extra `docs`")
+    results = Results(tmp_path / "results")
+    tuned(results, *TUNED)
+    for seed in SEEDS:
+        for cell in {results.resolved(cell) for table in TABLES.values() for cell in table if cell.size == "0.5m"}:
+            loss = 4.0 if cell.method == "sync" else 4.0 + 0.01 * seed
+            results.append("made_up", record(cell, seed, loss, 300.0 if cell.method == "sync" else 90.0))
+    page = tmp_path / "study.md"
+    shutil.copy(PAGE, page)
+    report(Results(tmp_path / "results"), page, tmp_path / "images")
+    text = page.read_text()
+    very = text.split("table_a_very:begin")[1].split("table_a_very:end")[0]
+    mean, deviation = 1.01005, 0.0101
+    row = f"| DN + DyLU + grace | 0.4 | {math.exp(4.0) * mean:.2f} ± {math.exp(4.0) * deviation:.2f} | 3 | 90 s |"
+    assert row in very
+    assert "90 s (1 of 3) | 1.5 / 4 | 25% |" in very
+    none = text.split("table_a_none:begin")[1].split("table_a_none:end")[0]
+    assert f"| sync DiLoCo | 0.4 | 54.60 ± 0.00 | 3 | {300 * 0.995 / 3.33:.0f} s |" in none
+    # Sizes that have not been run are dashes.
+    assert "| sync DiLoCo | 1.5 M | - | - |" in text
+    assert {path.name for path in (tmp_path / "images").iterdir()} == {
+        f"study_{name}.png" for name in ("loss", "staleness", "cosine", "timeline")
+    }
+    # Again, with the same results: the same page.
+    report(Results(tmp_path / "results"), page, tmp_path / "images")
+    assert page.read_text() == text
+
+
+def test_the_page_has_every_table() -> None:
+    text = PAGE.read_text()
+    for name in tables(Results(PAGE.parent / "results")):
+        assert fill(text, name, "new").count("new\n\n<!--") == 1
+    with pytest.raises(ValueError, match="table_x"):
+        fill(text, "table_x", "new")
+
+
+def test_small_runs_keep_away_from_the_results(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        main(["table_a", "--small"])
+    assert "--results" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["table_a", "--data", str(tmp_path / "nothing")])
+    assert "is no folder" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_table_from_nothing_and_continued(data: Path, tmp_path: Path) -> None:
+    results = tmp_path / "results"
+
+    def study(table: str, *seeds: str) -> str:
+        command = [sys.executable, "-m", "benchmarks.study", table, "--small", "--levels", "very", "--seeds", *seeds]
+        command += ["--data", str(data), "--cache", str(tmp_path / "cache"), "--results", str(results)]
+        done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    study("table_a", "0")
+    lines = (results / "table_a.jsonl").read_text().splitlines()
+    runs = [json.loads(line) for line in lines]
+    assert len(runs) == len(cells.TABLE_A) + len(cells.CONTROLS)
+    for run in runs:
+        cell = Cell(**run["cell"])
+        assert run["curve"][0][:2] == [0, 0.0]
+        assert run["curve"][-1][:2] == [cell.steps * cell.workers, run["seconds"]]
+        assert math.isfinite(run["final_loss"])
+        if cell.method != "single":
+            assert sum(run["steps_by_worker"]) == cell.steps * cell.workers
+    by_label = {Cell(**run["cell"]).label: run for run in runs}
+    assert by_label["sync DiLoCo"]["seconds"] > 2 * by_label["DN"]["seconds"]
+    assert by_label["sync DiLoCo"]["staleness"]["max"] == 0
+    # Nothing is left to do.
+    assert study("table_a", "0") == ""
+    # One line is lost: it is run again, with the same outcome.
+    (results / "table_a.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    study("table_a", "0")
+    again = json.loads((results / "table_a.jsonl").read_text().splitlines()[-1])
+    assert again["curve"] == runs[-1]["curve"]
+    study("table_e", "0")
