@@ -47,9 +47,9 @@ class Gathering:
 
     @property
     def lock_step(self) -> bool:
-        """Whether all live workers wait for each other."""
+        """Whether all live workers wait for each other, however long it takes."""
         live = len(self._members)
-        return 1 < live <= self._merging.quorum(live, self._budget.done)
+        return not self._merging.limited and 1 < live <= self._merging.quorum(live, self._budget.done)
 
     @property
     def deadline(self) -> float | None:

@@ -95,17 +95,17 @@ class GlobalModel:
         parameters, buffers = self._split(gradient)
         momentum = self.rule.momentum_buffer
         for (chunk,) in chunks(buffers):
-            if not math.isfinite(_square_sum(chunk)):
+            if not math.isfinite(square_sum(chunk)):
                 return PushNorm(finite=False, norm=math.nan, momentum_cosine=None)
         # Without a momentum the gradient stands in for it; the cosine is dropped below.
         for chunk, part in chunks(parameters, parameters if momentum is None else momentum):
-            square = _square_sum(chunk)
+            square = square_sum(chunk)
             if not math.isfinite(square):
                 return PushNorm(finite=False, norm=math.nan, momentum_cosine=None)
             squares += square
             if momentum is not None:
                 product += float(torch.dot(chunk, part))
-                momentum_squares += _square_sum(part)
+                momentum_squares += square_sum(part)
         norm = math.sqrt(squares)
         scale = norm * math.sqrt(momentum_squares) if math.isfinite(momentum_squares) else 0.0
         # A cosine is for monitoring: where fp32 could not hold the products there is none.
@@ -193,7 +193,7 @@ class GlobalModel:
         return flat
 
 
-def _square_sum(chunk: Tensor) -> float:
+def square_sum(chunk: Tensor) -> float:
     """Sum of squares; infinite or not a number if and only if an element is."""
     total = float(torch.dot(chunk, chunk))
     if math.isfinite(total):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
+from lightning_async_localsgd.global_model import square_sum
 from lightning_async_localsgd.messages import Push
 from lightning_async_localsgd.objections import stale
 from lightning_async_localsgd.outer.base import check_named, chunks
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
 Weights = Literal["equal", "samples", "tokens^2/steps"]
 Average = Literal["mean", "rda"]
+
+_ROUNDING = 1e-6
+"""Unit vectors whose sum is shorter, for each of them, cancel out but for rounding."""
 
 _BASES_OF_THE_GONE = 8
 """Of models that only workers which are gone may be computing on, so many are kept, the latest."""
@@ -110,6 +114,7 @@ class Merging:
 
     Attributes:
         held: the pushes that wait for their group, by worker.
+        limited: a group may be merged before its quorum is there.
 
     """
 
@@ -123,6 +128,7 @@ class Merging:
         options: MergeOptions | None = None,
     ) -> None:
         self.held: dict[int, Held] = {}
+        self.limited = options is not None and options.quorum_seconds is not None
         self._model = model
         self._quorum = quorum
         self._warmup = workers * warmup_steps
@@ -244,7 +250,7 @@ class Merging:
             gradient = gradient if holds else self._scratch.copy_(gradient)
             parts = (self._parameters(gradient), self._parameters(self._model.theta), self._parameters(base))
             self._stage.correct(*parts)
-            norm = float(torch.linalg.vector_norm(parts[0], dtype=torch.float64))
+            norm = _norm(parts[0])
             if not math.isfinite(norm):
                 if holds:
                     self._spare.append(gradient)
@@ -257,6 +263,7 @@ class Merging:
             assert push.worker not in self.held
             self.held[push.worker] = one
         else:
+            self._spare.clear()  # When a warm-up is over there may be no group any more.
             self._apply(one, None if base is not None else result)
         return None
 
@@ -363,22 +370,28 @@ class Merging:
         views = [self._model.layout.views(self._parameters(gradient), "parameter") for gradient in gradients]
         for name, first in views[0].items():
             parts = [each[name] for each in views]
-            norms = [float(torch.linalg.vector_norm(part, dtype=torch.float64)) for part in parts]
+            norms = [_norm(part) for part in parts]
             for index, (part, norm, factor) in enumerate(zip(parts, norms, factors, strict=True)):
                 alpha = factor / norm if norm > 0.0 else 0.0
                 if index == 0:
                     first.mul_(alpha)
                 else:
                     first.add_(part, alpha=alpha)
-            length = float(torch.linalg.vector_norm(first, dtype=torch.float64))
+            length = _norm(first)
             wanted = sum(factor * norm for factor, norm in zip(factors, norms, strict=True)) / count
-            first.mul_(wanted / length if length > 0.0 else 0.0)
+            # Of directions that cancel out rounding errors are left, and they point nowhere.
+            first.mul_(wanted / length if length > _ROUNDING * sum(factors) else 0.0)
 
     def _parameters(self, flat: Tensor) -> Tensor:
         return flat[: self._model.layout.parameter_numel]
 
     def _buffer(self) -> Tensor:
         return self._spare.pop() if self._spare else torch.empty_like(self._model.theta)
+
+
+def _norm(tensor: Tensor) -> float:
+    """The L2 norm; infinite or not a number if and only if an element is."""
+    return math.sqrt(sum(square_sum(chunk) for (chunk,) in chunks(tensor.view(-1))))
 
 
 def _mean(flats: Sequence[Tensor], factors: Sequence[float]) -> None:

@@ -26,11 +26,11 @@ class WorkerTotals:
     """What one worker has done so far, over all its sessions.
 
     Attributes:
-        rounds: pushes applied.
+        rounds: pushes applied, or held to be.
         steps: local steps in them.
         samples: samples in them.
         staleness: sum over the pushes.
-        wait_seconds: sum of the times between application and dispatch, the end of the budget included.
+        wait_seconds: sum of the times between arrival and dispatch, the end of the budget included.
         compute_seconds: sum of the timed computing.
         exchange_seconds: sum of the exchanges, without the waiting.
         refused: pushes refused.
@@ -106,7 +106,7 @@ class Settled:
         base_version: version of the model that the round started from.
         version: of the global model afterwards.
         steps: local steps in it.
-        staleness: versions between base and application; 0 if it was refused.
+        staleness: versions between base and merge; 0 if it was refused.
         refused: why it was not applied, in one line; None if it was.
         seconds: when, by the server's clock, whose zero means nothing.
 

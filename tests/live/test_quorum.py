@@ -79,9 +79,17 @@ def test_a_quorum_of_all_is_synchronous_diloco_to_the_last_bit(tmp_path: Path) -
     assert lines[-1]["version"] == RANKS * ROUNDS
 
 
-@pytest.mark.parametrize("strategy", [{"quorum": 2}, {"warmup_steps": 20}], ids=["two", "warm-up"])
-def test_unequal_ranks_share_the_budget(job: Job, strategy: dict[str, Any]) -> None:
-    outcome = job(ranks=3, start_method="fork", trainer={"max_steps": 40}, strategy=strategy)
+@pytest.mark.parametrize(
+    ("strategy", "limit"),
+    [
+        ({"quorum": 2}, {"max_steps": 40}),
+        ({"warmup_steps": 20}, {"max_steps": 40}),
+        ({"quorum": "all"}, {"max_epochs": 3}),
+    ],
+    ids=["two", "warm-up", "all"],
+)
+def test_unequal_ranks_share_the_budget(job: Job, strategy: dict[str, Any], limit: dict[str, int]) -> None:
+    outcome = job(ranks=3, start_method="fork", trainer=limit, strategy=strategy)
     assert len({rank["digest"] for rank in outcome.ranks}) == 1
     assert sum(rank["steps"] for rank in outcome.ranks) == 120
     assert sum(worker["steps"] for worker in outcome.summary["workers"]) == 120
@@ -91,11 +99,19 @@ def test_unequal_ranks_share_the_budget(job: Job, strategy: dict[str, Any]) -> N
 
 def test_a_synchronous_run_goes_on_without_a_worker_that_dies_and_with_it_again(job: Job) -> None:
     outcome = job(
-        ranks=3, trainer={"max_steps": 80}, strategy={"quorum": "all"}, victim=2, at_step=12, fate="kill",
-    )  # fmt: skip
-    # The round that was under way is trained again by those who are there.
-    assert sum(worker["steps"] for worker in outcome.summary["workers"]) == 240
+        ranks=3,
+        trainer={"max_steps": 100_000},
+        strategy={"quorum": "all"},
+        victim=2,
+        at_step=12,
+        fate="kill",
+        until={"worker": 2, "sessions": 2, "rounds": 4},
+    )
     assert outcome.summary["workers"][2]["sessions"] == 2
     assert len({rank["digest"] for rank in outcome.ranks}) == 1
-    keys = [(line["worker"], line["session"], line["sequence"]) for line in ledger(outcome.out)]
+    lines = ledger(outcome.out)
+    keys = [(line["worker"], line["session"], line["sequence"]) for line in lines]
     assert len(keys) == len(set(keys))
+    merged = [line for line in lines if line["refused"] is None]
+    assert outcome.summary["version"] == len([line for line in merged if line["steps"]])
+    assert sum(worker["steps"] for worker in outcome.summary["workers"]) == sum(line["steps"] for line in merged)

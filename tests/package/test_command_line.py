@@ -31,6 +31,9 @@ for arguments in json.load(open(sys.argv[1])):
             built = [type(strategy).__module__, type(strategy).__name__, strategy.local_steps]
         except SystemExit as end:
             code = end.code
+        except (TypeError, ValueError) as error:
+            code = 1
+            err.write(str(error))
     outcomes.append({"out": out.getvalue(), "err": err.getvalue(), "built": built, "code": code})
 print(json.dumps(outcomes))
 """
@@ -46,12 +49,25 @@ trainer:
       local_steps: 30
       outer_optimizer: {outer_optimizer}
       grace: {grace}
+      quorum: {quorum}
+      warmup_steps: {warmup_steps}
+      staleness: {staleness}
+      merge: {merge}
       exchange:
         transport: tcp
         encrypt: true
 """
 OURS = "{class_path: lightning_async_localsgd.DelayedNesterov, init_args: {lr: 0.4, momentum: 0.8}}"
 TORCHS = "{class_path: torch.optim.SGD, init_args: {lr: 0.4, momentum: 0.8}}"
+POLYNOMIAL = "{class_path: lightning_async_localsgd.staleness.Polynomial, init_args: {power: 0.25}}"
+OPTIONS: dict[str, dict[str, Any]] = {
+    "ours": {"outer_optimizer": OURS, "grace": "auto", "quorum": 1, "warmup_steps": 20, "staleness": POLYNOMIAL,
+             "merge": "{clip_norm: 3.0}"},
+    "torchs": {"outer_optimizer": TORCHS, "grace": "1.5", "quorum": 2, "warmup_steps": 0, "staleness": "null",
+               "merge": "{weights: tokens^2/steps, average: rda, quorum_seconds: 30}"},
+    "default": {"outer_optimizer": "null", "grace": "0", "quorum": "all", "warmup_steps": 0, "staleness": "null",
+                "merge": "null"},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +75,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Configuration files, and the script that runs command lines."""
     folder = tmp_path_factory.mktemp("command_line")
     (folder / "run.py").write_text(RUN)
-    (folder / "ours.yaml").write_text(NESTED.format(outer_optimizer=OURS, grace="auto"))
-    (folder / "torchs.yaml").write_text(NESTED.format(outer_optimizer=TORCHS, grace="1.5"))
-    (folder / "default.yaml").write_text(NESTED.format(outer_optimizer="null", grace="0"))
+    for name, options in OPTIONS.items():
+        (folder / f"{name}.yaml").write_text(NESTED.format(**options))
     return folder
 
 
@@ -82,9 +97,32 @@ def outcomes(with_wheel: FreshEnvironment, folder: Path) -> dict[str, Any]:
         "help": [f"--trainer.strategy.help={CLASS_PATH}"],
         "wrong transport": [*COMMON, options[0], "--trainer.strategy.exchange.transport=pigeon"],
         "unknown option": [*COMMON, options[0], "--trainer.strategy.local_step=3"],
+        "merging": [
+            *COMMON[:1],
+            "--trainer.devices=4",
+            options[0],
+            "--trainer.strategy.quorum=3",
+            "--trainer.strategy.merge.weights=samples",
+            "--trainer.strategy.staleness=lightning_async_localsgd.staleness.Hinge",
+            "--trainer.strategy.staleness.slope=0.5",
+            "--trainer.strategy.staleness.start=2",
+            "--print_config",
+        ],
+        "all": [*COMMON, options[0], "--trainer.strategy.quorum=all", "--print_config"],
+        "wrong quorum": [*COMMON, options[0], "--trainer.strategy.quorum=most"],
+        "no quorum": [*COMMON, options[0], "--trainer.strategy.quorum=0"],
+        "quorum and rule": [
+            *COMMON,
+            options[0],
+            "--trainer.strategy.quorum=2",
+            "--trainer.strategy.outer_optimizer=lightning_async_localsgd.DelayedNesterov",
+        ],
+        "wrong weights": [*COMMON, options[0], "--trainer.strategy.merge.weights=guess"],
+        "wrong clip": [*COMMON, options[0], "--trainer.strategy.merge.clip_norm=-1"],
+        "too many": [*COMMON, options[0], "--trainer.strategy.quorum=3"],
     }
     for name in ("ours", "torchs", "default"):
-        lines[name] = [*COMMON, f"--config={folder / name}.yaml"]
+        lines[name] = [COMMON[0], "--trainer.devices=2", COMMON[2], f"--config={folder / name}.yaml"]
         lines[f"{name}, printed"] = [*lines[name], "--print_config"]
     return run(with_wheel, folder, lines)
 
@@ -100,12 +138,26 @@ def test_options_on_the_command_line(outcomes: dict[str, Any]) -> None:
     assert (options["local_steps"], options["grace"], options["dynamic_local_steps"]) == (7, 0.5, True)
 
 
+def test_how_pushes_are_merged_on_the_command_line(outcomes: dict[str, Any]) -> None:
+    assert outcomes["merging"]["code"] == 0, outcomes["merging"]["err"]
+    options = yaml.safe_load(outcomes["merging"]["out"])["trainer"]["strategy"]["init_args"]
+    assert options["quorum"] == 3
+    assert options["merge"] == {"weights": "samples", "average": "mean", "clip_norm": None, "quorum_seconds": None}
+    assert options["staleness"]["init_args"] == {"slope": 0.5, "start": 2}
+    assert yaml.safe_load(outcomes["all"]["out"])["trainer"]["strategy"]["init_args"]["quorum"] == "all"
+
+
 @pytest.mark.parametrize("name", ["ours", "torchs", "default"])
 def test_nested_objects_in_a_file(outcomes: dict[str, Any], name: str) -> None:
     assert outcomes[name]["built"] == ["lightning_async_localsgd.strategy", "AsyncLocalSGDStrategy", 30], outcomes[name]
     options = yaml.safe_load(outcomes[f"{name}, printed"]["out"])["trainer"]["strategy"]["init_args"]
     exchange = {"transport": "tcp", "port": 0, "encrypt": True, "frozen": "auto", "insecure": False}
     assert {**options["exchange"], "port": 0} == exchange
+    for option in ("quorum", "warmup_steps"):
+        assert options[option] == OPTIONS[name][option]
+    merge = yaml.safe_load(OPTIONS[name]["merge"])
+    assert merge is None or merge.items() <= options["merge"].items()
+    assert (options["staleness"] is None) == (OPTIONS[name]["staleness"] == "null")
     if name == "default":
         assert (options["outer_optimizer"], options["grace"]) == (None, 0)
     else:
@@ -138,9 +190,30 @@ def test_help_explains_every_option(outcomes: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "words"), [("wrong transport", ["transport", "pigeon"]), ("unknown option", ["local_step"])]
+    ("line", "words"),
+    [
+        ("wrong transport", ["transport", "pigeon"]),
+        ("unknown option", ["local_step"]),
+        ("wrong quorum", ["quorum", "most"]),
+        ("wrong weights", ["weights", "guess"]),
+    ],
 )
 def test_a_wrong_value_is_named(outcomes: dict[str, Any], line: str, words: list[str]) -> None:
     assert outcomes[line]["code"] == 2
+    for word in words:
+        assert word in outcomes[line]["err"]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("no quorum", ["quorum=0", "'all'"]),
+        ("quorum and rule", ["quorum=2", "DelayedNesterov", "Nesterov"]),
+        ("too many", ["quorum=3", "1 worker(s)"]),
+        ("wrong clip", ["clip_norm", "-1"]),
+    ],
+)
+def test_options_that_make_no_sense_together_are_named(outcomes: dict[str, Any], line: str, words: list[str]) -> None:
+    assert outcomes[line]["built"] is None
     for word in words:
         assert word in outcomes[line]["err"]

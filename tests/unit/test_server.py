@@ -6,6 +6,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import Iterator
+from typing import Literal
 
 import pytest
 import torch
@@ -18,20 +19,30 @@ from lightning_async_localsgd.global_model import GlobalModel
 from lightning_async_localsgd.grace import GraceWindow
 from lightning_async_localsgd.layout import Binding, Layout
 from lightning_async_localsgd.leases import LeaseDesk
+from lightning_async_localsgd.merging import Merging
 from lightning_async_localsgd.messages import PROTOCOL_VERSION, Facts, Hello, LeaseRequest, Push, Reply
-from lightning_async_localsgd.outer import DelayedNesterov, OuterOptimizer
+from lightning_async_localsgd.outer import DelayedNesterov, Nesterov, OuterOptimizer
 from lightning_async_localsgd.pacing import SpeedAwareSteps
 from lightning_async_localsgd.records import Settled
 from lightning_async_localsgd.server import About, LocalExchange, Server
 from lightning_async_localsgd.worker import Worker
 
 
-def build(workers: int, total: int | None, threaded: bool = True, rule: OuterOptimizer | None = None) -> Server:
+def build(
+    workers: int,
+    total: int | None,
+    threaded: bool = True,
+    rule: OuterOptimizer | None = None,
+    quorum: int | Literal["all"] = 1,
+) -> Server:
     module = torch.nn.Linear(4, 3)
     layout = Layout.of(module)
     model = GlobalModel(layout, rule or DelayedNesterov(), workers)
     Binding(layout, module).read(model.theta)
-    coordinator = Coordinator(model, SpeedAwareSteps(5), GraceWindow("auto"), Budget(total), workers, "this")
+    merging = Merging(model, workers, quorum)
+    coordinator = Coordinator(
+        model, SpeedAwareSteps(5), GraceWindow("auto"), Budget(total), workers, "this", merging=merging
+    )
     return Server(coordinator, BufferPool(layout.numel), threaded=threaded)
 
 
@@ -92,6 +103,22 @@ def test_workers_of_unequal_speed_share_the_budget_and_end_with_the_same_bits(se
     model = torch.empty(server.layout.numel)
     assert server.copy_model(model) == server.view.version == sum(t.rounds for t in totals.values())
     assert torch.equal(server.layout.views(model)["weight"], first["weight"])
+
+
+def test_a_quorum_of_all_merges_whole_rounds(servers: list[Server]) -> None:
+    server = build(workers=3, total=300, rule=Nesterov(lr=0.7), quorum="all")
+    servers.append(server)
+    modules, workers = run_all(server, 3)
+    first = modules[0].state_dict()
+    for module in modules[1:]:
+        assert all(torch.equal(first[name], tensor) for name, tensor in module.state_dict().items())
+    assert sum(worker.total_steps for worker in workers) == 300
+    totals = server.totals()
+    # Near the end there may be no step left for the last one.
+    rounds = [worker.rounds for worker in totals.values()]
+    assert max(rounds) - min(rounds) <= 1
+    assert all(worker.staleness == 0 for worker in totals.values())
+    assert server.buffers.in_use == 0
 
 
 def test_a_world_of_one_has_no_thread(servers: list[Server]) -> None:
@@ -268,8 +295,9 @@ def test_a_closed_server_refuses_those_who_wait_and_releases_what_it_holds(serve
 # ---------------------------------------------------------------- data leases
 
 
-def test_workers_of_unequal_speed_share_each_epoch(servers: list[Server]) -> None:
-    server = build(workers=3, total=None)
+@pytest.mark.parametrize("quorum", [1, 2, "all"])
+def test_workers_of_unequal_speed_share_each_epoch(servers: list[Server], quorum: int | Literal["all"]) -> None:
+    server = build(workers=3, total=None, rule=DelayedNesterov() if quorum == 1 else Nesterov(lr=0.7), quorum=quorum)
     servers.append(server)
     seen: list[list[tuple[int, int]]] = [[], [], []]
     failures: list[BaseException] = []
