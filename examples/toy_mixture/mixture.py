@@ -99,8 +99,8 @@ class MixtureData(pl.LightningDataModule):
 
     def __init__(
         self,
-        train_batches: int = 4000,
-        batch_size: int = 32,
+        train_batches: int = 4800,
+        batch_size: int = 64,
         validation_points: int = 4096,
         spread: float = 0.2,
         seed: int = 0,
@@ -119,5 +119,4 @@ class MixtureData(pl.LightningDataModule):
         return DataLoader(self.train_data, batch_size=None, shuffle=True)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        # A list, so that the points are drawn once only.
-        return DataLoader([self.validation_data[0]], batch_size=None)
+        return DataLoader(self.validation_data, batch_size=None)

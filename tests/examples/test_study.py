@@ -17,11 +17,22 @@ import pytest
 
 from benchmarks.study import cells
 from benchmarks.study.__main__ import TUNED, jobs_of, main
-from benchmarks.study.cells import BEST, INNER_GRID, LEVELS, OUTER_GRID, SEEDS, SYNC, TABLES, Cell
-from benchmarks.study.report import PAGE, fill, report, tables, time_to
+from benchmarks.study.cells import (
+    BEST,
+    INNER_GRID,
+    LEVELS,
+    OUTER_GRID,
+    SEEDS,
+    SYNC,
+    TABLES,
+    Cell,
+    strategy_options,
+)
+from benchmarks.study.report import FIGURES, PAGE, fill, report, tables, time_to
 from benchmarks.study.results import TUNING, TUNING_SEED, Results, Untuned
 from benchmarks.study.scheduling import Job, Queue
 from benchmarks.study.text import DOMAINS, load
+from lightning_async_localsgd import AsyncLocalSGDStrategy, SimulatedAsyncLocalSGDStrategy
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -65,14 +76,18 @@ def record(cell: Cell, seed: int, loss: float, seconds: float = 100.0) -> dict[s
     }
 
 
+def made_up_loss(cell: Cell) -> float:
+    """The best values are the second of the inner grid and the third of the outer."""
+    outer = 0 if cell.lr is None else abs(OUTER_GRID.index(cell.lr) - 2)
+    return 4.0 + abs(INNER_GRID.index(cell.inner_lr or 0.0) - 1) + 0.1 * outer
+
+
 def tuned(results: Results, *of: Cell) -> None:
-    """Makes up the runs that tune; the best values are the second of the inner grid and the third of the outer."""
-    for cell in cells.inner_tuning():
-        results.append(TUNING, record(cell, TUNING_SEED, 4.0 + abs(INNER_GRID.index(cell.inner_lr or 0.0) - 1)))
-    for cell in cells.outer_tuning(of):
-        if results.find(cell, TUNING_SEED) is None:  # One of them has also tuned the inner one.
-            loss = 3.0 + abs(OUTER_GRID.index(cell.lr or 0.0) - 2)
-            results.append(TUNING, record(results.resolved(cell), TUNING_SEED, loss))
+    """Makes up the runs that tune."""
+    inner = cells.inner_tuning()
+    for cell in [*inner, *(replace(cell, warm_steps=0) for cell in inner), *cells.outer_tuning(of)]:
+        resolved = results.resolved(cell)
+        results.append(TUNING, record(resolved, TUNING_SEED, made_up_loss(resolved)))
 
 
 def test_text_is_divided_and_kept(data: Path, tmp_path: Path) -> None:
@@ -103,28 +118,34 @@ def test_synchronous_cells_are_run_once_for_all_levels() -> None:
 def test_what_has_to_be_tuned_comes_first(tmp_path: Path) -> None:
     results = Results(tmp_path)
     queue = Queue([Job("table_a", BEST, 1), Job("table_a", Cell("single"), 0)], results)
-    inner = [queue.next() for _ in INNER_GRID]
-    assert [job and (job.table, job.cell.method, job.cell.inner_lr) for job in inner] == [
-        (TUNING, "sync", lr) for lr in INNER_GRID
-    ]
-    # The first job cannot go on before those have ended: meanwhile the second one's turn has come.
-    other = queue.next()
-    assert other is not None
-    assert other.cell.method == "single"
-    for job in inner:
-        assert job is not None
-        results.append(TUNING, record(job.cell, job.seed, 4.0 + abs((job.cell.inner_lr or 0.0) - INNER_GRID[1])))
-    outer = [queue.next() for _ in OUTER_GRID]
-    assert [job and (job.cell.method, job.cell.dynamic, job.cell.lr) for job in outer] == [
+
+    def take(count: int) -> list[Job]:
+        jobs = [job for _ in range(count) if (job := queue.next()) is not None]
+        assert len(jobs) == count
+        return jobs
+
+    def finish(jobs: list[Job]) -> None:
+        for job in jobs:
+            results.append(job.table, record(job.cell, job.seed, made_up_loss(job.cell)))
+
+    inner = take(len(INNER_GRID) * len(OUTER_GRID))
+    assert {(job.table, job.cell.method) for job in inner} == {(TUNING, "sync")}
+    assert {job.cell.inner_lr for job in inner} == set(INNER_GRID)
+    # The first job cannot go on before those have ended: meanwhile it is the second one's turn.
+    single = take(len(INNER_GRID))
+    assert {(job.table, job.cell.method, job.cell.lr) for job in single} == {(TUNING, "single", None)}
+    assert queue.next() is None
+    finish(inner)
+    outer = take(len(OUTER_GRID))
+    assert [(job.cell.method, job.cell.dynamic, job.cell.lr) for job in outer] == [
         ("dn", True, lr) for lr in OUTER_GRID
     ]
-    for job in outer:
-        assert job is not None
-        assert job.cell.inner_lr == INNER_GRID[1]
-        results.append(TUNING, record(job.cell, job.seed, 4.0 + abs((job.cell.lr or 0.0) - OUTER_GRID[3])))
-    rest = [queue.next() for _ in range(4)]
-    wanted = [job for job in rest if job is not None and job.cell.method == "dn"]
-    assert [(job.table, job.cell.lr, job.seed) for job in wanted] == [("table_a", OUTER_GRID[3], 1)]
+    assert {job.cell.inner_lr for job in outer} == {INNER_GRID[1]}
+    finish([*outer, *single])
+    assert [(job.table, job.cell.method, job.cell.lr, job.seed) for job in take(2)] == [
+        ("table_a", "dn", OUTER_GRID[2], 1),
+        ("table_a", "single", None, 0),
+    ]
     assert queue.next() is None
 
 
@@ -139,7 +160,7 @@ def test_the_whole_study_begins_with_what_matters_most() -> None:
 
 def test_results_survive_and_say_what_they_lack(tmp_path: Path) -> None:
     results = Results(tmp_path)
-    with pytest.raises(Untuned, match=r"3 runs that tune sync DiLoCo"):
+    with pytest.raises(Untuned, match=r"12 runs that tune sync DiLoCo"):
         results.resolved(BEST)
     tuned(results, BEST)
     resolved = results.resolved(BEST)
@@ -177,16 +198,15 @@ def test_the_page_is_made_of_the_results(tmp_path: Path) -> None:
     text = page.read_text()
     very = text.split("table_a_very:begin")[1].split("table_a_very:end")[0]
     mean, deviation = 1.01005, 0.0101
-    row = f"| DN + DyLU + grace | 0.4 | {math.exp(4.0) * mean:.2f} ± {math.exp(4.0) * deviation:.2f} | 3 | 90 s |"
+    row = f"| DN + DyLU + grace | 0.2 | {math.exp(4.0) * mean:.2f} ± {math.exp(4.0) * deviation:.2f} | 3 | 90 s |"
     assert row in very
     assert "90 s (1 of 3) | 1.5 / 4 | 25% |" in very
     none = text.split("table_a_none:begin")[1].split("table_a_none:end")[0]
-    assert f"| sync DiLoCo | 0.4 | 54.60 ± 0.00 | 3 | {300 * 0.995 / 3.33:.0f} s |" in none
+    assert f"| sync DiLoCo | 0.2 | 54.60 ± 0.00 | 3 | {300 * 0.995 / 3.33:.0f} s |" in none
     # Sizes that have not been run are dashes.
-    assert "| sync DiLoCo | 1.5 M | - | - |" in text
-    assert {path.name for path in (tmp_path / "images").iterdir()} == {
-        f"study_{name}.png" for name in ("loss", "staleness", "cosine", "timeline")
-    }
+    assert "| sync DiLoCo | 1.5 M | 0.2 | - | - |" in text
+    assert {path.name for path in (tmp_path / "images").iterdir()} == set(FIGURES)
+    assert all(f"](images/{name})" in text for name in FIGURES)
     # Again, with the same results: the same page.
     report(Results(tmp_path / "results"), page, tmp_path / "images")
     assert page.read_text() == text
@@ -209,36 +229,45 @@ def test_small_runs_keep_away_from_the_results(capsys: pytest.CaptureFixture[str
     assert "is no folder" in capsys.readouterr().err
 
 
+def test_every_cell_is_a_strategy_of_its_own() -> None:
+    wanted = {cell for table in TABLES.values() for cell in table if cell.method != "single"}
+    for cell in wanted:
+        options = strategy_options(replace(cell, lr=0.2))
+        SimulatedAsyncLocalSGDStrategy(cell.seconds_per_step, **options)
+        AsyncLocalSGDStrategy(**options)
+    at_very = [cell for cell in [*cells.TABLE_A, *cells.CONTROLS, *cells.RULES] if cell.method != "single"]
+    told = {repr(strategy_options(replace(cell, lr=0.2))) for cell in at_very}
+    assert len(told) == len(set(at_very))
+
+
 @pytest.mark.slow
 def test_a_table_from_nothing_and_continued(data: Path, tmp_path: Path) -> None:
     results = tmp_path / "results"
 
-    def study(table: str, *seeds: str) -> str:
-        command = [sys.executable, "-m", "benchmarks.study", table, "--small", "--levels", "very", "--seeds", *seeds]
+    def study() -> str:
+        command = [sys.executable, "-m", "benchmarks.study", "table_h", "--small", "--seeds", "0"]
         command += ["--data", str(data), "--cache", str(tmp_path / "cache"), "--results", str(results)]
         done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr
         return done.stderr
 
-    study("table_a", "0")
-    lines = (results / "table_a.jsonl").read_text().splitlines()
+    study()
+    lines = (results / "table_h.jsonl").read_text().splitlines()
     runs = [json.loads(line) for line in lines]
-    assert len(runs) == len(cells.TABLE_A) + len(cells.CONTROLS)
+    assert len(runs) == len(TABLES["table_h"])
     for run in runs:
         cell = Cell(**run["cell"])
         assert run["curve"][0][:2] == [0, 0.0]
         assert run["curve"][-1][:2] == [cell.steps * cell.workers, run["seconds"]]
         assert math.isfinite(run["final_loss"])
-        if cell.method != "single":
-            assert sum(run["steps_by_worker"]) == cell.steps * cell.workers
+        assert sum(run["steps_by_worker"]) == cell.steps * cell.workers
     by_label = {Cell(**run["cell"]).label: run for run in runs}
-    assert by_label["sync DiLoCo"]["seconds"] > 2 * by_label["DN"]["seconds"]
+    assert by_label["sync DiLoCo"]["seconds"] > 2 * by_label["DN + DyLU"]["seconds"]
     assert by_label["sync DiLoCo"]["staleness"]["max"] == 0
     # Nothing is left to do.
-    assert study("table_a", "0") == ""
+    assert study() == ""
     # One line is lost: it is run again, with the same outcome.
-    (results / "table_a.jsonl").write_text("\n".join(lines[:-1]) + "\n")
-    study("table_a", "0")
-    again = json.loads((results / "table_a.jsonl").read_text().splitlines()[-1])
+    (results / "table_h.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    study()
+    again = json.loads((results / "table_h.jsonl").read_text().splitlines()[-1])
     assert again["curve"] == runs[-1]["curve"]
-    study("table_e", "0")
