@@ -93,7 +93,7 @@ class AsyncLocalSGDCallback(Callback):
                 self._open_ledger = Ledger(self.ledger)
             phase.server.record(None if self._open_ledger is None else self._open_ledger.write)
             if self.events is not None:
-                self._open_events = Ledger(self.events, "event log")
+                self._open_events = Ledger(self.events, "event log", "events")
             phase.server.record_events(None if self._open_events is None else self._open_events.write)
 
     @override

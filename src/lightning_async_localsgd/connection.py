@@ -149,7 +149,7 @@ class Connection:
         coordinator = build_coordinator(settings, layout, self._workers, uuid.uuid4().hex, exact=alone)
         self._binding.read(coordinator.model.theta)
         if restored is not None:
-            coordinator.load_state_dict(rescaled(restored, self._workers))
+            coordinator.load_state_dict(rescaled(restored, self._workers, virtual=False))
         buffers = BufferPool(layout.numel, most=self._workers + 2)
         return Server(coordinator, buffers, threaded=not alone, about=about)
 
@@ -210,8 +210,13 @@ def _nearby(address: str) -> str:
     return address
 
 
-def rescaled(state: dict[str, Any], workers: int) -> dict[str, Any]:
-    """The state for ``workers`` workers: what is done stays the same share of the run."""
+def rescaled(state: dict[str, Any], workers: int, virtual: bool) -> dict[str, Any]:
+    """The state for ``workers`` workers: what is done stays the same share of the run.
+
+    Speeds that were measured in the other kind of time, real or virtual, are forgotten.
+    """
+    if ("simulation" in state) != virtual:
+        state = {**state, "pacing": {"speeds": {}, "ratios": {}}}
     before = int(state["initial_workers"])
     if before == workers:
         return state

@@ -24,9 +24,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 """Of the file; raised when an earlier version's could not be read any more."""
 
-Kind = Literal[
-    "begin", "join", "revive", "push", "leave", "lease", "pause", "resume", "stop", "dispatch", "end"
-]
+Kind = Literal["begin", "join", "revive", "push", "leave", "lease", "pause", "resume", "stop", "dispatch", "end"]
 
 _MESSAGES = {"hello": Hello, "push": Push, "request": LeaseRequest, "lease": Lease}
 """The class of each message that an event may have, by the name under which it has it."""

@@ -37,15 +37,17 @@ class Ledger:
     Args:
         path: of the file, which is made with mode 0600, as its folder is, if it is not there.
         what: what it is, for messages.
+        lines: what it has a line for each of, likewise.
 
     Raises:
         OSError: it cannot be written.
 
     """
 
-    def __init__(self, path: str | os.PathLike[str], what: str = "ledger") -> None:
+    def __init__(self, path: str | os.PathLike[str], what: str = "ledger", lines: str = "pushes") -> None:
         self._path = Path(path)
         self._what = what
+        self._of = lines
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._open()
         self._lost = 0
@@ -71,7 +73,7 @@ class Ledger:
         lost = self._lost + self._lines.qsize()
         if lost:
             reason = self._failure or "its disk is too slow"
-            _log.error("the %s %s lacks %d entries: %s", self._what, self._path, lost, reason)
+            _log.error("the %s %s lacks %d %s: %s", self._what, self._path, lost, self._of, reason)
 
     def _open(self) -> FileIO:
         # Unbuffered: what is written is with the operating system.

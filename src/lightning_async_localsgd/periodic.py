@@ -116,8 +116,7 @@ class PeriodicCheckpoints(Callback):
         assert self._writer is not None
         assert self._phase.server is not None
         self._interval.begin(self._version)
-        number = self._phase.worker.number
-        self._phase.server.pause(number)
+        self._phase.pause()
         try:
             checkpoint = self._trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
             self._strategy.add_server_state(checkpoint)
@@ -128,8 +127,7 @@ class PeriodicCheckpoints(Callback):
             self._writer.failed(error)
             return
         finally:
-            self._phase.server.resume(number)
-            self._phase.worker.interrupt()
+            self._phase.resume()
         self._writer.begin(lambda: self._write(snapshot))
 
     def _write(self, snapshot: dict[str, Any]) -> None:

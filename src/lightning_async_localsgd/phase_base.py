@@ -173,11 +173,22 @@ class Phase(ABC):
 
     # --------------------------------------------------- rank 0: validate, save
 
+    def pause(self) -> None:
+        """Rank 0 is about to do something that is no training: nobody waits for its worker until :meth:`resume`."""
+        assert self.server is not None
+        self.server.pause(self.worker.number)
+
+    def resume(self) -> None:
+        """It goes on; the step around that is not timed."""
+        assert self.server is not None
+        self.server.resume(self.worker.number)
+        self.worker.interrupt()
+
     def show_global_model(self) -> None:
         """Puts the global model of this moment into the module, and the local weights aside."""
         if self.server is None or self.stopped:
             return
-        self.server.pause(self.worker.number)
+        self.pause()
         tensors = self.binding.tensors()
         if self._held is None:
             self._held = [torch.empty_like(tensor) for tensor in tensors]
@@ -197,8 +208,7 @@ class Phase(ABC):
         with torch.no_grad():
             for held, tensor in zip(self._held, self.binding.tensors(), strict=True):
                 tensor.copy_(held)
-        self.server.resume(self.worker.number)
-        self.worker.interrupt()
+        self.resume()
 
     def global_tensors(self) -> tuple[dict[str, Tensor], int]:
         """Rank 0: the weights to save, fp32 by name, and their version.

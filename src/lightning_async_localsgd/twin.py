@@ -118,7 +118,11 @@ class _Finder(MetaPathFinder):
         source = sources()[original]
         folders: list[str] | None = [] if source.name == "__init__.py" else None
         loader = _Loader(fullname, str(source))
-        return spec_from_file_location(fullname, source, loader=loader, submodule_search_locations=folders)
+        spec = spec_from_file_location(fullname, source, loader=loader, submodule_search_locations=folders)
+        if spec is not None and folders is not None:
+            # It has been given the folder of the first tree, where Python would find the modules as they are.
+            spec.submodule_search_locations = []
+        return spec
 
 
 class _Loader(SourceFileLoader):

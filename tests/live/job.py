@@ -1,7 +1,7 @@
 """The training job that the tests of this folder run as real processes: ``python job.py OUT JSON``.
 
 Every rank writes what it saw to ``OUT/rank_<n>.json``. With ``start_method="popen"`` the other ranks run this script
-again, by Lightning's launcher.
+again, by Lightning's launcher. ``{"runs": {NAME: OPTIONS}}`` is several runs one after the other, in ``OUT/NAME``.
 """
 
 from __future__ import annotations
@@ -232,4 +232,6 @@ def run(out: Path, options: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    run(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    asked = json.loads(sys.argv[2])
+    for name, options in asked.get("runs", {".": asked}).items():
+        run(Path(sys.argv[1], name), options)

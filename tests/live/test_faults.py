@@ -13,7 +13,7 @@ from tests.live.conftest import Outcome
 Job = Callable[..., Outcome]
 
 
-@pytest.mark.parametrize("start_method", ["popen", "spawn"])
+@pytest.mark.parametrize("start_method", ["popen", "fork"])
 def test_a_killed_worker_costs_its_round_and_nothing_else(job: Job, start_method: str) -> None:
     outcome = job(ranks=3, victim=1, at_step=13, fate="kill", start_method=start_method, strategy={"max_restarts": 0})
     rank0, rank2 = outcome.rank(0), outcome.rank(2)
@@ -48,7 +48,7 @@ def test_a_loss_is_an_error_where_that_is_wanted(job: Job) -> None:
     assert 0 < saved["async_localsgd"]["budget"]["done"] <= 180
 
 
-@pytest.mark.parametrize("start_method", ["popen", "spawn"])
+@pytest.mark.parametrize("start_method", ["popen", "fork"])
 def test_an_exception_of_rank_0_ends_the_job(job: Job, start_method: str) -> None:
     outcome = job(ranks=2, victim=0, at_step=15, fate="raise", start_method=start_method, check=False)
     assert outcome.code != 0

@@ -14,7 +14,13 @@ import pytest
 from lightning.pytorch.strategies import DDPStrategy
 
 import lightning_async_localsgd as package
-from lightning_async_localsgd import AsyncLocalSGDCallback, AsyncLocalSGDStrategy, DelayedNesterov, ExchangeOptions
+from lightning_async_localsgd import (
+    AsyncLocalSGDCallback,
+    AsyncLocalSGDStrategy,
+    DelayedNesterov,
+    ExchangeOptions,
+    MergeOptions,
+)
 from tests.package.conftest import PROJECT
 
 README = (PROJECT / "README.md").read_text()
@@ -50,7 +56,7 @@ def test_readme_names_every_option_with_its_default() -> None:
 def test_options_page_names_every_option_with_its_default() -> None:
     own = {name: default for name, default in defaults(AsyncLocalSGDStrategy).items() if name not in LIGHTNINGS_OWN}
     wanted = {**own, "start_method": "'popen'", **defaults(DelayedNesterov), **defaults(ExchangeOptions)}
-    wanted.update(defaults(AsyncLocalSGDCallback))
+    wanted.update({**defaults(AsyncLocalSGDCallback), **defaults(MergeOptions)})
     assert documented(OPTIONS) == wanted
 
 

@@ -43,14 +43,17 @@ def test_a_module_has_nothing_of_the_other_package(name: str) -> None:
 
 def test_what_needs_lightning_is_found_out() -> None:
     found = {name.removeprefix("lightning_async_localsgd.") for name in twin.twins()}
+    assert {"simulation", "simulation.strategy", "simulation.data", "simulation.training"} <= found
     assert {"strategy", "callback", "emulation", "launcher", "schedules", "trainer_parts"} <= found
     # These know of Lightning for type checkers at most, and hold what belongs to the process.
+    assert not {"simulation.devices", "simulation.cluster", "simulation.replay", "simulation.phase"} & found
     assert not {"phase", "children", "rendezvous", "outer", "twin", "registration"} & found
 
 
 def test_both_have_the_same_names_and_share_what_needs_no_lightning() -> None:
     assert sorted(theirs.__all__) == sorted(ours.__all__)
     own = {"AsyncLocalSGDCallback", "AsyncLocalSGDStrategy", "EmulatedDevices", "FaultInjection"}
+    own.add("SimulatedAsyncLocalSGDStrategy")
     for name in ours.__all__:
         assert (getattr(theirs, name) is getattr(ours, name)) == (name not in own), name
         assert name in dir(theirs)
@@ -68,6 +71,16 @@ def test_a_trainer_gets_the_class_of_its_package(lightning: Any, package: Any, t
     by_name.fit(boring.BoringModel())
     assert by_name.global_step == 4
     assert [type(c) for c in by_name.callbacks].count(package.AsyncLocalSGDCallback) == 1
+
+
+@pytest.mark.parametrize(("lightning", "package"), TREES, ids=["lightning", "pytorch_lightning"])
+def test_a_trainer_finds_the_simulated_strategy_of_its_package(lightning: Any, package: Any, tmp_path: Path) -> None:
+    boring = importlib.import_module(f"{lightning.__name__}.demos.boring_classes")
+    trainer = lightning.Trainer(strategy="async_localsgd_simulated", default_root_dir=tmp_path, **QUIET)
+    assert type(trainer.strategy) is package.SimulatedAsyncLocalSGDStrategy
+    assert isinstance(trainer.strategy, package.AsyncLocalSGDStrategy)
+    trainer.fit(boring.BoringModel())
+    assert trainer.global_step == 4
 
 
 def test_the_strategy_of_the_other_package_is_named_with_the_right_one() -> None:

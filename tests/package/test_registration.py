@@ -12,7 +12,8 @@ import pytest
 
 from tests.package.conftest import FreshEnvironment, copy_of_project
 
-NAMES = ["async_localsgd", "async_localsgd_fork", "async_localsgd_notebook", "async_localsgd_spawn"]
+LIVE = ["async_localsgd", "async_localsgd_fork", "async_localsgd_notebook", "async_localsgd_spawn"]
+NAMES = sorted([*LIVE, "async_localsgd_simulated"])
 
 PRINT_NAMES = """
 import json, sys
@@ -136,7 +137,7 @@ def test_register_names_takes_any_class() -> None:
     # Imported here: everything else in this file runs in environments of its own.
     from lightning.fabric.strategies.registry import _StrategyRegistry
 
-    from lightning_async_localsgd.registration import register_names
+    from lightning_async_localsgd.registration import register_names, register_simulated
 
     class Mine:
         def __init__(self, start_method: str) -> None:
@@ -145,10 +146,13 @@ def test_register_names_takes_any_class() -> None:
     registry = _StrategyRegistry()
     registry.register("async_localsgd", object)
     register_names(registry, Mine)
-    assert sorted(registry.available_strategies()) == NAMES
-    built = {name: registry.get(name) for name in NAMES}
+    assert sorted(registry.available_strategies()) == LIVE
+    built = {name: registry.get(name) for name in LIVE}
     assert all(isinstance(strategy, Mine) for strategy in built.values())
-    assert [built[name].start_method for name in NAMES] == ["popen", "fork", "fork", "spawn"]
+    assert [built[name].start_method for name in LIVE] == ["popen", "fork", "fork", "spawn"]
+    register_simulated(registry, dict)
+    assert sorted(registry.available_strategies()) == NAMES
+    assert registry.get("async_localsgd_simulated") == {}
 
 
 def test_public_names() -> None:

@@ -11,14 +11,14 @@ import heapq
 import itertools
 import logging
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_async_localsgd.server import LocalExchange
 from lightning_async_localsgd.simulation.machine import Machine, PlannedRound, VirtualClock, VirtualWorker
 from lightning_async_localsgd.simulation.turns import Turns
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor
 
@@ -51,26 +51,57 @@ class VirtualCluster(Turns):
         cluster: the machines.
         binding: the module's tensors, in which rounds are played.
         seed: of the times of steps.
+        restored: see :meth:`state_dict`; empty at the beginning of a run.
 
     """
 
-    def __init__(self, server: Server, clock: VirtualClock, cluster: Cluster, binding: Binding, seed: int) -> None:
+    def __init__(
+        self,
+        server: Server,
+        clock: VirtualClock,
+        cluster: Cluster,
+        binding: Binding,
+        seed: int,
+        restored: Mapping[str, Any],
+    ) -> None:
         super().__init__(server, clock, binding)
         self._cluster = cluster
         self._machines = [Machine(n, cluster, seed, self._model_bytes) for n in range(len(cluster.devices))]
+        for machine, state in zip(self._machines, restored.get("generators", ()), strict=False):
+            version, words, gauss = state
+            machine.generator.setstate((version, tuple(words), gauss))
         self._lives = [0] * len(self._machines)
         self._serials = itertools.count()
         # (time, kind, worker, serial, what happens).
         self._events: list[tuple[float, int, int, int, Callable[[], None] | LatePush | VirtualWorker]] = []
 
     def begin(self) -> None:
-        """The initial workers join, and the schedule is set."""
-        for at, arrival in enumerate(self._cluster.arrivals):
-            self._schedule(arrival.at, self._cluster.initial + at, partial(self._arrive, arrival))
-        for death in self._cluster.deaths:
-            self._schedule(death.at, death.worker, partial(self._die, death))
-        for number in range(self._cluster.initial):
+        """The workers that are there at this time join, and what is to come is set.
+
+        In a run that goes on from a checkpoint all initial workers are needed first, as in a live run; those that the
+        schedule has had die by then do so again.
+        """
+        begin, present = self.clock.now, self._cluster.initial
+        for arrival in self._cluster.arrivals:
+            if begin > 0.0 and arrival.at <= begin:
+                present += 1
+            else:
+                self._put(arrival.at, _HAPPENS, present, partial(self._arrive, arrival))
+        for number in range(present):
             self._join(number)
+        for death in self._cluster.deaths:
+            if begin == 0.0 or death.at > begin:
+                self._put(death.at, _HAPPENS, death.worker, partial(self._die, death))
+            elif death.back_at is None or death.back_at > begin:
+                self._die(death)
+
+    def state_dict(self) -> dict[str, Any]:
+        """See :meth:`.Turns.state_dict`."""
+        states = [machine.generator.getstate() for machine in self._machines]
+        return {
+            **super().state_dict(),
+            "generators": [[version, list(words), gauss] for version, words, gauss in states],
+        }
 
     def advance(self) -> VirtualWorker | None:
         """Lets time pass until a worker's round is to be played.
@@ -90,7 +121,7 @@ class VirtualCluster(Turns):
                     current = isinstance(what.plan, PlannedRound) and what.plan.serial == serial
                     if not current or self.live.get(what.number) is not what:
                         continue  # It has died, or is to arrive at another time.
-                    self.clock.now = time
+                    self._due = time
                     return what
                 self.clock.now = max(self.clock.now, time)
                 if isinstance(what, LatePush):
@@ -112,6 +143,7 @@ class VirtualCluster(Turns):
     def hand_in(self, worker: VirtualWorker, final: bool = False, stop: bool = False) -> None:
         """See :meth:`.Turns.hand_in`."""
         plan, worker.plan = worker.plan, None
+        self.clock.now = max(self.clock.now, self._due)
         push = worker.hand_in(final=final, stop=stop)
         gradient = worker.gradient if push.steps else None
         # Steps that the optimizer has skipped make a round longer than it was planned.
@@ -139,11 +171,6 @@ class VirtualCluster(Turns):
         heapq.heappush(self._events, (time, kind, worker, serial, what))
         return serial
 
-    def _schedule(self, time: float, worker: int, what: Callable[[], None]) -> None:
-        # What was before a run that goes on from a checkpoint began does not happen again.
-        if time >= self.clock.now:
-            self._put(time, _HAPPENS, worker, what)
-
     def _join(self, number: int) -> None:
         exchange = LocalExchange(self._server)
         life, self._lives[number] = self._lives[number], self._lives[number] + 1
@@ -166,7 +193,7 @@ class VirtualCluster(Turns):
             self._server.lost(worker.number, worker.session, "died, as the schedule says")
             self._call_in()
         if death.back_at is not None:
-            self._schedule(death.back_at, death.worker, lambda: self._join(death.worker))
+            self._put(death.back_at, _HAPPENS, death.worker, partial(self._join, death.worker))
 
     def _deliver(self, worker: VirtualWorker, push: Push, gradient: Tensor | None) -> None:
         super()._deliver(worker, push, gradient)

@@ -40,6 +40,7 @@ class _Stream:
         epoch: the first one.
         end: epochs; None to go on and on.
         length: batches after which an epoch of the worker's own is over, if it is not over before.
+        owner: whose data it is, in words.
 
     Attributes:
         samplers: as given.
@@ -54,6 +55,7 @@ class _Stream:
         epoch: int,
         end: int | None,
         length: float = math.inf,
+        owner: str = "",
     ) -> None:
         self.samplers = samplers
         self.in_step = 0
@@ -61,6 +63,7 @@ class _Stream:
         self._epoch = epoch
         self._end = end
         self._length = length
+        self._owner = owner
         self._iterator: Iterator[Any] | None = None
         self._in_epoch = 0
         self._ahead: Any = _NOTHING
@@ -80,7 +83,7 @@ class _Stream:
                 self._iterator = iter(self._loader)
                 self._in_epoch = 0
             if self.epoch_over() and not self.samplers and self._in_epoch == 0:
-                raise ValueError("worker_data gave a worker a loader that has no batches; every worker needs some")
+                raise ValueError(f"the loader of {self._owner} has no batches; every worker needs some")
         return self._ahead is not _NOTHING
 
     def epoch_over(self) -> bool:
@@ -152,13 +155,14 @@ class SimulatedData(TrainingData):
             return loader
         if not self._leased or not can_be_leased(loader):
             why = (
-                f"a {type(loader).__name__} whose items cannot be handed out by number"
+                f"the training data is a {type(loader).__name__} whose items cannot be handed out by number"
                 if self._leased
-                else "use_distributed_sampler=False, which leaves its division among processes to the script"
+                else "use_distributed_sampler=False leaves the division of the training data among processes to the "
+                "script"
             )
             raise ValueError(
-                f"the training data is {why}, and all workers of a simulated cluster are in one process; give the "
-                "strategy worker_data=function, which gets a worker's number and returns the loader of that worker"
+                f"{why}, and all workers of a simulated cluster are in one process; give the strategy "
+                "worker_data=function, which gets a worker's number and returns the loader of that worker"
             )
         return super().take(loader)
 
@@ -295,7 +299,8 @@ class SimulatedData(TrainingData):
         epoch = self._trainer.fit_loop.epoch_progress.current.processed
         if self._worker_data is not None:
             length = self._trainer.num_training_batches
-            return _Stream(self._own_loader(worker.number), {}, epoch, None, length)
+            owner = f"worker {worker.number}, worker_data({worker.number}),"
+            return _Stream(self._own_loader(worker.number), {}, epoch, None, length, owner)
         shared = self._loader()
         loader = copy.copy(shared)
         loader._iterator = None
@@ -325,9 +330,7 @@ class SimulatedData(TrainingData):
         optimization = loop.automatic_optimization
         zeroing = optimization._make_zero_grad_fn
         # Lightning begins a window with every so many batches of the epoch, whosever they are.
-        optimization._make_zero_grad_fn = lambda index, optimizer: zeroing(
-            0 if self._window_begins else 1, optimizer
-        )
+        optimization._make_zero_grad_fn = lambda index, optimizer: zeroing(0 if self._window_begins else 1, optimizer)
 
 
 class _Played(_DataFetcher):

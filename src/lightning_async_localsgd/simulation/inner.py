@@ -13,8 +13,10 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
+from lightning_async_localsgd.checkpoints import on_host
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import nn
     from torch.optim import Optimizer
@@ -22,12 +24,16 @@ if TYPE_CHECKING:
     from lightning_async_localsgd.schedules import ProgressSchedulers
 
 
+_COMMON = frozenset({"params"})
+
+
 class InnerStates:
     """The inner states of virtual workers by their numbers.
 
     Args:
         optimizers: of the trainer.
-        schedulers: likewise, those that follow steps or epochs.
+        common_rates: of these, the ones whose learning rates are all workers' together.
+        schedulers: of the trainer, those that follow steps or epochs.
         progress: steps the schedulers.
         precision: the trainer's precision plugin.
         buffers: the module's tensors that stay with a worker.
@@ -38,6 +44,7 @@ class InnerStates:
     def __init__(
         self,
         optimizers: Sequence[Optimizer],
+        common_rates: Sequence[Optimizer],
         schedulers: Sequence[Any],
         progress: ProgressSchedulers,
         precision: Any,
@@ -45,18 +52,23 @@ class InnerStates:
         on_cpu: bool,
     ) -> None:
         self._optimizers = optimizers
+        self._common_rates = {id(optimizer) for optimizer in common_rates}
         self._schedulers = schedulers
         self._progress = progress
         self._precision = precision
         self._buffers = buffers
         self._on_cpu = on_cpu
         self._states: dict[int, dict[str, Any]] = {}
+        self._at_turn: int | None = None
         # What a worker begins with. Where this is a checkpoint's, each has a copy of its own.
         self._first = _copied({**self._present(), "buffers": list(buffers)})
         self._loaded = [buffer._version for buffer in buffers]
 
-    def store(self, worker: int) -> None:
-        """The worker's turn is over."""
+    def store(self) -> None:
+        """The turn of the worker that was loaded last is over."""
+        if self._at_turn is None:
+            return
+        worker = self._at_turn
         state = self._present()
         before = self._states.get(worker, self._first)["buffers"]
         state["buffers"] = [
@@ -69,6 +81,7 @@ class InnerStates:
 
     def load(self, worker: int) -> None:
         """The worker's turn begins."""
+        self._at_turn = worker
         state = self._states.get(worker)
         if state is None:
             state = _copied(self._first)
@@ -89,10 +102,56 @@ class InnerStates:
                     buffer.copy_(kept)
         self._loaded = [buffer._version for buffer in self._buffers]
 
+    def state_dict(self) -> dict[str, Any]:
+        """The states of all workers that have had a turn, by their numbers; tensors are copies in the host's memory."""
+        at_turn = self._at_turn
+        assert at_turn is not None
+        self.store()
+        saved = {}
+        for worker in list(self._states):
+            self.load(worker)
+            state = {**self._present(), "optimizers": [one.state_dict() for one in self._optimizers]}
+            saved[str(worker)] = on_host({**state, "buffers": list(self._buffers)})
+        self.load(at_turn)
+        return saved
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Goes on with the states in ``saved``; a worker that is not in it begins with what a new one does.
+
+        Raises:
+            ValueError: they are of another module or other optimizers.
+
+        """
+        for worker, state in saved.items():
+            self.load(int(worker))
+            try:
+                for optimizer, held in zip(self._optimizers, state["optimizers"], strict=True):
+                    optimizer.load_state_dict(held)
+                for scheduler, values in zip(self._schedulers, state["schedulers"], strict=True):
+                    scheduler.load_state_dict(values)
+                with torch.no_grad():
+                    for buffer, kept in zip(self._buffers, state["buffers"], strict=True):
+                        buffer.copy_(kept)
+            except (ValueError, RuntimeError, KeyError) as error:
+                raise ValueError(
+                    f"the checkpoint's inner state of worker {worker} does not fit this module and its optimizers: "
+                    f"{error}"
+                ) from error
+            if state["precision"]:
+                self._precision.load_state_dict(state["precision"])
+            self._progress.taken[:] = state["taken"]
+            self.store()
+
+    def _left_to_all(self, optimizer: Optimizer) -> frozenset[str]:
+        return _COMMON | {"lr"} if id(optimizer) in self._common_rates else _COMMON
+
     def _present(self) -> dict[str, Any]:
         return {
             "optimizers": [
-                (dict(optimizer.state), [_values(group) for group in optimizer.param_groups])
+                (
+                    dict(optimizer.state),
+                    [_values(group, self._left_to_all(optimizer)) for group in optimizer.param_groups],
+                )
                 for optimizer in self._optimizers
             ],
             "schedulers": [copy.deepcopy(scheduler.state_dict()) for scheduler in self._schedulers],
@@ -113,10 +172,10 @@ def _copied(state: dict[str, Any]) -> dict[str, Any]:
     return {**copied, "schedulers": copy.deepcopy(state["schedulers"])}
 
 
-def _values(group: dict[str, Any]) -> dict[str, Any]:
-    """A parameter group without its parameters. A tensor among its values may be written to later."""
+def _values(group: dict[str, Any], left: frozenset[str]) -> dict[str, Any]:
+    """A parameter group without what is left to all. A tensor among its values may be written to later."""
     return {
-        name: value.clone() if isinstance(value, Tensor) else value for name, value in group.items() if name != "params"
+        name: value.clone() if isinstance(value, Tensor) else value for name, value in group.items() if name not in left
     }
 
 

@@ -54,18 +54,18 @@ class SimulatedPhase(Phase):
     ) -> None:
         layout = Layout.of(module, settings.frozen)
         super().__init__(settings, module, Binding(layout, module), script.initial, alone=True)
-        recorded = isinstance(script, Recording)
-        if recorded:
+        if isinstance(script, Recording):
             script.check(self.binding, settings.total)
         coordinator = build_coordinator(settings, layout, self.workers, script.incarnation)
         self.binding.read(coordinator.model.theta)
         if restored is not None:
-            coordinator.load_state_dict(rescaled(restored, self.workers))
-        self._clock = clock = VirtualClock(script.start)
-        self._started_at = clock.now
+            coordinator.load_state_dict(rescaled(restored, self.workers, virtual=True))
+        simulated = {} if restored is None else restored.get("simulation", {})
+        self._started_at = script.start
+        self._clock = clock = VirtualClock(simulated.get("seconds", script.start))
         self._played = coordinator.budget.done
         self._stopped = False
-        kind = ReplayServer if recorded else Server
+        kind = ReplayServer if isinstance(script, Recording) else Server
         about = About(self.workers, settings.seed, settings.fit, settings.folder, unshared="")
         self._server = server = kind(coordinator, BufferPool(layout.numel), threaded=False, clock=clock, about=about)
         self.turns: Turns
@@ -73,7 +73,7 @@ class SimulatedPhase(Phase):
             assert isinstance(server, ReplayServer)
             self.turns = Replay(server, clock, script, self.binding)
         else:
-            self.turns = VirtualCluster(server, clock, script, self.binding, seed)
+            self.turns = VirtualCluster(server, clock, script, self.binding, seed, simulated)
         self.turns.begin()
         self.next_turn()
 
@@ -123,7 +123,10 @@ class SimulatedPhase(Phase):
 
     @property
     def virtual_seconds(self) -> float:
-        """Virtual time since the start of training."""
+        """Virtual time from the start of training to what the server has decided last.
+
+        That is when the global model was what it is now; the round that is being played ends later.
+        """
         return self._clock.now - self._started_at
 
     @property
@@ -174,6 +177,12 @@ class SimulatedPhase(Phase):
         else:
             self.worker = following
             self.turns.adopt(following)
+
+    def pause(self) -> None:
+        """Showing and saving the global model takes no virtual time."""
+
+    def resume(self) -> None:
+        """Likewise."""
 
     def settle(self) -> bool:
         """Workers are in the midst of their rounds all the time."""

@@ -206,13 +206,13 @@ class Replay(Turns):
                 )
             event = events[self._next]
             self._next += 1
-            if event.seconds is not None:
-                self.clock.now = event.seconds
+            self._due = self.clock.now if event.seconds is None else event.seconds
             if event.kind == "push":
                 worker = self._play(event.content["push"])
                 if worker is not None:
                     return worker
             else:
+                self.clock.now = self._due
                 self._apply(event)
         self._compare_end()
         return None
@@ -221,11 +221,13 @@ class Replay(Turns):
         """See :meth:`.Turns.hand_in`; the push is the logged one."""
         plan, worker.plan = worker.plan, None
         assert isinstance(plan, _LoggedRound)
+        self.clock.now = self._due
         logged, computed = plan.push, worker.hand_in(final=final, stop=stop)
         for name in ("steps", "samples", "tokens", "used"):
             then, now = getattr(logged, name), getattr(computed, name)
             if then != now:
-                raise self._parted(f"round {logged.sequence} of worker {worker.number} had {name}={then!r}, not {now!r}")
+                which = f"round {logged.sequence} of worker {worker.number}"
+                raise self._parted(f"{which} had {name}={then!r}, not {now!r}")
         self._deliver(worker, logged, worker.gradient)
 
     def end(self, worker: VirtualWorker, stop: bool) -> None:
@@ -251,6 +253,7 @@ class Replay(Turns):
                 self.adopt(worker)
                 worker.hand_in(final=push.final, stop=push.stop)
             worker.plan = None
+            self.clock.now = self._due
             self._deliver(worker, push, None)
             return None
         if worker.answer is None or worker.answer.version != push.base_version:
@@ -258,7 +261,7 @@ class Replay(Turns):
                 f"worker {push.worker} went on from version {push.base_version} of the model after a lost answer, "
                 "which cannot be played again"
             )
-        worker.plan = _LoggedRound(push, self.clock.now)
+        worker.plan = _LoggedRound(push, self._due)
         return worker
 
     def _apply(self, event: Event) -> None:
@@ -333,4 +336,3 @@ class Replay(Turns):
         return RuntimeError(
             f"the replay has parted from its log {self._recording.path} at line {event + 1}: {what}; {_OTHER_OPTIONS}"
         )
-

@@ -45,7 +45,8 @@ class SimulatedAsyncLocalSGDStrategy(AsyncLocalSGDStrategy):
 
     Every local step of every worker is computed, one after the other, and every decision is made by the live server's
     own code; only time is virtual. Loss curves, staleness and waiting times are those of the cluster, and
-    ``async/virtual_seconds`` says how long it would have taken. The same seed gives the same bits.
+    ``async/virtual_seconds`` says how long it would have taken. The same seed gives the same bits. A run that goes on
+    from a checkpoint does so as a live one does: its workers begin new rounds.
 
     Args:
         seconds_per_step: what a local step takes on each worker's machine; their number is that of the workers. By
@@ -54,10 +55,11 @@ class SimulatedAsyncLocalSGDStrategy(AsyncLocalSGDStrategy):
             message needs each way.
         schedule: what happens to machines: :class:`.Slowdown`, :class:`.Death` and :class:`.Arrival` objects.
         worker_data: gives a worker's number its own training data, for unequal shards: a loader, which is iterated
-            again whenever it ends. None leases the trainer's training data to all workers, as a live run does.
+            again whenever it ends. It is called once for each worker of a fit. None leases the trainer's training data
+            to all workers, as a live run does.
         inner_states_on_cpu: whether the inner optimizers' states of workers that are not at turn are kept in the host's
             memory; otherwise the device needs room for one a worker.
-        seed: of the jitter of step times.
+        seed: of the jitter of step times, an integer >= 0.
         replay: file of events that :class:`.AsyncLocalSGDCallback` has written in a live or simulated run, to play
             that run again instead: its times and decisions are given, only what its workers computed is computed anew.
             ``seconds_per_step``, ``exchange_seconds`` and ``schedule`` have no part in that.
@@ -116,8 +118,11 @@ class SimulatedAsyncLocalSGDStrategy(AsyncLocalSGDStrategy):
     ) -> None:
         self.script: Cluster | Recording = Cluster(seconds_per_step, exchange_seconds, schedule)
         if replay is not None:
-            given = {"exchange_seconds": exchange_seconds != 0.0, "schedule": bool(schedule)}
-            given["seconds_per_step"] = tuple(seconds_per_step) != PAPERS_DEVICES
+            given = {
+                "seconds_per_step": tuple(seconds_per_step) != PAPERS_DEVICES,
+                "exchange_seconds": exchange_seconds != 0.0,
+                "schedule": bool(schedule),
+            }
             if any(given.values()):
                 raise ValueError(
                     f"replay={str(replay)!r} has the times of its run, and {', '.join(n for n in given if given[n])} "
@@ -129,6 +134,8 @@ class SimulatedAsyncLocalSGDStrategy(AsyncLocalSGDStrategy):
                 f"worker_data={worker_data!r} must be a function that gets a worker's number and returns the loader "
                 "of that worker"
             )
+        if type(seed) is not int or seed < 0:
+            raise ValueError(f"seed={seed!r} must be an integer >= 0")
         super().__init__(
             local_steps=local_steps,
             outer_optimizer=outer_optimizer,
@@ -145,6 +152,7 @@ class SimulatedAsyncLocalSGDStrategy(AsyncLocalSGDStrategy):
             precision_plugin=precision_plugin,
         )
         self.worker_data = worker_data
+        self._given: dict[int, Any] = {}
         self.inner_states_on_cpu = inner_states_on_cpu
         self.seed = seed
 
@@ -184,11 +192,21 @@ class SimulatedAsyncLocalSGDStrategy(AsyncLocalSGDStrategy):
     def connect(self, model: pl.LightningModule) -> None:
         super().connect(model)
         trainer = self._trainer
+        self._given = {}
         if self.worker_data is not None and trainer.state.fn == TrainerFn.FITTING:
             source = trainer.fit_loop._data_source
             if not source.is_defined():
                 # How long the epochs of workers are is what the first one's data says.
-                source.instance = self.worker_data(0)
+                source.instance = self._data_of(0)
+
+    def _data_of(self, worker: int) -> Any:
+        """The worker's own training data."""
+        assert self.worker_data is not None
+        if worker not in self._given:
+            data = self._given[worker] = self.worker_data(worker)
+            if data is None:
+                raise ValueError(f"worker_data({worker}) returned None; it must return the loader of worker {worker}")
+        return self._given[worker]
 
     @override
     def _open_group(self) -> None:
@@ -201,12 +219,11 @@ class SimulatedAsyncLocalSGDStrategy(AsyncLocalSGDStrategy):
                 "reload_dataloaders_every_n_epochs does not go together with a simulated cluster, whose workers are in "
                 "different epochs at the same time; leave it at 0"
             )
-        return SimulatedData(trainer, self._workers, self._seed, self._distributes_data, self.worker_data)
+        own = None if self.worker_data is None else self._data_of
+        return SimulatedData(trainer, self._workers, self._seed, self._distributes_data, own)
 
     @override
-    def _begin(
-        self, settings: PhaseSettings, restored: dict[str, Any] | None, budget: RunBudget
-    ) -> AsyncTraining:
+    def _begin(self, settings: PhaseSettings, restored: dict[str, Any] | None, budget: RunBudget) -> AsyncTraining:
         assert self.lightning_module is not None
         assert isinstance(self._data, SimulatedData)
         assert self._limits is not None
@@ -217,9 +234,10 @@ class SimulatedAsyncLocalSGDStrategy(AsyncLocalSGDStrategy):
             )
         phase = SimulatedPhase(settings, self.script, self.lightning_module, self.seed, restored)
         alone = None if restored is None else restored.get("alone")
+        inner = {} if restored is None else restored.get("simulation", {}).get("inner", {})
         try:
             return SimulatedTraining(
-                self._trainer, phase, self._data, self._limits, budget, alone, self.inner_states_on_cpu
+                self._trainer, phase, self._data, self._limits, budget, alone, inner, self.inner_states_on_cpu
             )
         except BaseException:
             phase.close()

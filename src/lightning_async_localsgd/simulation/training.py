@@ -11,7 +11,11 @@ from lightning_async_localsgd.trainer_parts import torch_optimizer
 from lightning_async_localsgd.training import AsyncTraining
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     import lightning.pytorch as pl
+    from lightning.pytorch.utilities.types import LRSchedulerConfig
+    from torch.optim import Optimizer
 
     from lightning_async_localsgd.limits import LiftedLimits, RunBudget
     from lightning_async_localsgd.simulation.data import SimulatedData
@@ -28,6 +32,7 @@ class SimulatedTraining(AsyncTraining):
         limits: the trainer's limits, lifted; given back at the end.
         budget: what these limits come to.
         restored: see :meth:`.TrainingData.state_dict`.
+        workers: inner states to go on with, by the workers' numbers.
         on_cpu: whether inner states are kept in the host's memory.
 
     """
@@ -43,24 +48,31 @@ class SimulatedTraining(AsyncTraining):
         limits: LiftedLimits,
         budget: RunBudget,
         restored: dict[str, Any] | None,
+        workers: Mapping[str, Any],
         on_cpu: bool,
     ) -> None:
+        self._workers = workers
         self._on_cpu = on_cpu
         super().__init__(trainer, phase, data, limits, budget, restored)
 
     def _begin(self, restored: dict[str, Any] | None) -> None:
         trainer, phase = self._trainer, self.phase
-        self._data.attach(phase, self._retire, trainer.max_epochs if self._budget.ends_with_data else None)
+        # A plain number: the trainer's own is one that nothing reaches while its limits are lifted.
+        end = int(trainer.max_epochs or 0) if self._budget.ends_with_data else None
+        self._data.attach(phase, self._retire, end)
         super()._begin(restored)
         configs = trainer.strategy.lr_scheduler_configs
         self._inner = InnerStates(
             [torch_optimizer(optimizer) for optimizer in trainer.strategy.optimizers],
+            _following_a_metric(configs),
             [config.scheduler for config in configs if not config.reduce_on_plateau],
             self._schedulers,
             trainer.strategy.precision_plugin,
             left_out(phase.module, phase.binding.tensors()),
             self._on_cpu,
         )
+        if self._workers:
+            self._inner.load_state_dict(self._workers)
         self._begin_turn()
 
     # ---------------------------------------------------------------- the loop
@@ -84,6 +96,18 @@ class SimulatedTraining(AsyncTraining):
             self._data_ended = out
             self._follow()
 
+    def finish(self) -> None:
+        """Ends training if it has not ended yet, see :meth:`.AsyncTraining.finish`."""
+        if not self.phase.stopped:
+            self._inner.store()
+            super().finish()
+            self._inner.load(0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds of the run, every worker's inner state included."""
+        state = super().state_dict()
+        return {**state, "simulation": {**self.phase.turns.state_dict(), "inner": self._inner.state_dict()}}
+
     # ---------------------------------------------------------------- internal
 
     @property
@@ -105,11 +129,13 @@ class SimulatedTraining(AsyncTraining):
 
     def _turn(self, final: bool) -> None:
         """The turn of a worker is over; those that have no data for theirs pass it on."""
-        self._inner.store(self.phase.worker.number)
+        self._inner.store()
         self.phase.next_turn(final)
         while not self._over and self._budget.ends_with_data and not self._data.has_data(self.phase.worker):
             self.phase.next_turn(final=True)
-        if not self._over:
+        if self._over:
+            self._inner.load(0)  # Of what is not exchanged a run leaves behind what worker 0 has.
+        else:
             self._begin_turn()
 
     def _begin_turn(self) -> None:
@@ -120,3 +146,21 @@ class SimulatedTraining(AsyncTraining):
             worker.steps = max(worker.steps, math.floor(self.phase.progress_of_worker + HAIR))
             self._schedulers.advance(worker.steps)
         self._adapt_optimizers()
+
+
+def _following_a_metric(configs: Sequence[LRSchedulerConfig]) -> list[Optimizer]:
+    """The optimizers whose learning rates follow a metric, which is that of the run and not a worker's own.
+
+    Raises:
+        ValueError: another scheduler, which follows a worker's progress, changes the rates of such an optimizer, too.
+
+    """
+    found = [config.scheduler.optimizer for config in configs if config.reduce_on_plateau]
+    for config in configs:
+        if not config.reduce_on_plateau and any(config.scheduler.optimizer is one for one in found):
+            raise ValueError(
+                f"ReduceLROnPlateau and {type(config.scheduler).__name__} change the learning rates of one optimizer; "
+                "in a simulated cluster the first does so for all workers at once and the second for each at its own "
+                "time; keep one of them"
+            )
+    return found

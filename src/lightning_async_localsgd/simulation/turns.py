@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_async_localsgd.server import LocalOutlet
 
@@ -37,6 +37,9 @@ class Turns(ABC):
     def __init__(self, server: Server, clock: VirtualClock, binding: Binding) -> None:
         self.clock = clock
         self.live: dict[int, VirtualWorker] = {}
+        # When the push of the worker at turn is due. The clock stays behind until it is handed in: what is asked of the
+        # server while a round is played must not have it decide anything.
+        self._due = clock.now
         self.bytes_sent = 0
         self.bytes_received = 0
         self._server = server
@@ -80,6 +83,10 @@ class Turns(ABC):
             stop: somebody has asked for it.
 
         """
+
+    def state_dict(self) -> dict[str, Any]:
+        """What another :class:`Turns` needs to go on at this time, with rounds that begin anew."""
+        return {"seconds": self.clock.now}
 
     def adopt(self, worker: VirtualWorker) -> None:
         """The worker's turn begins: the module holds what the worker was dispatched."""

@@ -1,0 +1,42 @@
+"""What docs/simulation.md says about options is what the strategy has, and its examples run."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+from lightning_async_localsgd import AsyncLocalSGDStrategy, SimulatedAsyncLocalSGDStrategy
+
+PAGE = (Path(__file__).parents[2] / "docs" / "simulation.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+
+
+def test_every_option_is_there_with_its_default() -> None:
+    live, simulated = (
+        {name: one.default for name, one in inspect.signature(strategy).parameters.items()}
+        for strategy in (AsyncLocalSGDStrategy, SimulatedAsyncLocalSGDStrategy)
+    )
+    table = dict(re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", PAGE, re.MULTILINE))
+    assert table == {name: repr(default) for name, default in simulated.items() if name not in live}
+    for name in simulated.keys() & live.keys():
+        assert simulated[name] == live[name], name
+        assert f"`{name}`" in PAGE or name in ("accelerator", "checkpoint_io", "precision_plugin"), name
+    # What decides how workers' rounds are merged can be tried before it is used.
+    policies = {"quorum", "warmup_steps", "staleness", "merge", "grace", "outer_optimizer", "max_update_norm"}
+    assert policies <= simulated.keys()
+
+
+@pytest.mark.parametrize("number", range(len(EXAMPLES)))
+def test_the_examples_run(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    code = EXAMPLES[number]
+    if "replay=" in code:
+        compile(code, "simulation.md", "exec")
+        return
+    exec(compile(code, "simulation.md", "exec"), {"__name__": "example"})
+    if number == 0:
+        printed = dict(re.findall(r"^(\w+): loss ([\d.]+)$", capsys.readouterr().out, re.MULTILINE))
+        assert printed.keys() == {"synchronous", "asynchronous"}
+        assert all(0 < float(loss) < 1 for loss in printed.values())

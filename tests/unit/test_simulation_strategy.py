@@ -1,0 +1,583 @@
+"""The simulated cluster as a strategy: what it computes, what it counts, how long it takes in virtual time."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_async_localsgd import (
+    Arrival,
+    AsyncLocalSGDCallback,
+    Death,
+    Link,
+    Slowdown,
+    StepSeconds,
+    TorchOptimizer,
+)
+from lightning_async_localsgd import SimulatedAsyncLocalSGDStrategy as Simulated
+
+SPEEDS = [0.1, 0.13, 0.3]
+
+
+class Model(L.LightningModule):
+    """A regression with BatchNorm; it notes whose batches it saw, at which rate, and what validation saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Sequential(
+            torch.nn.Linear(8, 16), torch.nn.BatchNorm1d(16), torch.nn.Tanh(), torch.nn.Linear(16, 1)
+        )
+        self.seen: list[int] = []
+        self.rates: dict[int, list[float]] = {}
+        self.validated: list[tuple[int, float]] = []
+
+    def training_step(self, batch: Any, index: int) -> torch.Tensor:
+        self.seen += batch[2].tolist()
+        phase = getattr(self.trainer.strategy, "phase", None)
+        if phase is not None:
+            self.rates.setdefault(phase.worker.number, []).append(self.trainer.optimizers[0].param_groups[0]["lr"])
+        loss = torch.nn.functional.mse_loss(self.net(batch[0]), batch[1])
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        phase = self.trainer.strategy.phase
+        if index == 0 and phase is not None:
+            theta, own = (torch.empty(phase.binding.layout.numel) for _ in range(2))
+            phase.server.copy_model(theta)
+            phase.binding.read(own)
+            assert torch.equal(theta, own)
+            self.validated.append((self.trainer.global_step, phase.virtual_seconds))
+        self.log("val_loss", torch.nn.functional.mse_loss(self.net(batch[0]), batch[1]))
+
+    test_step = validation_step
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
+        total = int(self.trainer.estimated_stepping_batches)
+        # It raises when it is stepped once too often.
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=total + 1)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class Fixed(Model):
+    """Without a schedule."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+
+
+class Stop(L.Callback):
+    """Somebody has seen enough."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        trainer.should_stop = trainer.global_step >= 10
+
+
+def loader(batches: int = 60, seed: int = 0, shuffle: bool = True) -> DataLoader[Any]:
+    inputs = torch.randn(8 * batches, 8, generator=torch.Generator().manual_seed(seed))
+    items = torch.arange(len(inputs))
+    return DataLoader(TensorDataset(inputs, inputs[:, :1].sin(), items), batch_size=8, shuffle=shuffle)
+
+
+def fit(strategy: Any, ckpt_path: Any = None, data: Any = None, **options: Any) -> tuple[Any, L.Trainer]:
+    L.seed_everything(5, verbose=False)
+    module = options.pop("module", Model)()
+    settings = {"max_steps": 30, "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    settings |= {"enable_checkpointing": False, "accelerator": "cpu", "devices": 1}
+    options.setdefault("callbacks", [AsyncLocalSGDCallback(table=False)])
+    trainer = L.Trainer(strategy=strategy, **{**settings, **options})
+    validation = loader(4, 9) if "val_check_interval" in options else None
+    trainer.fit(module, loader() if data is None else data, validation, ckpt_path=ckpt_path)
+    return module, trainer
+
+
+def equal(first: torch.nn.Module, second: torch.nn.Module) -> bool:
+    return all(map(torch.equal, first.state_dict().values(), second.state_dict().values()))
+
+
+class Watch(AsyncLocalSGDCallback):
+    """Keeps what a run came to."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(table=False, **options)
+        self.totals: dict[int, Any] = {}
+        self.seconds = 0.0
+        self.version = 0
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        phase = trainer.strategy.phase
+        self.totals, self.seconds, self.version = phase.totals(), phase.seconds, phase.server.view.version
+
+
+# ----------------------------------------------------------------------------------------------- what it computes
+
+
+def test_the_same_seed_gives_the_same_bits() -> None:
+    def run(**options: Any) -> Any:
+        speeds = [StepSeconds(one, jitter=0.2) for one in SPEEDS]
+        return fit(Simulated(speeds, exchange_seconds=Link(0.02, 1e5), local_steps=6, **options))[0]
+
+    first = run()
+    assert equal(first, run())
+    assert equal(first, run(inner_states_on_cpu=True))
+    assert not equal(first, run(seed=1))
+
+
+def test_real_time_has_no_part_in_it(tmp_path: Path) -> None:
+    class Slow(Model):
+        def training_step(self, batch: Any, index: int) -> torch.Tensor:
+            if index % 7 == 0:
+                time.sleep(0.02)
+            return super().training_step(batch, index)
+
+    fast, slow = (fit(Simulated(SPEEDS, local_steps=6), module=module)[0] for module in (Model, Slow))
+    assert equal(fast, slow)
+    assert equal(fast, fit(Simulated(SPEEDS, local_steps=6), val_check_interval=3)[0]), "validations take no time"
+    # Nor has saving, however often.
+    options = {"checkpoint_every": 1, "local_steps": 6}
+    assert equal(fast, fit(Simulated(SPEEDS, **options), default_root_dir=tmp_path)[0])
+
+
+def test_a_worker_that_has_gone_wrong_is_refused_and_the_others_go_on() -> None:
+    class Broken(Model):
+        def training_step(self, batch: Any, index: int) -> torch.Tensor:
+            loss = super().training_step(batch, index)
+            return loss * float("nan") if self.trainer.strategy.phase.worker.number == 1 else loss
+
+    watch = Watch()
+    module, _ = fit(Simulated([0.1, 0.1, 0.2], local_steps=2), module=Broken, callbacks=[watch])
+    assert watch.totals[1].refused == 5
+    assert watch.totals[1].steps == 0 < watch.totals[2].steps
+    assert all(torch.isfinite(tensor).all() for tensor in module.state_dict().values())
+
+
+def test_a_budget_is_that_of_all_workers_and_fast_ones_do_more_of_it() -> None:
+    watch = Watch()
+    module, trainer = fit(Simulated(SPEEDS, local_steps=6), callbacks=[watch], val_check_interval=10)
+    steps = [watch.totals[n].steps for n in range(3)]
+    assert sum(steps) == 90 == len(module.seen) // 8
+    assert trainer.global_step == 30
+    assert steps[0] > steps[1] > steps[2] > 0
+    # The whole rate of the cluster, within the last round of the slowest.
+    assert watch.seconds == pytest.approx(90 / sum(1 / one for one in SPEEDS), abs=2.0)
+    # Global steps at which validations were due, in virtual time that goes on.
+    assert [step for step, _ in module.validated] == [10, 20, 30]
+    assert sorted(seconds for _, seconds in module.validated) == [seconds for _, seconds in module.validated]
+    # Every worker has followed the schedule to its end, whatever its speed.
+    assert all(rates[-1] < 1e-3 < 0.009 < max(rates) for rates in module.rates.values())
+
+
+def test_synchronous_diloco_is_that_which_is_written_by_hand() -> None:
+    def network() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return torch.nn.Linear(8, 1)
+
+    def inner(parameters: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
+
+    class Plain(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = network()
+
+        def training_step(self, batch: Any, index: int) -> torch.Tensor:
+            return torch.nn.functional.mse_loss(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return inner(self.parameters())
+
+    shards = [loader(10, seed=n, shuffle=False) for n in range(3)]
+    strategy = Simulated(
+        [0.1, 0.2, 0.4], worker_data=lambda n: shards[n], local_steps=5, dynamic_local_steps=False, quorum="all"
+    )
+    module, _ = fit(strategy, module=Plain, data=shards[0], max_steps=20)
+
+    net = network()
+    theta = [parameter.detach().clone().requires_grad_() for parameter in net.parameters()]
+    outer = torch.optim.SGD(theta, lr=0.7, momentum=0.9, nesterov=True)
+    optimizers = [inner(net.parameters()) for _ in shards]
+    streams = [[batch for _ in range(2) for batch in shard] for shard in shards]
+    for begin in range(0, 20, 5):
+        gradients = []
+        for optimizer, stream in zip(optimizers, streams, strict=True):
+            with torch.no_grad():
+                for own, given in zip(net.parameters(), theta, strict=True):
+                    own.copy_(given)
+            for batch in stream[begin : begin + 5]:
+                optimizer.zero_grad()
+                torch.nn.functional.mse_loss(net(batch[0]), batch[1]).backward()
+                optimizer.step()
+            gradients.append([g.detach() - own.detach() for g, own in zip(theta, net.parameters(), strict=True)])
+        for one, parts in zip(theta, zip(*gradients, strict=True), strict=True):
+            one.grad = (parts[0] + parts[1] + parts[2]) / 3
+        outer.step()
+    for own, given in zip(module.net.parameters(), theta, strict=True):
+        assert torch.equal(own, given)
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 3}])
+def test_one_worker_whose_model_is_taken_over_trains_as_a_single_device_does(options: dict[str, Any]) -> None:
+    outer = TorchOptimizer(lambda parameters: torch.optim.SGD(parameters, lr=1.0))
+    data = loader(60, shuffle=False)
+    played, _ = fit(Simulated([0.1], local_steps=4, outer_optimizer=outer), module=Fixed, data=data, **options)
+    plain, _ = fit("auto", module=Fixed, data=data, callbacks=[], **options)
+    assert played.seen == plain.seen
+    for name, tensor in plain.state_dict().items():
+        torch.testing.assert_close(played.state_dict()[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 7}])
+def test_an_epoch_is_every_sample_once_whoever_takes_it(options: dict[str, Any]) -> None:
+    watch = Watch()
+    module, trainer = fit(Simulated(SPEEDS, local_steps=4), max_epochs=2, max_steps=-1, callbacks=[watch], **options)
+    assert sorted(module.seen) == sorted(2 * list(range(480)))
+    assert trainer.current_epoch == 2
+    windows = 2 * -(-60 // options.get("accumulate_grad_batches", 1))
+    assert sum(totals.steps for totals in watch.totals.values()) == windows
+
+
+def test_manual_optimization_with_two_optimizers_and_windows_of_its_own() -> None:
+    class Manual(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, index: int) -> None:
+            first, second = self.optimizers()
+            self.manual_backward(super().training_step(batch, index))
+            if len(self.seen) % 16 == 0:
+                for optimizer in (first, second):
+                    optimizer.step()
+                    optimizer.zero_grad()
+
+        def configure_optimizers(self) -> Any:
+            return [torch.optim.AdamW(self.net[:2].parameters()), torch.optim.SGD(self.net[3:].parameters(), lr=0.1)]
+
+    watch = Watch()
+    module, _ = fit(Simulated([0.5, 0.5], local_steps=4), module=Manual, max_steps=32, callbacks=[watch])
+    # Lightning counts the steps of both optimizers; a local step takes two batches, and so twice the time.
+    assert sum(totals.steps for totals in watch.totals.values()) == 32
+    assert len(module.seen) == 2 * 8 * 32
+    assert watch.seconds == pytest.approx(16.0)
+
+
+# ---------------------------------------------------------------------------------------------- what happens when
+
+
+def test_virtual_time_is_that_of_steps_and_links() -> None:
+    watch = Watch()
+    strategy = Simulated([1.0], exchange_seconds=0.5, local_steps=2, dynamic_local_steps=False)
+    fit(strategy, max_steps=4, callbacks=[watch])
+    # Two rounds: half a second there, two steps, half a second back.
+    assert watch.seconds == 6.0
+    watch = Watch()
+    size = 4 * sum(tensor.numel() for tensor in Model().state_dict().values() if tensor.is_floating_point())
+    fit(Simulated([1.0], Link(0.5, size), local_steps=2), max_steps=4, callbacks=[watch])
+    assert watch.seconds == pytest.approx(2 * (1.5 + 2 + 1.5))
+
+
+def test_who_is_not_known_to_be_slow_is_called_in_at_its_next_step(tmp_path: Path) -> None:
+    for latency, steps, seconds in ((0.0, 3, 1.05), (0.3, 3, 1.65), (0.4, 3, 1.85)):
+        path = tmp_path / f"{latency}.jsonl"
+        watch = Watch(ledger=path)
+        fit(Simulated([0.1, 0.35], exchange_seconds=[0.0, latency], local_steps=10, grace=0.0), callbacks=[watch])
+        pushes = [json.loads(line) for line in path.read_text().splitlines()]
+        first = next(push for push in pushes if push["worker"] == 1)
+        # The fast one arrives after 1 s. The slow one learns that a latency later, having begun a latency later, too.
+        assert (first["steps"], pytest.approx(first["seconds"])) == (steps, seconds)
+
+
+def test_a_slowdown_takes_time() -> None:
+    watch = Watch()
+    fit(Simulated([1.0], schedule=[Slowdown(0, 2.0, 4.0, 5.0)], local_steps=4), max_steps=4, callbacks=[watch])
+    # Steps that begin at 0, 1, 2 (five times as long) and 7.
+    assert watch.seconds == 8.0
+
+
+def test_unequal_workers_wait_for_the_quorum_and_not_without_one() -> None:
+    waits = {}
+    for name, options in {"all": {"quorum": "all"}, "none": {"grace": 0.0}}.items():
+        watch = Watch()
+        fit(Simulated([0.1, 0.4], local_steps=5, dynamic_local_steps=False, **options), callbacks=[watch])
+        waits[name] = watch.totals[0].wait_seconds / watch.seconds
+    assert waits["all"] > 0.6
+    assert waits["none"] < 0.1
+
+
+def test_a_validations_time_is_that_of_the_model_which_it_sees() -> None:
+    strategy = Simulated([0.1, 0.4], local_steps=5, dynamic_local_steps=False, quorum="all")
+    module, _ = fit(strategy, max_steps=20, val_check_interval=5)
+    # Synchronous rounds take as long as the slow one's five steps.
+    assert module.validated == [(5 * n, pytest.approx(2.0 * n)) for n in range(1, 5)]
+
+
+def test_the_dead_lose_a_round_and_those_who_come_take_part() -> None:
+    schedule = [Death(0, 1.0, back_at=3.0), Death(2, 2.0), Arrival(2.5, 0.05), Slowdown(1, 1.0, 4.0, 3.0)]
+    watch = Watch()
+    module, _ = fit(
+        Simulated([0.1, 0.2, 0.3], schedule=schedule, local_steps=5), max_epochs=3, max_steps=-1, callbacks=[watch]
+    )
+    totals = watch.totals
+    assert [totals[n].sessions for n in range(4)] == [2, 1, 1, 1]
+    assert [totals[n].departures for n in range(4)] == [1, 0, 1, 0]
+    assert totals[3].steps > totals[2].steps > 0
+    # What the dead had been leased went to others.
+    assert sorted(module.seen) == sorted(3 * list(range(480)))
+
+
+def test_when_everybody_is_dead_the_run_says_so() -> None:
+    with pytest.raises(RuntimeError, match="at 2 virtual seconds no worker is left"):
+        fit(Simulated([0.1, 0.2], schedule=[Death(0, 1.0), Death(1, 2.0)], local_steps=5), max_steps=1000)
+
+
+def test_workers_with_data_of_their_own() -> None:
+    shards = [loader(6, seed=n) for n in range(2)]
+    seen: dict[int, set[int]] = {0: set(), 1: set()}
+
+    class Note(Model):
+        def training_step(self, batch: Any, index: int) -> torch.Tensor:
+            seen[self.trainer.strategy.phase.worker.number].add(round(float(batch[0].sum()), 3))
+            return super().training_step(batch, index)
+
+    L.seed_everything(1, verbose=False)
+    asked: list[int] = []
+
+    def data_of(worker: int) -> DataLoader[Any]:
+        asked.append(worker)
+        return DataLoader(shards[worker].dataset, batch_size=8)
+
+    strategy = Simulated([0.1, 0.2], worker_data=data_of, local_steps=4)
+    trainer = L.Trainer(
+        strategy=strategy, accelerator="cpu", max_steps=20, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(Note())  # No training data besides.
+    assert len(seen[0]) == len(seen[1]) == 6
+    assert not seen[0] & seen[1]
+    assert asked == [0, 1]
+
+
+def test_a_learning_rate_that_follows_a_metric_is_that_of_all() -> None:
+    class Plateau(Model):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
+            schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=1e9)
+            return {
+                "optimizer": optimizer,
+                "lr_scheduler": {"scheduler": schedule, "monitor": "val_loss", "interval": "step", "frequency": 1,
+                                 "strict": False},
+            }  # fmt: skip
+
+    module, trainer = fit(Simulated([0.1, 0.2], local_steps=3), module=Plateau, max_steps=20, val_check_interval=5)
+    last = trainer.optimizers[0].param_groups[0]["lr"]
+    assert last < 1e-2
+    assert all(rates == sorted(rates, reverse=True) for rates in module.rates.values())
+    assert {len({*rates}) > 1 for rates in module.rates.values()} == {True}
+
+
+# ------------------------------------------------------------------------------------- Lightning's other promises
+
+
+def test_metrics_summary_and_evaluation_afterwards(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    module, trainer = fit(
+        Simulated(SPEEDS, local_steps=5), logger=logger, log_every_n_steps=5, default_root_dir=tmp_path
+    )
+    text = Path(logger.log_dir, "metrics.csv").read_text()
+    assert all(name in text for name in ("async/virtual_seconds", "async/staleness/worker_2", "train_loss"))
+    summary = json.loads(Path(logger.log_dir, "async_localsgd_summary.json").read_text())
+    assert summary["virtual"] is True
+    assert summary["steps"] == 90
+    assert summary["bytes_sent"] > 0 < summary["bytes_received"]
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    assert trainer.test(module, loader(4, 9), verbose=False)[0]["val_loss"] > 0
+    assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
+
+
+def test_a_run_goes_on_from_its_checkpoint_with_every_workers_own_state(tmp_path: Path) -> None:
+    def strategy() -> Simulated:
+        speeds = [StepSeconds(one, 0.1) for one in SPEEDS]
+        return Simulated(speeds, schedule=[Death(1, 1.0), Arrival(1.5, 0.2)], local_steps=5, checkpoint_every=None)
+
+    saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=15, save_top_k=-1)
+    fit(strategy(), callbacks=[saving, AsyncLocalSGDCallback(table=False)], enable_checkpointing=True)
+    path = tmp_path / "step=15.ckpt"
+    saved = torch.load(path, weights_only=True)["async_localsgd"]["simulation"]
+    assert saved["seconds"] > 1.5
+    assert sorted(saved["inner"]) == ["0", "1", "2", "3"]
+    steps = {worker: int(state["optimizers"][0]["state"][0]["step"]) for worker, state in saved["inner"].items()}
+    assert steps["0"] > steps["2"] > 0
+
+    watches = [Watch(), Watch()]
+    runs = [fit(strategy(), ckpt_path=path, callbacks=[watch])[0] for watch in watches]
+    assert equal(*runs)
+    assert watches[0].seconds == watches[1].seconds > saved["seconds"]
+    assert sum(totals.steps for totals in watches[0].totals.values()) == 90
+    # It did not begin with the schedule of learning rates again.
+    assert all(rates[0] > 5e-3 for rates in runs[0].rates.values())
+
+
+def test_a_checkpoint_of_a_live_run_is_gone_on_from(tmp_path: Path) -> None:
+    _, trainer = fit("async_localsgd", module=Fixed, max_steps=10)
+    trainer.save_checkpoint(tmp_path / "live.ckpt")
+    watch = Watch()
+    strategy = Simulated([0.1, 0.1], local_steps=5)
+    fit(strategy, module=Fixed, ckpt_path=tmp_path / "live.ckpt", max_steps=20, callbacks=[watch])
+    # Half of the run was done, whatever the number of workers.
+    assert watch.seconds == pytest.approx(1.0)
+    assert watch.version > 2
+
+
+def test_stopping_early_leaves_the_global_model() -> None:
+    watch = Watch()
+    _, trainer = fit(Simulated(SPEEDS, local_steps=6), max_steps=1000, callbacks=[watch, Stop()])
+    assert 10 <= trainer.global_step < 20
+    assert watch.totals[0].steps > 0
+
+
+# ----------------------------------------------------------------------------------------------------- the replay
+
+
+def test_a_simulated_run_is_replayed_from_its_log(tmp_path: Path) -> None:
+    events = tmp_path / "events.jsonl"
+    schedule = [Death(0, 1.0, back_at=2.0), Arrival(1.5, 0.2)]
+    first, _ = fit(Simulated(SPEEDS, schedule=schedule, local_steps=5), callbacks=[Watch(events=events)])
+    watch = Watch()
+    again, _ = fit(Simulated(replay=events, local_steps=5), callbacks=[watch])
+    assert equal(first, again)
+    assert sorted(watch.totals) == [0, 1, 2, 3]
+    for options, words in (
+        ({"local_steps": 6}, r"parted from its log .* at line .*local_steps=5, not 6"),
+        ({"local_steps": 5, "dynamic_local_steps": False}, r"parted from its log"),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            fit(Simulated(replay=events, **options))
+    with pytest.raises(ValueError, match=r"is of a run of 90 local steps .* come to 60"):
+        fit(Simulated(replay=events, local_steps=5), max_steps=20)
+    with pytest.raises(RuntimeError, match=r"the trainer has stopped before the logged run ended"):
+        fit(Simulated(replay=events, local_steps=5), callbacks=[Stop()])
+    lines = events.read_text().splitlines(keepends=True)
+    (tmp_path / "broken.jsonl").write_text("".join(lines[: len(lines) // 2]))
+    with pytest.raises(RuntimeError, match=r"ends at .* before training does"):
+        fit(Simulated(replay=tmp_path / "broken.jsonl", local_steps=5))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "does not begin with the beginning"),
+        ("no log\n", "line 1 cannot be read"),
+        ('{"kind":"begin","seconds":0,"content":{"format":99}}\n', "of format 99"),
+        ('{"kind":"pause","seconds":0,"content":{"worker":0}}\n', "does not begin with the beginning"),
+        ('{"kind":"begin","seconds":0,"content":{"format":1}}\n' * 2, "more than one run"),
+    ],
+)
+def test_a_file_that_is_no_log_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "events.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=words):
+        Simulated(replay=path)
+
+
+# ------------------------------------------------------------------------------------------------ what is refused
+
+
+def test_a_log_of_events_needs_a_file_of_its_own(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="events must be the path of a file"):
+        AsyncLocalSGDCallback(events=tmp_path)
+    with pytest.raises(ValueError, match="ledger and events are both"):
+        AsyncLocalSGDCallback(ledger=tmp_path / "a", events=tmp_path / "a")
+
+
+def test_times_are_not_given_twice(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="seconds_per_step, schedule"):
+        Simulated([1.0], schedule=[Death(0, 1.0)], replay=tmp_path / "events.jsonl")
+
+
+def test_what_cannot_work_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"given 2 devices; set devices=1"):
+        L.Trainer(strategy=Simulated([0.1, 0.2]), accelerator="cpu", devices=2, logger=False)
+    with pytest.raises(ValueError, match=r"worker_data=3 must be a function"):
+        Simulated([0.1], worker_data=3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"seconds_per_step is empty"):
+        Simulated([])
+    with pytest.raises(ValueError, match="quorum"):
+        L.Trainer(strategy=Simulated([0.1, 0.2], quorum=3), accelerator="cpu", devices=1, logger=False)
+    with pytest.raises(ValueError, match=r"60 workers, but an epoch .* only 50 batches"):
+        fit(Simulated([0.1] * 60), data=loader(50))
+    with pytest.raises(ValueError, match=r"loader of worker 1, worker_data\(1\), has no batches"):
+        fit(Simulated([0.1, 0.2], worker_data=lambda n: loader(5) if n == 0 else []))
+    with pytest.raises(ValueError, match=r"worker_data\(0\) returned None"):
+        fit(Simulated([0.1, 0.2], worker_data=lambda n: None))
+    for seed in ("a", -1, 1.5, True):
+        with pytest.raises(ValueError, match=rf"seed={seed!r} must be an integer"):
+            Simulated([0.1, 0.2], seed=seed)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"use_distributed_sampler=False.*worker_data=function"):
+        fit(Simulated([0.1, 0.2]), use_distributed_sampler=False)
+    with pytest.raises(ValueError, match="reload_dataloaders_every_n_epochs"):
+        fit(Simulated([0.1, 0.2]), reload_dataloaders_every_n_epochs=1)
+
+
+def test_a_stream_of_data_needs_a_share_for_each_worker() -> None:
+    class Stream(torch.utils.data.IterableDataset[Any]):
+        def __iter__(self) -> Any:
+            yield from loader(4).dataset
+
+    with pytest.raises(ValueError, match=r"a DataLoader whose items cannot be handed out.*worker_data=function"):
+        fit(Simulated([0.1, 0.2]), data=DataLoader(Stream(), batch_size=8))
+    fit(Simulated([0.1, 0.2], worker_data=lambda n: DataLoader(Stream(), batch_size=8)), data=loader(4), max_steps=9)
+
+
+def test_a_step_that_fetches_by_itself_is_refused() -> None:
+    class Fetching(Model):
+        def training_step(self, dataloader_iter: Any) -> Any:
+            raise AssertionError
+
+    with pytest.raises(TypeError, match=r"training_step\(self, batch, batch_idx\)"):
+        fit(Simulated([0.1, 0.2]), module=Fetching)
+
+
+def test_the_command_line(tmp_path: Path) -> None:
+    from lightning.pytorch.cli import LightningCLI
+    from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
+
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        """
+trainer:
+  accelerator: cpu
+  devices: 1
+  logger: false
+  strategy:
+    class_path: lightning_async_localsgd.SimulatedAsyncLocalSGDStrategy
+    init_args:
+      seconds_per_step: [0.5, {seconds: 1.0, jitter: 0.1}]
+      exchange_seconds: {latency: 0.1, bytes_per_second: 1000000.0}
+      schedule:
+        - class_path: lightning_async_localsgd.Slowdown
+          init_args: {worker: 0, start: 5.0, end: 6.0, factor: 2.0}
+        - class_path: lightning_async_localsgd.Death
+          init_args: {worker: 1, at: 9.0}
+      quorum: all
+"""
+    )
+    strategy = LightningCLI(
+        BoringModel, BoringDataModule, run=False, args=[f"--config={config}"], save_config_callback=None
+    ).trainer.strategy
+    assert isinstance(strategy, Simulated)
+    assert strategy.script.devices == [StepSeconds(0.5), StepSeconds(1.0, 0.1)]
+    assert strategy.script.links == [Link(0.1, 1e6)] * 2
+    assert strategy.script.deaths == [Death(1, 9.0)]
+    assert strategy.script.factor(0, 5.5) == 2.0
+    assert strategy.quorum == "all"
