@@ -24,7 +24,7 @@ from benchmarks.study.running import Places
 from benchmarks.study.scheduling import Job, Queue, work
 from benchmarks.study.text import DEFAULT_CACHE, DEFAULT_DATA
 
-TUNED = [*cells.TABLE_A, *cells.CONTROLS, *cells.RULES]
+TUNED = [*cells.TABLE_A, *cells.CONTROLS, *cells.RULES, *TABLES["scratch"]]
 
 
 def jobs_of(table: str, levels: list[str], seeds: list[int]) -> list[Job]:

@@ -40,10 +40,8 @@ LEVELS: dict[str, tuple[float, ...]] = {
 """Seconds a step of each device. All levels have the same speed in all, 4.02 steps a second; ``very`` is the paper's.
 More than four workers are so many such sets."""
 
-INNER_GRID = (1e-3, 2e-3, 4e-3)
-OUTER_GRID = (0.07, 0.2, 0.4, 0.7)
-SYNC_LR = 0.7
-"""Outer learning rate at which synchronous DiLoCo's inner one is chosen."""
+INNER_GRID = (3e-4, 1e-3, 2e-3)
+OUTER_GRID = (0.02, 0.07, 0.2, 0.7)
 
 METHODS: dict[str, str] = {
     "single": "single worker, k-fold batch",
@@ -100,7 +98,7 @@ class Cell:
     size: str = "0.5m"
     local_steps: int = 20
     steps: int = 2000
-    warm_steps: int = 5000
+    warm_steps: int = 1500
     lr: float | None = None
     inner_lr: float | None = None
     period: int | None = None
@@ -205,17 +203,14 @@ RULES = [cell for rule in LATER_RULES for cell in (Cell(rule), Cell(rule, dynami
 ROUND_SECONDS = 20 * 0.58
 """Of the fastest device with H = 20, which with DyLU is everybody's, about."""
 GRACE_SHARES = (0.0, 0.05, 0.10, 0.15, 0.30)
-SHORT = 500
-"""Steps a worker in the runs that tune: a quarter of the others'."""
+SHORT = 1000
+"""Steps a worker in the runs that tune: half of the others'."""
 
 
 def inner_tuning() -> list[Cell]:
-    """The peak of the inner learning rate, for synchronous DiLoCo and for the single worker."""
-    return [
-        replace(cell, inner_lr=inner, steps=SHORT)
-        for cell in (replace(SYNC, lr=SYNC_LR), Cell("single"))
-        for inner in INNER_GRID
-    ]
+    """The peak of the inner learning rate, for the single worker and, with every outer one, for synchronous DiLoCo."""
+    alike = [*(replace(SYNC, lr=outer) for outer in OUTER_GRID), Cell("single")]
+    return [replace(cell, inner_lr=inner, steps=SHORT) for inner in INNER_GRID for cell in alike]
 
 
 def outer_tuning(cells: Iterable[Cell]) -> list[Cell]:
@@ -290,7 +285,7 @@ def small(cells: Iterable[Cell]) -> list[Cell]:
             steps=8,
             warm_steps=min(4, cell.warm_steps),
             vocabulary=300,
-            lr=None if cell.method == "single" else cell.lr or SYNC_LR,
+            lr=None if cell.method == "single" else cell.lr or OUTER_GRID[-1],
             inner_lr=cell.inner_lr or INNER_GRID[1],
         )
         for cell in cells

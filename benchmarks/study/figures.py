@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.study import cells
 from benchmarks.study.cells import Cell
+from benchmarks.study.report import FIGURES
 from benchmarks.study.results import Results
 from benchmarks.study.running import TIMELINE
 
@@ -36,15 +37,13 @@ _SMOOTHED = 9
 
 
 def draw_all(results: Results, folder: Path) -> None:
-    """Writes every figure for which there are results."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Writes every figure, of the cells that have been run, once :data:`.BEST` has."""
     runs = {cell: found for cell in SHOWN if (found := results.all_of(cell))}
-    if not runs:
+    if cells.BEST not in runs:
         return
-    losses(runs).savefig(folder / "study_loss.png")
-    ages(runs).savefig(folder / "study_staleness.png")
-    cosines(runs).savefig(folder / "study_cosine.png")
-    timeline(runs).savefig(folder / "study_timeline.png")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, draw in zip(FIGURES, (losses, ages, cosines, timeline), strict=True):
+        draw(runs).savefig(folder / name)
 
 
 def losses(runs: dict[Cell, list[dict[str, Any]]]) -> Figure:

@@ -37,6 +37,7 @@ def train(cell: Cell, seed: int, places: Places, time_scale: float = TIME_SCALE)
     curve = Curve(cell, corpus)
     with tempfile.TemporaryDirectory(prefix="async_localsgd_study_") as name:
         folder = Path(name)
+        clock = Clock(time_scale)
         logger = MemoryLogger(folder, (running.COSINE,))
         trainer = pl.Trainer(
             strategy=AsyncLocalSGDStrategy(**strategy_options(cell)),
@@ -45,13 +46,12 @@ def train(cell: Cell, seed: int, places: Places, time_scale: float = TIME_SCALE)
             logger=logger,
             callbacks=[
                 EmulatedDevices([seconds * time_scale for seconds in cell.seconds_per_step]),
+                clock,
                 curve,
                 AsyncLocalSGDCallback(table=False, ledger=folder / "ledger.jsonl"),
             ],
             **{**running.trainer_options(), "devices": cell.workers},
         )
-        clock = Clock(time_scale)
-        trainer.callbacks.append(clock)
         curve.begin(module, clock)
         trainer.fit(module, text.loader(corpus.mixture, running.BATCH), curve.loader)
         if not trainer.is_global_zero:

@@ -125,7 +125,7 @@ class LanguageModel(pl.LightningModule):
         decayed = [parameter for parameter in self.parameters() if parameter.dim() >= 2]
         plain = [parameter for parameter in self.parameters() if parameter.dim() < 2]
         groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=(0.9, 0.95), fused=True)
+        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=(0.9, 0.99), fused=True)
         total = int(self.trainer.estimated_stepping_batches)
         warmup = max(1, round(WARMUP_SHARE * total))
 

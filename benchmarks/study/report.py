@@ -19,6 +19,13 @@ PAGE = DOCS / "study.md"
 IMAGES = DOCS / "images"
 MISSING = "-"
 
+FIGURES = {
+    "study_loss.png": "Perplexity over local updates, and over time",
+    "study_staleness.png": "How old pushes are when they are merged",
+    "study_cosine.png": "Cosine of pushes with the momentum",
+    "study_timeline.png": "Who computes and who waits",
+}
+
 Column = tuple[str, Callable[[Cell], str]]
 
 
@@ -30,7 +37,7 @@ def report(results: Results, page: Path, images: Path) -> None:
 
     """
     # Only here: runs need no matplotlib.
-    from benchmarks.study import figures
+    from benchmarks.study.figures import draw_all
 
     text = page.read_text()
     made = tables(results)
@@ -40,7 +47,7 @@ def report(results: Results, page: Path, images: Path) -> None:
     for name, lines in made.items():
         text = fill(text, name, lines)
     page.write_text(text)
-    figures.draw_all(results, images)
+    draw_all(results, images)
 
 
 def fill(text: str, name: str, lines: str) -> str:
@@ -79,6 +86,7 @@ def tables(results: Results) -> dict[str, str]:
         "scratch": table.of(cells.TABLES["scratch"]),
         "wikitext2": table.of(cells.TABLES["wikitext2"]),
         "bar": _bar(results),
+        "figures": _figures(results),
     }
 
 
@@ -208,19 +216,30 @@ def _grace(cell: Cell) -> str:
 
 def _inner(results: Results) -> str:
     rows = []
-    for cell in (cells.SYNC, Cell("single")):
-        losses = {one.inner_lr: _tuned(results, one) for one in cells.inner_tuning() if one.method == cell.method}
-        rows.append([METHODS[cell.method], *_best_in_bold(losses[value] for value in INNER_GRID)])
-    return markdown(["method", *(f"{value:g}" for value in INNER_GRID)], rows)
+    for warm in (cells.SYNC.warm_steps, 0):
+        for method, outers in (("sync", OUTER_GRID), ("single", (None,))):
+            if method == "single" and not warm:
+                continue
+            mine = [replace(cell, warm_steps=warm) for cell in cells.inner_tuning() if cell.method == method]
+            shown = dict(zip(mine, _best_in_bold(_tuned(results, cell) for cell in mine), strict=True))
+            for outer in outers:
+                row = {cell.inner_lr: text for cell, text in shown.items() if cell.lr == outer}
+                lr = "" if outer is None else f"{outer:g}"
+                rows.append([METHODS[method], _start(warm), lr, *(row[inner] for inner in INNER_GRID)])
+    return markdown(["method", "start", "outer lr", *(f"inner lr {value:g}" for value in INNER_GRID)], rows)
 
 
 def _tuning(results: Results) -> str:
     rows = []
-    for cell in dict.fromkeys([*cells.TABLE_A, *cells.CONTROLS, *cells.RULES]):
+    for cell in dict.fromkeys([*cells.TABLE_A, *cells.CONTROLS, *cells.RULES, *cells.TABLES["scratch"]]):
         if cell.method != "single":
             losses = [_tuned(results, one) for one in cells.outer_tuning([cell])]
-            rows.append([label(cell), *_best_in_bold(losses)])
-    return markdown(["method", *(f"{value:g}" for value in OUTER_GRID)], rows)
+            rows.append([label(cell), _start(cell.warm_steps), *_best_in_bold(losses)])
+    return markdown(["method", "start", *(f"{value:g}" for value in OUTER_GRID)], rows)
+
+
+def _start(warm_steps: int) -> str:
+    return "warm" if warm_steps else "scratch"
 
 
 def _tuned(results: Results, cell: Cell) -> float | None:
@@ -251,6 +270,12 @@ def _processes(results: Results) -> str:
 
 def _waited(runs: Sequence[dict[str, Any]]) -> float:
     return statistics.fmean(run["waiting_share"] for run in runs)
+
+
+def _figures(results: Results) -> str:
+    if not results.all_of(cells.BEST):
+        return "Not run yet."
+    return "\n\n".join(f"![{what}](images/{name})" for name, what in FIGURES.items())
 
 
 def _bar(results: Results) -> str:

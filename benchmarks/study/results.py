@@ -102,24 +102,30 @@ class Results:
         return self._resolved[cell]
 
     def _best(self, candidates: Iterable[Cell], field: str) -> float:
-        candidates = list(candidates)
         runs = [(self.find(candidate, TUNING_SEED), candidate) for candidate in candidates]
         missing = [candidate for run, candidate in runs if run is None]
         if missing:
             raise Untuned(missing)
-        losses = {getattr(candidate, field): run["final_loss"] for run, candidate in runs if run is not None}
-        return min(losses, key=lambda value: losses[value])
+        losses = [(run["final_loss"], getattr(candidate, field)) for run, candidate in runs if run is not None]
+        value: float = min(losses)[1]
+        return value
 
 
 def inner_candidates(cell: Cell) -> list[Cell]:
-    """The runs that decide about a cell's inner learning rate: those of its size, on C4."""
+    """The runs that decide about a cell's inner learning rate: those with its kind of start, on C4."""
     method = "single" if cell.method == "single" else "sync"
-    return [replace(one, size=cell.size) for one in cells.inner_tuning() if one.method == method]
+    tuned = [one for one in cells.inner_tuning() if one.method == method]
+    return [replace(one, warm_steps=0) for one in tuned] if cell.warm_steps == 0 else tuned
 
 
 def outer_candidates(cell: Cell) -> list[Cell]:
-    """The runs that decide about a cell's outer learning rate: those of its method at ``very``, on C4."""
+    """The runs that decide about a cell's outer learning rate: those of its method at ``very``, on C4.
+
+    Random weights need larger steps than a warm start, and have runs of their own.
+    """
     plain = Cell(cell.method, cell.dynamic, "auto" if cell.grace else 0.0)
+    if cell.warm_steps == 0:
+        plain = replace(plain, warm_steps=0)
     if cell.local_steps == cells.DYLU_ROUNDS.local_steps:
         plain = replace(plain, local_steps=cell.local_steps)
     return cells.outer_tuning([plain])

@@ -191,7 +191,7 @@ class Curve(pl.Callback):
 def evaluate(module: LanguageModel, windows: Tensor) -> float:
     """Mean cross-entropy of a module on windows."""
     module.eval()
-    losses = [float(module.loss(batch.long())) * len(batch) for batch in windows.split(64)]
+    losses = [float(module.loss(batch.long())) * len(batch) for batch in torch.split(windows, 64)]
     return sum(losses) / len(windows)
 
 
@@ -246,7 +246,7 @@ def _simulated(cell: Cell, module: LanguageModel, corpus: Corpus, curve: Curve, 
         callbacks=[curve, callback],
         **trainer_options(),
     )
-    curve.begin(module, lambda: strategy.phase.virtual_seconds or 0.0)
+    curve.begin(module, lambda: (strategy.phase and strategy.phase.virtual_seconds) or 0.0)
     trainer.fit(module, text.loader(corpus.mixture, BATCH) if cell.iid else None, curve.loader)
     cosine = [[step * cell.workers, round(value, 4)] for step, value in logger.logged[COSINE]]
     return {**of_the_run(cell, folder), "cosine": cosine, "timeline": _timeline(cell, _pushes(folder))}

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
+import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -77,7 +80,8 @@ def work(
     """
     failed: list[Job] = []
     running: dict[Future[dict[str, Any]], Job] = {}
-    with ProcessPoolExecutor(at_once, mp_context=multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(at_once, mp_context=spawn, initializer=_end_with_the_parent) as pool:
         while True:
             while len(running) < at_once and (job := queue.next()) is not None:
                 running[pool.submit(play, job.cell, job.seed, places)] = job
@@ -94,6 +98,19 @@ def work(
                 results.append(job.table, record)
                 _say(f"{_name(job)}: loss {record['final_loss']:.4f} in {record['seconds']:.0f} s of the devices, "
                      f"{record['wall_seconds']:.0f} s here")  # fmt: skip
+
+
+def _end_with_the_parent() -> None:
+    """A process does not outlive the one that has started it, however that ends."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    sentinel = parent.sentinel
+
+    def watch() -> None:
+        multiprocessing.connection.wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _name(job: Job) -> str:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_async_localsgd.assembly import build_coordinator
 from lightning_async_localsgd.buffers import BufferPool
+from lightning_async_localsgd.local_exchange import LocalExchange
 from lightning_async_localsgd.rendezvous import RendezvousError
 from lightning_async_localsgd.restarts import JoinTicket
-from lightning_async_localsgd.server import About, LocalExchange, Server
+from lightning_async_localsgd.server import About, Server
 
 if TYPE_CHECKING:
     from lightning_async_localsgd.exchange import Exchange

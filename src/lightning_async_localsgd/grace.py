@@ -45,13 +45,14 @@ class GraceWindow:
     again, all with the same model.
 
     ``"auto"`` predicts when each computing worker arrives and waits for those who arrive soon, in the order of their
-    arrival, as long as nobody in the window, the first nor any later one, is predicted to wait for more than ``share``
-    of its own round. A worker that is overdue by more than that much of its round has died or hangs: nobody waits for
-    it. Where nobody is worth waiting for, the window is closed from the start.
+    arrival, as long as nobody in the window, the first nor any later one, is predicted to spend more than ``share`` of
+    its time, round and wait together, on waiting. A worker that is overdue by more than it may wait itself has died or
+    hangs: nobody waits for it. Where nobody is worth waiting for, the window is closed from the start.
 
     Args:
         grace: ``"auto"``, or the length of each window in seconds; 0 turns windows off.
-        share: largest part of a worker's round that ``"auto"`` lets it wait, in [0, 1].
+        share: largest part of a worker's time that ``"auto"`` lets it wait, in [0, 0.5]. The default has room for all
+            four devices of the paper with H=20, whose rounds last from 9.99 to 11.6 s.
 
     Raises:
         ValueError: a value is outside its range.
@@ -62,7 +63,7 @@ class GraceWindow:
         >>> soon = Pending(worker=1, dispatched_at=0.0, expected_seconds=31.0)
         >>> late = Pending(worker=2, dispatched_at=0.0, expected_seconds=60.0)
         >>> window.plan(now=30.0, round_seconds=30.0, pending=[soon, late])
-        Plan(deadline=32.55, expected=frozenset({1}))
+        Plan(deadline=32.8235294117647, expected=frozenset({1}))
 
     """
 
@@ -70,8 +71,8 @@ class GraceWindow:
         number = isinstance(grace, (int, float)) and not isinstance(grace, bool)
         if grace != "auto" and not (number and 0.0 <= float(grace) < math.inf):
             raise ValueError(f'grace must be "auto" or seconds >= 0, got {grace!r}; 0 turns the grace window off')
-        if not 0.0 <= share <= 1.0:
-            raise ValueError(f"the share of a round spent on waiting must be in [0, 1], got {share!r}")
+        if not 0.0 <= share <= 0.5:
+            raise ValueError(f"the share of a worker's time spent on waiting must be in [0, 0.5], got {share!r}")
         self.grace = grace
         self.share = share
 
@@ -92,12 +93,12 @@ class GraceWindow:
         for other in pending:
             seconds = round_seconds if other.expected_seconds is None else other.expected_seconds
             arrival = other.dispatched_at + seconds
-            patience = self.share * max(0.0, seconds)
+            patience = self._patience(seconds)
             if arrival + patience >= now:
                 arrivals.append((max(now, arrival), patience, other.worker))
 
         # `latest` is when the first of those in the window runs out of patience.
-        latest = now + self.share * max(0.0, round_seconds)
+        latest = now + self._patience(round_seconds)
         deadline = now
         expected: set[int] = set()
         for arrival, patience, worker in sorted(arrivals):
@@ -110,3 +111,7 @@ class GraceWindow:
             expected.add(worker)
         deadline = min(deadline, latest)
         return Plan(deadline, frozenset(expected)) if deadline > now else Plan(now, frozenset())
+
+    def _patience(self, round_seconds: float) -> float:
+        """For how long somebody waits after a round of so many seconds."""
+        return self.share / (1.0 - self.share) * max(0.0, round_seconds)

@@ -91,7 +91,7 @@ class AsyncLocalSGDStrategy(SavingStrategy):
         dynamic_local_steps: whether slower workers take proportionally fewer local steps, so that all rounds take
             about the same time (DyLU, equation 6).
         grace: for how long, from the first arrival on, finished workers wait to be dispatched together: seconds, 0 for
-            not at all, or ``"auto"``: as long as it takes those who are about to finish, at most 15 % of a round.
+            not at all, or ``"auto"``: as long as it takes those who are about to finish, at most 15 % of their time.
         quorum: how many different workers hand in before their pushes are merged, as one step on their average: 1
             merges each push as it comes, ``"all"`` is synchronous DiLoCo.
         warmup_steps: steps per worker, counted as in ``max_steps``, in which the quorum comes down from all workers to
@@ -376,9 +376,7 @@ class AsyncLocalSGDStrategy(SavingStrategy):
                 "rounded to it at every exchange. Within a round they are trained in fp64."
             )
 
-    def _begin(
-        self, settings: PhaseSettings, restored: dict[str, Any] | None, budget: RunBudget
-    ) -> AsyncTraining:
+    def _begin(self, settings: PhaseSettings, restored: dict[str, Any] | None, budget: RunBudget) -> AsyncTraining:
         """The asynchronous phase begins."""
         trainer = self._trainer
         assert self.lightning_module is not None

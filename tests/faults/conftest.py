@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -46,10 +47,11 @@ def job(started: Jobs, tmp_path: Path) -> Callable[..., Run]:
 
     def run(timeout: float = 150.0, **options: Any) -> Run:
         out = tmp_path / f"run{len(list(tmp_path.glob('run*')))}"
+        began = time.monotonic()
         code, text = started.finish(started.start(command(out, **options), PYTHONPATH=str(ROOT)), timeout)
         if code != 0:
             pytest.fail(f"the job ended with {code}:\n{text[-6000:]}")
-        return Run(out, text)
+        return Run(out, text, began)
 
     return run
 

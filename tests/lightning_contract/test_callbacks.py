@@ -60,9 +60,9 @@ def test_early_stopping_of_rank_0_ends_all(outcome: Outcome) -> None:
 
 
 def files(folder: Path) -> set[str]:
-    """All files, but for what workers keep beside checkpoints."""
-    found = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
-    return {str(path) for path in found if not any(part.endswith(".workers") for part in path.parts)}
+    """All files, but for the workers' optimizer states in the run's folder and beside checkpoints."""
+    found = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("worker-"))
+    return {str(path.relative_to(folder)) for path in found}
 
 
 def test_checkpoints_are_rank_0s_and_known_to_all(outcome: Outcome) -> None:

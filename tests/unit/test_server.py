@@ -19,12 +19,13 @@ from lightning_async_localsgd.global_model import GlobalModel
 from lightning_async_localsgd.grace import GraceWindow
 from lightning_async_localsgd.layout import Binding, Layout
 from lightning_async_localsgd.leases import LeaseDesk
+from lightning_async_localsgd.local_exchange import LocalExchange
 from lightning_async_localsgd.merging import Merging
 from lightning_async_localsgd.messages import PROTOCOL_VERSION, Facts, Hello, LeaseRequest, Push, Reply
 from lightning_async_localsgd.outer import DelayedNesterov, Nesterov, OuterOptimizer
 from lightning_async_localsgd.pacing import SpeedAwareSteps
 from lightning_async_localsgd.records import Settled
-from lightning_async_localsgd.server import About, LocalExchange, Server
+from lightning_async_localsgd.server import About, Server
 from lightning_async_localsgd.worker import Worker
 
 

@@ -46,7 +46,9 @@ def way(request: pytest.FixtureRequest, wire: Wire) -> Callable[..., tuple[FakeS
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    context = multiprocessing.get_context("spawn")
+    # Copies of a process that has imported everything once, and has done nothing else.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.wire.programs"])
     programs: list[Program] = []
 
     def start_(target: Callable[..., None], *args: Any) -> Program:

@@ -21,11 +21,12 @@ from lightning_async_localsgd.global_model import GlobalModel
 from lightning_async_localsgd.grace import GraceWindow
 from lightning_async_localsgd.layout import Binding, Layout
 from lightning_async_localsgd.leases import LeaseDesk
+from lightning_async_localsgd.local_exchange import LocalExchange
 from lightning_async_localsgd.messages import Push
 from lightning_async_localsgd.objections import Objection
 from lightning_async_localsgd.outer import DelayedNesterov
 from lightning_async_localsgd.pacing import SpeedAwareSteps
-from lightning_async_localsgd.server import LocalExchange, Server
+from lightning_async_localsgd.server import Server
 from lightning_async_localsgd.wire import WireExchange, WireServer
 from lightning_async_localsgd.worker import Worker
 from tests.proxy import Proxy

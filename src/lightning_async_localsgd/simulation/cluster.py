@@ -13,7 +13,7 @@ import logging
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from lightning_async_localsgd.server import LocalExchange
+from lightning_async_localsgd.local_exchange import LocalExchange
 from lightning_async_localsgd.simulation.machine import Machine, PlannedRound, VirtualClock, VirtualWorker
 from lightning_async_localsgd.simulation.turns import Turns
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
-from lightning_async_localsgd.server import LocalOutlet
+from lightning_async_localsgd.local_exchange import LocalOutlet
 
 if TYPE_CHECKING:
     from collections.abc import Callable
