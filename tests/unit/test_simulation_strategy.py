@@ -89,6 +89,12 @@ def loader(batches: int = 60, seed: int = 0, shuffle: bool = True) -> DataLoader
     return DataLoader(TensorDataset(inputs, inputs[:, :1].sin(), items), batch_size=8, shuffle=shuffle)
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints of trainers without a folder are no part of the repository."""
+    monkeypatch.chdir(tmp_path)
+
+
 def fit(strategy: Any, ckpt_path: Any = None, data: Any = None, **options: Any) -> tuple[Any, L.Trainer]:
     L.seed_everything(5, verbose=False)
     module = options.pop("module", Model)()
@@ -426,6 +432,24 @@ def test_a_run_goes_on_from_its_checkpoint_with_every_workers_own_state(tmp_path
     assert sum(totals.steps for totals in watches[0].totals.values()) == 90
     # It did not begin with the schedule of learning rates again.
     assert all(rates[0] > 5e-3 for rates in runs[0].rates.values())
+
+
+def test_each_fit_has_a_folder_of_its_own_and_the_last_one_is_gone_on_from(tmp_path: Path) -> None:
+    def again(steps: int, ckpt_path: str | None = None) -> Watch:
+        watch = Watch()
+        strategy = Simulated(SPEEDS, local_steps=5, checkpoint_every=1)
+        options = {"callbacks": [watch], "default_root_dir": tmp_path, "module": Fixed, "max_steps": steps}
+        fit(strategy, ckpt_path, **options)
+        return watch
+
+    again(10)
+    again(20)
+    folders = sorted((tmp_path / "async_localsgd").iterdir())
+    assert len(folders) == 2
+    assert all(list(folder.glob("rounds=*.ckpt")) for folder in folders)
+    watch = again(40, "last")
+    assert sum(totals.steps for totals in watch.totals.values()) == 120
+    assert len(list((tmp_path / "async_localsgd").iterdir())) == 3
 
 
 def test_a_checkpoint_of_a_live_run_is_gone_on_from(tmp_path: Path) -> None:

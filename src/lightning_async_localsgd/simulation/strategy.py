@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies.launchers.launcher import _Launcher
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -19,6 +20,7 @@ from lightning_async_localsgd.merging import MergeOptions
 from lightning_async_localsgd.outer import OuterOptimizer
 from lightning_async_localsgd.refusals import refuse_plugins
 from lightning_async_localsgd.registration import register_simulated
+from lightning_async_localsgd.run_folder import prepare_fit
 from lightning_async_localsgd.simulation.data import SimulatedData
 from lightning_async_localsgd.simulation.devices import Arrival, Cluster, Death, Link, Slowdown, StepSeconds
 from lightning_async_localsgd.simulation.phase import SimulatedPhase
@@ -38,6 +40,26 @@ if TYPE_CHECKING:
 
 PAPERS_DEVICES = (0.58, 0.75, 1.51, 3.33)
 """Seconds that a local step takes on the devices of arXiv 2401.09135, section 3."""
+
+
+class _SimulationLauncher(_Launcher):
+    """Launches nothing: all is done in this process."""
+
+    @property
+    @override
+    def is_interactive_compatible(self) -> bool:
+        return True
+
+    @override
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
+        """Settles where a fit's files go and what it goes on from, and runs ``function``."""
+        if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
+            args = prepare_fit(trainer, args)
+        return function(*args, **kwargs)
+
+    @override
+    def kill(self, signum: int) -> None:
+        """There is no other process."""
 
 
 class SimulatedAsyncLocalSGDStrategy(AsyncLocalSGDStrategy):
@@ -173,6 +195,7 @@ class SimulatedAsyncLocalSGDStrategy(AsyncLocalSGDStrategy):
                 "there are"
             )
         refuse_plugins(self, "")
+        self._launcher = _SimulationLauncher()
         arrivals = isinstance(self.script, Cluster) and bool(self.script.arrivals)
         self._refuse_workers(self.script.initial, joinable=arrivals)
 
