@@ -33,7 +33,12 @@ def jobs_of(table: str, levels: list[str], seeds: list[int]) -> list[Job]:
         wanted = [*cells.inner_tuning(), *cells.outer_tuning(TUNED)]
         return [Job(TUNING, cell, TUNING_SEED) for cell in wanted]
     if table != "all":
-        return [Job(table, cell, seed) for seed in seeds for cell in TABLES[table] if cell.level in levels]
+        return [
+            Job(table, cell, seed)
+            for seed in seeds
+            for cell in TABLES[table]
+            if table != "table_a" or cell.level in levels
+        ]
     order = ["very", "none", "table_d", "table_e", "table_b", "scratch", "wikitext2", "table_h", "table_c", "table_f"]
     jobs = [Job("table_a", cell, seed) for seed in seeds for cell in (cells.SYNC, cells.BEST) if cell.level in levels]
     for part in [*order, "moderate", "slight"]:

@@ -59,6 +59,23 @@ class Places:
     cache: Path
 
 
+def _commit() -> str:
+    """Of the repository, with a plus where files of the package or of the study differ from it."""
+    git = ["git", "-C", str(text.ROOT)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "src", "benchmarks/study"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+COMMIT = _commit()
+"""Read when the code is, for a process may run for hours."""
+
+
 def run(cell: Cell, seed: int, places: Places) -> dict[str, Any]:
     """Runs a cell whose learning rates are known.
 
@@ -134,7 +151,7 @@ def header(cell: Cell, seed: int) -> dict[str, Any]:
         "cell": cell.as_dict(),
         "seed": seed,
         "batch": [BATCH, LENGTH],
-        "commit": _commit(),
+        "commit": COMMIT,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, Python "
         f"{platform.python_version()}",
     }
@@ -337,16 +354,3 @@ def _processes(cell: Cell, seed: int, places: Places) -> dict[str, Any]:
         subprocess.run(command, cwd=text.ROOT, check=True)
         found: dict[str, Any] = json.loads(output.read_text())
     return found
-
-
-def _commit() -> str:
-    """Of the repository, with a plus where files of the package or of the study differ from it."""
-    git = ["git", "-C", str(text.ROOT)]
-    try:
-        commit = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run(
-            [*git, "status", "--porcelain", "src", "benchmarks/study"], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")

@@ -53,11 +53,14 @@ class Ledger:
         self._lost = 0
         self._failure: OSError | None = None
         self._lines: queue.Queue[Settled | Event | None] = queue.Queue(_MOST_WAITING)
+        self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="async_localsgd-ledger", daemon=True)
         self._thread.start()
 
     def write(self, entry: Settled | Event) -> None:
         """Has a line written, without waiting for it. After :meth:`close` nothing is."""
+        if self._closing.is_set():
+            return
         try:
             self._lines.put_nowait(entry)
         except queue.Full:
@@ -67,8 +70,10 @@ class Ledger:
         """Waits until everything is written. May be called twice."""
         if not self._thread.is_alive():
             return
+        self._closing.set()
+        # Wakes a thread that waits for lines. Where there is no room it has some to write, and looks again after them.
         with contextlib.suppress(queue.Full):
-            self._lines.put(None, timeout=_CLOSING_SECONDS)
+            self._lines.put_nowait(None)
         self._thread.join(_CLOSING_SECONDS)
         lost = self._lost + self._lines.qsize()
         if lost:
@@ -87,7 +92,7 @@ class Ledger:
 
     def _run(self) -> None:
         with self._file:
-            while (entry := self._lines.get()) is not None:
+            while (entry := self._next()) is not None:
                 if self._failure is not None:
                     self._lost += 1
                     continue
@@ -97,6 +102,10 @@ class Ledger:
                     self._failure = error
                     self._lost += 1
                     _log.error("the %s %s ends here: %s; training goes on", self._what, self._path, error)
+
+    def _next(self) -> Settled | Event | None:
+        # A disk that hung while the ledger was closed may come back later: the thread ends then, too.
+        return None if self._closing.is_set() and self._lines.empty() else self._lines.get()
 
 
 def _open_for_the_owner(path: str, flags: int) -> int:

@@ -104,13 +104,18 @@ def test_a_disk_that_hangs_holds_nobody_up(
     monkeypatch.setattr(module, "_CLOSING_SECONDS", 0.1)
     path = tmp_path / "pipe"
     os.mkfifo(path)
+    reader = os.open(path, os.O_RDWR | os.O_NONBLOCK)
+    # The pipe is full, and nobody reads it: writing to it waits.
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(reader, bytes(1 << 16))
     ledger = Ledger(path)
-    # Nobody reads the pipe: once it is full, writing to it waits.
     for sequence in range(10_000):
         ledger.write(settled(sequence))
+    assert ledger._lines.full()
     ledger.close()
     assert "too slow" in caplog.text
-    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    # Now the disk is back, and what was waiting gets written.
     deadline = time.monotonic() + 60
     while ledger._thread.is_alive() and time.monotonic() < deadline:
         with contextlib.suppress(BlockingIOError):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_async_localsgd import (
     Arrival,
@@ -605,3 +605,135 @@ trainer:
     assert strategy.script.deaths == [Death(1, 9.0)]
     assert strategy.script.factor(0, 5.5) == 2.0
     assert strategy.quorum == "all"
+
+
+# ------------------------------------------------------------------ the end of epochs and schedules
+
+
+class Epochs(Model):
+    """With a schedule of epochs, one of a metric and nothing else."""
+
+    def __init__(self, plateau: bool) -> None:
+        super().__init__()
+        self.plateau = plateau
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        self.log("stands_still", 1.0)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=1e-3)
+        if self.plateau:
+            schedule: Any = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
+        else:
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.5**epoch)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": "stands_still"}}
+
+
+@pytest.mark.parametrize("plateau", [True, False])
+def test_a_run_of_epochs_ends_with_the_last_ones_end(plateau: bool) -> None:
+    _, trainer = fit(
+        Simulated([0.1, 0.2, 0.3], local_steps=3), module=lambda: Epochs(plateau), max_steps=-1, max_epochs=4,
+        val_check_interval=1.0, data=loader(20),
+    )  # fmt: skip
+    assert trainer.current_epoch == 4
+    assert not trainer.should_stop
+    scheduler = trainer.lr_scheduler_configs[0].scheduler
+    assert scheduler.last_epoch == 4
+    # The first validation is the best, and each of the other three halves the rate.
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-3 * 0.5 ** (3 if plateau else 4))
+
+
+def test_a_schedule_of_steps_ends_where_the_run_does() -> None:
+    class Steps(Model):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=1e-3)
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 40)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    _, trainer = fit(Simulated(SPEEDS, local_steps=6), module=Steps, max_steps=40)
+    assert trainer.lr_scheduler_configs[0].scheduler.last_epoch == 40
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 0.0
+
+
+class Items(IterableDataset[Any]):
+    """Batches that know their worker and number; without a length."""
+
+    def __init__(self, worker: int, batches: int) -> None:
+        self.worker = worker
+        self.batches = batches
+
+    def __iter__(self) -> Any:
+        for number in range(self.batches):
+            for sign in (-1.0, 1.0):  # Two of each, for a batch has statistics.
+                inputs = torch.full((8,), 0.1 * sign * number)
+                yield inputs, inputs[:1], torch.tensor([self.worker, number])
+
+
+class Seen(L.Callback):
+    """Which batches each worker has had, and how often the model was validated."""
+
+    def __init__(self) -> None:
+        self.batches: dict[int, list[int]] = {}
+        self.validations = 0
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, index: int) -> None:
+        worker, number = batch[2][0].tolist()
+        self.batches.setdefault(worker, []).append(number)
+
+    def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.validations += not trainer.sanity_checking
+
+
+def test_own_data_without_a_length_is_read_to_its_end_and_has_epochs() -> None:
+    seen = Seen()
+    strategy = Simulated([0.1, 0.1], local_steps=3, worker_data=lambda n: DataLoader(Items(n, 6 if n == 0 else 10), 2))
+    L.seed_everything(5, verbose=False)
+    trainer = L.Trainer(
+        strategy=strategy, max_steps=18, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, accelerator="cpu", devices=1, callbacks=[seen],
+    )  # fmt: skip
+    trainer.fit(Fixed(), val_dataloaders=loader(2, 9))
+    assert seen.batches[0] == list(range(6)) * 3
+    assert seen.batches[1] == [*range(10), *range(8)]
+    assert seen.validations == 3
+
+
+def test_own_data_may_be_longer_than_the_first_workers() -> None:
+    seen = Seen()
+
+    def own(worker: int) -> Any:
+        batches = list(Items(worker, 2 if worker == 0 else 10))
+        return DataLoader(batches, 2)
+
+    fit(Simulated([0.1, 0.1], local_steps=3, worker_data=own), module=Fixed, max_steps=12, data=None, callbacks=[seen])
+    assert seen.batches[0] == [0, 1] * 6
+    assert seen.batches[1] == [*range(10), 0, 1]
+
+
+def test_a_buffer_that_is_replaced_stays_with_its_worker() -> None:
+    class Counting(Fixed):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("count", torch.zeros((), dtype=torch.long))
+
+        def training_step(self, batch: Any, index: int) -> torch.Tensor:
+            self.count = self.count + 1
+            return super().training_step(batch, index)
+
+    watch = Watch()
+    module, _ = fit(Simulated(SPEEDS, local_steps=5), module=Counting, callbacks=[watch])
+    assert int(module.count) == watch.totals[0].steps < sum(totals.steps for totals in watch.totals.values())
+
+
+def test_a_schedule_is_a_list_and_deaths_do_not_touch() -> None:
+    with pytest.raises(ValueError, match=r"schedule=Death.* must be a list"):
+        Simulated([0.1], schedule=Death(0, 1.0))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="schedule=None must be a list"):
+        Simulated([0.1], schedule=None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="there is no worker 0 then"):
+        Simulated([0.1, 0.1], schedule=[Death(0, 10.0, 20.0), Death(0, 20.0, 30.0)])
+
+
+def test_fewer_local_steps_in_an_epoch_than_workers_are_refused() -> None:
+    with pytest.raises(ValueError, match="24 batches for all of them, of which a local step takes 10"):
+        fit(Simulated([0.1] * 4), data=loader(24), accumulate_grad_batches=10)

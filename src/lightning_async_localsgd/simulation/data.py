@@ -198,11 +198,13 @@ class SimulatedData(TrainingData):
             self._epoch_batches = trainer.num_training_batches * self._ranks
         else:
             self._epoch_batches = self._items(loader, bound)
-            if self._epoch_batches < self._ranks:
+            accumulated = accumulated_batches(trainer, 0)
+            if math.ceil(self._epoch_batches / accumulated) < self._ranks:
+                windows = f", of which a local step takes {accumulated} (accumulate_grad_batches)"
                 raise ValueError(
                     f"seconds_per_step has {self._ranks} workers, but an epoch of the training data has only "
-                    f"{self._epoch_batches} batches for all of them; take fewer workers, more data or a smaller "
-                    "batch_size"
+                    f"{self._epoch_batches} batches for all of them{windows if accumulated > 1 else ''}; take fewer "
+                    "workers, more data or a smaller batch_size"
                 )
         fetcher = trainer.fit_loop._data_fetcher
         if isinstance(fetcher, _DataLoaderIterDataFetcher):
@@ -281,6 +283,9 @@ class SimulatedData(TrainingData):
     def _is_last(self, stream: _Stream) -> bool:
         assert self._phase is not None
         current = self._phase.worker
+        if self._epoch_batches == math.inf:
+            # Of data without a length the epochs are the first worker's, as a live run's are rank 0's.
+            return current.number == min(self._phase.turns.live) and stream.epoch_over()
         if stream.out:
             # The others are asked only when nothing is left that they could take from each other.
             live = self._phase.turns.live.values()
@@ -298,7 +303,10 @@ class SimulatedData(TrainingData):
     def _new_stream(self, worker: VirtualWorker) -> _Stream:
         epoch = self._trainer.fit_loop.epoch_progress.current.processed
         if self._worker_data is not None:
-            length = self._trainer.num_training_batches
+            # Its epoch is as long as its data; what the trainer has counted are the batches of the first worker.
+            limit = self._trainer.limit_train_batches
+            all_of_it = isinstance(limit, float) and limit == 1.0
+            length = math.inf if all_of_it else self._trainer.num_training_batches
             owner = f"worker {worker.number}, worker_data({worker.number}),"
             return _Stream(self._own_loader(worker.number), {}, epoch, None, length, owner)
         shared = self._loader()

@@ -259,6 +259,8 @@ class Cluster:
         self.start = 0.0
         self.devices = [as_step_seconds(f"seconds_per_step[{n}]", one) for n, one in enumerate(seconds_per_step)]
         self.links = _links(exchange_seconds, self.initial)
+        if not hasattr(schedule, "__len__"):  # A generator would be empty the second time.
+            raise ValueError(f"schedule={schedule!r} must be a list of Slowdown, Death and Arrival objects")
         for entry in schedule:
             if not isinstance(entry, (Slowdown, Death, Arrival)):
                 raise ValueError(f"schedule has {entry!r}; its entries are Slowdown, Death and Arrival objects")
@@ -291,7 +293,7 @@ class Cluster:
         gone: dict[int, Death] = {}
         for death in self.deaths:
             before = gone.get(death.worker)
-            if before is not None and (before.back_at is None or before.back_at > death.at):
+            if before is not None and (before.back_at is None or before.back_at >= death.at):
                 raise ValueError(f"schedule has {death}, but after {before} there is no worker {death.worker} then")
             if death.worker >= self.initial and self.arrivals[death.worker - self.initial].at > death.at:
                 raise ValueError(f"schedule has {death}, but worker {death.worker} arrives later than that")

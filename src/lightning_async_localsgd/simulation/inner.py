@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_async_localsgd.checkpoints import on_host
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import nn
     from torch.optim import Optimizer
@@ -36,7 +36,7 @@ class InnerStates:
         schedulers: of the trainer, those that follow steps or epochs.
         progress: steps the schedulers.
         precision: the trainer's precision plugin.
-        buffers: the module's tensors that stay with a worker.
+        buffers: gives the module's tensors that stay with a worker. The module may put others in their place.
         on_cpu: whether the states of the workers that are not at turn are kept in the host's memory.
 
     """
@@ -48,7 +48,7 @@ class InnerStates:
         schedulers: Sequence[Any],
         progress: ProgressSchedulers,
         precision: Any,
-        buffers: Sequence[Tensor],
+        buffers: Callable[[], Sequence[Tensor]],
         on_cpu: bool,
     ) -> None:
         self._optimizers = optimizers
@@ -61,8 +61,8 @@ class InnerStates:
         self._states: dict[int, dict[str, Any]] = {}
         self._at_turn: int | None = None
         # What a worker begins with. Where this is a checkpoint's, each has a copy of its own.
-        self._first = _copied({**self._present(), "buffers": list(buffers)})
-        self._loaded = [buffer._version for buffer in buffers]
+        self._first = _copied({**self._present(), "buffers": list(buffers())})
+        self._loaded = self._versions()
 
     def store(self) -> None:
         """The turn of the worker that was loaded last is over."""
@@ -72,8 +72,8 @@ class InnerStates:
         state = self._present()
         before = self._states.get(worker, self._first)["buffers"]
         state["buffers"] = [
-            kept if buffer._version == version else buffer.clone()
-            for buffer, version, kept in zip(self._buffers, self._loaded, before, strict=True)
+            kept if buffer is loaded and version == old else buffer.clone()
+            for (buffer, version), (loaded, old), kept in zip(self._versions(), self._loaded, before, strict=True)
         ]
         if self._on_cpu:
             state["optimizers"] = [_moved(one, torch.device("cpu")) for one in state["optimizers"]]
@@ -97,10 +97,10 @@ class InnerStates:
         if state["precision"]:
             self._precision.load_state_dict(state["precision"])
         with torch.no_grad():
-            for buffer, kept in zip(self._buffers, state["buffers"], strict=True):
+            for buffer, kept in zip(self._buffers(), state["buffers"], strict=True):
                 if not torch.equal(buffer, kept):
                     buffer.copy_(kept)
-        self._loaded = [buffer._version for buffer in self._buffers]
+        self._loaded = self._versions()
 
     def state_dict(self) -> dict[str, Any]:
         """The states of all workers that have had a turn, by their numbers; tensors are copies in the host's memory."""
@@ -111,7 +111,7 @@ class InnerStates:
         for worker in list(self._states):
             self.load(worker)
             state = {**self._present(), "optimizers": [one.state_dict() for one in self._optimizers]}
-            saved[str(worker)] = on_host({**state, "buffers": list(self._buffers)})
+            saved[str(worker)] = on_host({**state, "buffers": list(self._buffers())})
         self.load(at_turn)
         return saved
 
@@ -130,7 +130,7 @@ class InnerStates:
                 for scheduler, values in zip(self._schedulers, state["schedulers"], strict=True):
                     scheduler.load_state_dict(values)
                 with torch.no_grad():
-                    for buffer, kept in zip(self._buffers, state["buffers"], strict=True):
+                    for buffer, kept in zip(self._buffers(), state["buffers"], strict=True):
                         buffer.copy_(kept)
             except (ValueError, RuntimeError, KeyError) as error:
                 raise ValueError(
@@ -141,6 +141,9 @@ class InnerStates:
                 self._precision.load_state_dict(state["precision"])
             self._progress.taken[:] = state["taken"]
             self.store()
+
+    def _versions(self) -> list[tuple[Tensor, int]]:
+        return [(buffer, buffer._version) for buffer in self._buffers()]
 
     def _left_to_all(self, optimizer: Optimizer) -> frozenset[str]:
         return _COMMON | {"lr"} if id(optimizer) in self._common_rates else _COMMON

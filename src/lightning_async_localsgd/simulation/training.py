@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
 from lightning_async_localsgd.counts import HAIR
 from lightning_async_localsgd.simulation.inner import InnerStates, left_out
 from lightning_async_localsgd.trainer_parts import torch_optimizer
@@ -65,10 +67,10 @@ class SimulatedTraining(AsyncTraining):
         self._inner = InnerStates(
             [torch_optimizer(optimizer) for optimizer in trainer.strategy.optimizers],
             _following_a_metric(configs),
-            [config.scheduler for config in configs if not config.reduce_on_plateau],
+            [config.scheduler for config in configs if not _follows_a_metric(config)],
             self._schedulers,
             trainer.strategy.precision_plugin,
-            left_out(phase.module, phase.binding.tensors()),
+            lambda: left_out(phase.module, phase.binding.tensors()),
             self._on_cpu,
         )
         if self._workers:
@@ -93,7 +95,10 @@ class SimulatedTraining(AsyncTraining):
         if over or out:
             self._turn(final=out)
         if self._over:
-            self._data_ended = out
+            # Who ends last need not have asked for more than there is: the others have retired meanwhile.
+            self._data_ended = self._budget.ends_with_data and not self._trainer.should_stop
+            if self._data_ended:
+                self._trainer.fit_loop.epoch_loop.batch_progress.is_last_batch = True
             self._follow()
 
     def finish(self) -> None:
@@ -102,6 +107,7 @@ class SimulatedTraining(AsyncTraining):
             self._inner.store()
             super().finish()
             self._inner.load(0)
+            self._schedulers.advance(self._counts.steps)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of the run, every worker's inner state included."""
@@ -118,7 +124,7 @@ class SimulatedTraining(AsyncTraining):
     @property
     def _scheduled_steps(self) -> int:
         # Its own virtual time, not that of the last event, is what a worker's learning rate follows.
-        return self.phase.worker.steps
+        return self._counts.steps if self.phase.stopped else self.phase.worker.steps
 
     def _retire(self) -> None:
         """The worker at turn has no data for another step."""
@@ -148,6 +154,11 @@ class SimulatedTraining(AsyncTraining):
         self._adapt_optimizers()
 
 
+def _follows_a_metric(config: LRSchedulerConfig) -> bool:
+    # With manual optimization Lightning does not say so.
+    return config.reduce_on_plateau or isinstance(config.scheduler, ReduceLROnPlateau)
+
+
 def _following_a_metric(configs: Sequence[LRSchedulerConfig]) -> list[Optimizer]:
     """The optimizers whose learning rates follow a metric, which is that of the run and not a worker's own.
 
@@ -155,9 +166,9 @@ def _following_a_metric(configs: Sequence[LRSchedulerConfig]) -> list[Optimizer]
         ValueError: another scheduler, which follows a worker's progress, changes the rates of such an optimizer, too.
 
     """
-    found = [config.scheduler.optimizer for config in configs if config.reduce_on_plateau]
+    found = [config.scheduler.optimizer for config in configs if _follows_a_metric(config)]
     for config in configs:
-        if not config.reduce_on_plateau and any(config.scheduler.optimizer is one for one in found):
+        if not _follows_a_metric(config) and any(config.scheduler.optimizer is one for one in found):
             raise ValueError(
                 f"ReduceLROnPlateau and {type(config.scheduler).__name__} change the learning rates of one optimizer; "
                 "in a simulated cluster the first does so for all workers at once and the second for each at its own "
