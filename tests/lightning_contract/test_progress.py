@@ -178,7 +178,8 @@ def test_several_schedules_of_one_optimizer(cases: dict[str, Case]) -> None:
 
 def test_the_monitor_logs_the_rates(cases: dict[str, Case]) -> None:
     logged = cases["warm_cosine"].column("lr-SGD")
-    assert list(logged) == list(range(4, 60, 5))
+    # The last multiple is not there if rank 0 had begun its last batch before the others came so far.
+    assert list(logged) in ([*range(4, 60, 5)], [*range(4, 55, 5)])
     for step, rate in logged.items():
         # Logged before the step whose number is one more than the axis says.
         assert rate == pytest.approx(min(1, (step + 1) / 10) * (0.55 + 0.45 * math.cos(math.pi * step / 60)), abs=0.1)
