@@ -40,8 +40,16 @@ LEVELS: dict[str, tuple[float, ...]] = {
 """Seconds a step of each device. All levels have the same speed in all, 4.02 steps a second; ``very`` is the paper's.
 More than four workers are so many such sets."""
 
-INNER_GRID = (3e-4, 1e-3, 2e-3)
+INNER_GRID = (3e-4, 1e-3, 2e-3, 4e-3)
 OUTER_GRID = (0.02, 0.07, 0.2, 0.7)
+STAGE_GRID: dict[str, tuple[float, ...]] = {"delay": (1.0, 30.0, 1000.0), "cosine_dn": (0.0, -0.2, -1.0)}
+"""Of the staleness stages that have a value of their own to tune: the strength of delay compensation, and the cosine
+below which a push is dropped. The learning rate is tuned with the first one."""
+PER_PUSH = frozenset({"nesterov", "sgd", "poly", "polythres", "delay", "mla", "heloco_mla"})
+"""Methods whose learning rate is that of a single push: as many more pushes as there are workers move the model as many
+times as far, so that the rate which four workers have tuned is divided among more of them."""
+TUNED_WORKERS = 4
+"""In the runs that tune."""
 
 METHODS: dict[str, str] = {
     "single": "single worker, k-fold batch",
@@ -80,6 +88,7 @@ class Cell:
         steps: local steps of all workers together, divided by the number of workers.
         warm_steps: steps of the checkpoint that training starts from; 0 is random weights.
         lr: of the outer optimizer; None is the tuned one.
+        stage: of the staleness stage, see :data:`STAGE_GRID`; None is the tuned one.
         inner_lr: peak of the inner one; None is the tuned one.
         period: N of DN; None is the number of workers.
         activation: c of DN.
@@ -105,6 +114,7 @@ class Cell:
     activation: float = 0.0
     vocabulary: int = 2048
     processes: bool = False
+    stage: float | None = None
 
     @property
     def seconds_per_step(self) -> tuple[float, ...]:
@@ -165,17 +175,24 @@ def staleness(cell: Cell) -> Staleness | None:
         case "polythres":
             return PolynomialThreshold(0.5, 10)
         case "delay":
-            return DelayCompensation(1.0)
+            assert cell.stage is not None
+            return DelayCompensation(cell.stage)
         case "cosine_dn":
-            return ExponentialCosine(0.1, 0.0)
+            assert cell.stage is not None
+            return ExponentialCosine(0.1, cell.stage)
         case _:
             return None
 
 
+def strategy_quorum(cell: Cell) -> int | str:
+    """How many workers hand in before their pushes are merged."""
+    quorums: dict[str, int | str] = {"sync": "all", "quorum2": 2, "quorum3": 3}
+    return quorums.get(cell.method, 1)
+
+
 def strategy_options(cell: Cell) -> dict[str, Any]:
     """What the simulated and the live strategy are told alike."""
-    quorums: dict[str, int | str] = {"sync": "all", "quorum2": 2, "quorum3": 3}
-    quorum = quorums.get(cell.method, 1)
+    quorum = strategy_quorum(cell)
     return {
         "local_steps": cell.local_steps,
         "outer_optimizer": outer_optimizer(cell),
@@ -193,11 +210,11 @@ def strategy_options(cell: Cell) -> dict[str, Any]:
 BEST = Cell("dn", dynamic=True, grace="auto")
 SYNC = Cell("sync")
 NESTEROV = Cell("nesterov")
-PER_PUSH = [Cell(method) for method in ("nesterov", "sgd", "buffer", "poly", "polythres", "delay", "dn")]
+AT_ONCE = [Cell(method) for method in ("nesterov", "sgd", "buffer", "poly", "polythres", "delay", "dn")]
 DYLU_ROUNDS = replace(SYNC, local_steps=11)
 """As many outer rounds as with DyLU at ``very``: rounds of 20, 15, 7 and 3 steps are 11.25 in the mean."""
 CONTROLS = [DYLU_ROUNDS, Cell("sync", dynamic=True)]
-TABLE_A = [Cell("single"), SYNC, *PER_PUSH, Cell("dn", dynamic=True), BEST]
+TABLE_A = [Cell("single"), SYNC, *AT_ONCE, Cell("dn", dynamic=True), BEST]
 LATER_RULES = ("dn", "mla", "heloco_mla", "heloco_dn", "cosine_dn", "quorum2", "quorum3")
 RULES = [cell for rule in LATER_RULES for cell in (Cell(rule), Cell(rule, dynamic=True, grace="auto"))]
 ROUND_SECONDS = 20 * 0.58
@@ -215,7 +232,12 @@ def inner_tuning() -> list[Cell]:
 
 def outer_tuning(cells: Iterable[Cell]) -> list[Cell]:
     """The outer learning rate of each method."""
-    return [replace(cell, lr=lr, steps=SHORT) for cell in cells if cell.method != "single" for lr in OUTER_GRID]
+    return [
+        replace(cell, lr=lr, stage=STAGE_GRID.get(cell.method, (None,))[0], steps=SHORT)
+        for cell in cells
+        if cell.method != "single"
+        for lr in OUTER_GRID
+    ]
 
 
 def table_b() -> list[Cell]:
@@ -286,6 +308,7 @@ def small(cells: Iterable[Cell]) -> list[Cell]:
             warm_steps=min(4, cell.warm_steps),
             vocabulary=300,
             lr=None if cell.method == "single" else cell.lr or OUTER_GRID[-1],
+            stage=cell.stage if cell.stage is not None else STAGE_GRID.get(cell.method, (None,))[0],
             inner_lr=cell.inner_lr or INNER_GRID[1],
         )
         for cell in cells

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.study import cells
-from benchmarks.study.cells import Cell
+from benchmarks.study.cells import Cell, strategy_quorum
 from benchmarks.study.report import FIGURES
 from benchmarks.study.results import Results
 from benchmarks.study.running import TIMELINE
@@ -99,20 +99,33 @@ def cosines(runs: dict[Cell, list[dict[str, Any]]]) -> Figure:
 
 
 def timeline(runs: dict[Cell, list[dict[str, Any]]]) -> Figure:
-    """Who computes when; in between a worker waits, and with the bar's end its push arrives."""
+    """Who computes (full), who waits (pale), and when pushes are merged (ticks)."""
     shown = {cell: spans for cell, found in runs.items() if (spans := found[0].get("timeline"))}
     figure = _figure(10.0, 0.4 + 1.1 * max(1, len(shown)))
     panels = figure.subplots(max(1, len(shown)), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (cell, spans) in zip(panels, shown.items(), strict=False):
-        for worker, start, end in spans:
-            axes.barh(worker, end - start, left=start, height=0.7, color=SHOWN[cell][0], alpha=0.45)
-            axes.plot([end, end], [worker - 0.35, worker + 0.35], color=INK, linewidth=1.0)
+        for worker, start, end, goes_on in with_next(spans):
+            axes.barh(worker, end - start, left=start, height=0.7, color=SHOWN[cell][0], alpha=0.6, linewidth=0)
+            axes.barh(worker, goes_on - end, left=end, height=0.7, color=SHOWN[cell][0], alpha=0.15, linewidth=0)
+            # Exchanges take no time: what waits for all others is merged when the next round begins.
+            merged = goes_on if strategy_quorum(cell) != 1 else end
+            axes.plot([merged, merged], [worker - 0.35, worker + 0.35], color=INK, linewidth=1.0)
         axes.set_yticks(range(cell.workers), [f"{seconds:.2f}" for seconds in cell.seconds_per_step])
         axes.invert_yaxis()
         axes.set_xlim(*TIMELINE)
         _label(axes, cell.label, "")
     panels[-1].set_xlabel("seconds of the devices; left, how long a device takes for a step", fontsize=FONT_SIZE)
     return figure
+
+
+def with_next(spans: Sequence[Sequence[float]]) -> list[tuple[int, float, float, float]]:
+    """Worker, begin and end of each round, and when that worker begins the next one (the end where none is known)."""
+    found: list[tuple[int, float, float, float]] = []
+    following: dict[int, float] = {}
+    for worker, start, end in sorted(spans, key=lambda span: span[1], reverse=True):
+        found.append((int(worker), start, end, following.get(int(worker), end)))
+        following[int(worker)] = start
+    return found[::-1]
 
 
 def _smooth(values: Sequence[float]) -> list[float]:

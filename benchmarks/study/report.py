@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.study import cells
-from benchmarks.study.cells import INNER_GRID, LEVELS, METHODS, OUTER_GRID, Cell
-from benchmarks.study.results import TUNING_SEED, Results, Untuned
+from benchmarks.study.cells import INNER_GRID, LEVELS, METHODS, OUTER_GRID, STAGE_GRID, Cell
+from benchmarks.study.results import TUNING_SEED, Results, Untuned, stage_candidates
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGE = DOCS / "study.md"
@@ -67,6 +67,7 @@ def tables(results: Results) -> dict[str, str]:
     return {
         "inner": _inner(results),
         "tuning": _tuning(results),
+        "stages": _stages(results),
         **{f"table_a_{level}": table.of(_level(level)) for level in LEVELS},
         "table_b": table.of(cells.TABLES["table_b"], workers),
         "table_c": table.of(cells.TABLES["table_c"], size),
@@ -158,7 +159,7 @@ def sync_of(cell: Cell) -> Cell:
     """The synchronous run that a cell is compared with."""
     steps = 50 if cell.steps == 5000 else 20
     plain = replace(cell, method="sync", dynamic=False, grace=0.0, local_steps=steps)
-    return replace(plain, lr=None, period=None, activation=0.0)
+    return replace(plain, lr=None, stage=None, period=None, activation=0.0)
 
 
 def time_to(curve: Sequence[Sequence[float]], loss: float) -> float | None:
@@ -236,6 +237,21 @@ def _tuning(results: Results) -> str:
             losses = [_tuned(results, one) for one in cells.outer_tuning([cell])]
             rows.append([label(cell), _start(cell.warm_steps), *_best_in_bold(losses)])
     return markdown(["method", "start", *(f"{value:g}" for value in OUTER_GRID)], rows)
+
+
+def _stages(results: Results) -> str:
+    """What was tuned of staleness stages, each row with the learning rate of its method."""
+    rows = []
+    for cell in [*cells.TABLE_A, *cells.RULES]:
+        if cell.method not in STAGE_GRID:
+            continue
+        grid = ", ".join(f"{value:g}" for value in STAGE_GRID[cell.method])
+        try:
+            found = [_tuned(results, one) for one in stage_candidates(results.resolved(cell))]
+        except Untuned:
+            found = [None] * len(STAGE_GRID[cell.method])
+        rows.append([label(cell), grid, ", ".join(_best_in_bold(found))])
+    return markdown(["method", "values", "perplexity with each"], rows)
 
 
 def _start(warm_steps: int) -> str:

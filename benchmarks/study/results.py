@@ -96,9 +96,14 @@ class Results:
             found = cell.canonical()
             if found.inner_lr is None:
                 found = replace(found, inner_lr=self._best(inner_candidates(found), "inner_lr"))
+            tuned = found
             if found.lr is None and found.method != "single":
-                found = replace(found, lr=self._best(outer_candidates(found), "lr"))
-            self._resolved[cell] = found
+                tuned = replace(tuned, lr=self._best(outer_candidates(found), "lr"))
+            if found.stage is None and found.method in cells.STAGE_GRID:
+                tuned = replace(tuned, stage=self._best(stage_candidates(tuned), "stage"))
+            if found.lr is None and tuned.lr is not None and found.method in cells.PER_PUSH:
+                tuned = replace(tuned, lr=tuned.lr * cells.TUNED_WORKERS / found.workers)
+            self._resolved[cell] = tuned
         return self._resolved[cell]
 
     def _best(self, candidates: Iterable[Cell], field: str) -> float:
@@ -123,12 +128,23 @@ def outer_candidates(cell: Cell) -> list[Cell]:
 
     Random weights need larger steps than a warm start, and have runs of their own.
     """
+    return cells.outer_tuning([_plain(cell)])
+
+
+def stage_candidates(cell: Cell) -> list[Cell]:
+    """The runs that decide about the value of a cell's staleness stage, with the learning rate that it has."""
+    plain = replace(_plain(cell), lr=cell.lr, steps=cells.SHORT)
+    return [replace(plain, stage=value) for value in cells.STAGE_GRID[cell.method]]
+
+
+def _plain(cell: Cell) -> Cell:
+    """The cell whose runs tune this one's method."""
     plain = Cell(cell.method, cell.dynamic, "auto" if cell.grace else 0.0)
     if cell.warm_steps == 0:
         plain = replace(plain, warm_steps=0)
     if cell.local_steps == cells.DYLU_ROUNDS.local_steps:
         plain = replace(plain, local_steps=cell.local_steps)
-    return cells.outer_tuning([plain])
+    return plain
 
 
 _FIELDS = {field.name for field in fields(Cell)}

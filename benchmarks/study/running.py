@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -26,7 +27,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from benchmarks.study import text
-from benchmarks.study.cells import Cell, strategy_options
+from benchmarks.study.cells import Cell, strategy_options, strategy_quorum
 from benchmarks.study.model import LanguageModel
 from benchmarks.study.text import Corpus, Windows
 from lightning_async_localsgd import AsyncLocalSGDCallback, SimulatedAsyncLocalSGDStrategy
@@ -152,9 +153,18 @@ def header(cell: Cell, seed: int) -> dict[str, Any]:
         "seed": seed,
         "batch": [BATCH, LENGTH],
         "commit": COMMIT,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, Python "
+        "machine": f"{_processor()}, {os.cpu_count()} cores, torch {torch.__version__}, Python "
         f"{platform.python_version()}",
     }
+
+
+def _processor() -> str:
+    """Its architecture, and its name where the system tells it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{platform.machine()} {line.partition(':')[2].strip()}"
+    return platform.machine()
 
 
 class Curve(pl.Callback):
@@ -336,7 +346,7 @@ def _timeline(cell: Cell, pushes: list[dict[str, Any]]) -> list[list[float]]:
     for push in pushes:
         worker, seconds = push["worker"], push["steps"] * cell.seconds_per_step[push["worker"]]
         # What waits for others is merged, and the next round begun, when the last one has come.
-        alone = strategy_options(cell)["quorum"] == 1
+        alone = strategy_quorum(cell) == 1
         begin = push["seconds"] - seconds if alone else merged_at[worker]
         merged_at[worker] = push["seconds"]
         if begin < TIMELINE[1] and begin + seconds > TIMELINE[0]:
