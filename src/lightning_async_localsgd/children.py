@@ -45,7 +45,7 @@ class Child:
     @property
     def booting(self) -> bool:
         """Whether it was started again and has not joined yet."""
-        return self._told is not None and not select.select([self._told], [], [], 0)[0]
+        return self._told is not None and not _is_readable(self._told)
 
     def start_again(self, variables: Mapping[str, str]) -> None:
         """Replaces the process, which has ended, by a new one.
@@ -81,6 +81,12 @@ class Child:
 children: dict[int, Child] = {}
 """By local rank. They outlive the Trainer they were launched for: the next one in the same script finds them at the
 same place of the script."""
+
+
+def _is_readable(descriptor: int) -> bool:
+    poll = select.poll()  # select.select() knows only the first thousand of a process's descriptors.
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def raise_if_process_ended() -> None:

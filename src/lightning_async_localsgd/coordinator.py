@@ -54,6 +54,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+_HOST = 0
+"""The worker in the server's own process, which also validates and saves: without it the run cannot go on."""
+
 
 class Coordinator:
     """Membership, order of pushes, grace windows and dispatches over one global model.
@@ -154,7 +157,8 @@ class Coordinator:
 
         Returns:
             Why this *session* is refused for good (another one has taken its place, or it is in quarantine), else None:
-            the worker waits for its dispatch, whether its push was taken or not.
+            the worker waits for its dispatch, whether its push was taken or not. Worker 0 is in quarantine only where
+            it is the only one; otherwise its optimizer begins anew (:attr:`.Reply.renew`).
 
         """
         self.on_event(Event("push", now, {"push": push}))
@@ -172,6 +176,7 @@ class Coordinator:
             objection = self._apply(push, gradient, result, member)
         member.sequence = push.sequence
         member.answer = objection
+        member.renew = False
         member.bases.clear()
         counts = objection is None or objection.counts
         if push.metrics and counts:
@@ -188,9 +193,19 @@ class Coordinator:
         offences = self._conduct.note(worker, objection is not None and objection.offence)
         if offences is not None:
             assert objection is not None
-            reason = self.attendance.quarantine(worker, f"{offences} were refused (the last one: {objection.text})")
-            self._gathering.somebody_left()
-            return reason
+            offences = f"{offences} were refused (the last one: {objection.text})"
+            if worker != _HOST or len(self._members) == 1:
+                reason = self.attendance.quarantine(worker, offences)
+                self._gathering.somebody_left()
+                return reason
+            self._conduct.forget(worker)
+            member.renew = True
+            _log.error(
+                "worker %d: %s, though each round began with a fresh global model. The server is in its process, so it "
+                "is not quarantined: its optimizer begins anew, and what it hands in goes on being looked at. Lower "
+                "the learning rate, clip gradients, or look at the data that this worker got",
+                worker, offences,
+            )  # fmt: skip
         self._wait(push, member, now)
         self.attendance.wake()
         return None
@@ -476,6 +491,7 @@ class Coordinator:
             refused=None if member.answer is None else member.answer.text,
             shared=self.shared,
             asked=self.asked,
+            renew=member.renew,
         )
 
     def _refuse_session(self, push: Push, now: float) -> str:

@@ -15,6 +15,7 @@ import os
 import re
 import secrets
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -23,8 +24,12 @@ from typing import IO, Any, cast
 _log = logging.getLogger(__name__)
 
 _UNFINISHED = ".unfinished-"
+_NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
+"""What file systems answer that have no locks."""
 _HASH = re.compile(r"-([0-9a-f]{64})\.[a-z]+$")
 _CHUNK = 1 << 20
+_TICK = 1_000_000
+"""Nanoseconds that file systems tell apart."""
 
 watchers: list[Callable[[], None]] = []
 """Called when a file is complete and has no name yet. Empty but in rehearsals, see :mod:`.injection`."""
@@ -91,6 +96,7 @@ def write(folder: Path, stem: str, suffix: str, save: Callable[[IO[bytes]], obje
         except Exception:
             file.raise_error()
             raise
+        make_newest(descriptor, folder)
         os.fsync(descriptor)
         for watcher in watchers:
             watcher()
@@ -104,6 +110,21 @@ def write(folder: Path, stem: str, suffix: str, save: Callable[[IO[bytes]], obje
         os.close(descriptor)
     sync_folder(folder)
     return path
+
+
+def make_newest(file: int | Path, folder: Path) -> None:
+    """Files are told apart by their times of change: this one becomes the newest of its folder.
+
+    By itself it would not be if the machine's clock has gone back since the others were written.
+    """
+    latest = 0
+    for path in folder.iterdir():
+        if not path.name.startswith(_UNFINISHED):
+            with suppress(OSError):  # Another process may remove what is its own.
+                latest = max(latest, path.stat().st_mtime_ns)
+    now = time.time_ns()
+    when = now if now > latest else latest + _TICK
+    os.utime(file, ns=(when, when))
 
 
 def verified(path: Path) -> bool:
@@ -184,11 +205,15 @@ def _begin(folder: Path) -> tuple[int, Path]:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.ENOLCK, errno.ENOTSUP):
-                return descriptor, path  # A file system without locks: nobody removes what cannot be locked, either.
+        except BlockingIOError:
             os.close(descriptor)  # Somebody is looking at it this very moment, and removes it.
             continue
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                return descriptor, path  # Nobody removes what cannot be locked, either.
+            os.close(descriptor)
+            os.unlink(path)
+            raise
         if os.fstat(descriptor).st_nlink > 0:
             return descriptor, path
         os.close(descriptor)

@@ -8,7 +8,6 @@ beside each checkpoint P, see :mod:`.companions`. Rank 0's own state is in the c
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing_extensions import override
 
 from lightning_async_localsgd.checkpoints import on_host
 from lightning_async_localsgd.companions import NAME, beside, files_of, names_in
-from lightning_async_localsgd.durable import Writer, link, verified, write
+from lightning_async_localsgd.durable import Writer, link, make_newest, verified, write
 from lightning_async_localsgd.exchange import ExchangeError
 from lightning_async_localsgd.interval import Interval
 from lightning_async_localsgd.run_folder import folder_of, in_order_of_age, newest, runs_of
@@ -82,10 +81,11 @@ class InnerStates(Callback):
 
     def finish(self) -> str:
         """Training is over: saves what belongs to the run's last checkpoints, and returns the file's name, if any."""
-        if self._writer is not None and self._phase.worker.total_steps > 0:
-            self._writer.wait(_SECONDS_AT_THE_END)
-            self._begin(self._writer)
-            self._writer.wait(_SECONDS_AT_THE_END)
+        writer = self._writer
+        # Where writing takes too long, :meth:`release` says so.
+        if writer is not None and self._phase.worker.total_steps > 0 and writer.wait(_SECONDS_AT_THE_END):
+            self._begin(writer)
+            writer.wait(_SECONDS_AT_THE_END)
         return self._name
 
     @override
@@ -140,7 +140,7 @@ class InnerStates(Callback):
                 # The name goes on being reported, and the file is to be found where this run's are. What was saved
                 # after it is of rounds that have not happened.
                 kept = link(found, folder)
-                os.utime(kept)
+                make_newest(kept, folder)
                 self._name = kept.name
             except OSError as error:
                 _log.warning("%s cannot be kept in %s: %s", found, folder, error)

@@ -43,6 +43,7 @@ class Member:
         paused_at: since when it does something else; None if it does not.
         final: it has handed in its last round.
         called_in: it is to hand in at once what it has.
+        renew: it is to begin its next round with fresh states of its inner optimizers.
 
     """
 
@@ -60,6 +61,7 @@ class Member:
     paused_at: float | None = None
     final: bool = False
     called_in: bool = False
+    renew: bool = False
 
 
 class Membership:

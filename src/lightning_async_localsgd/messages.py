@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 _M = TypeVar("_M", bound="Message")
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 """Raised whenever a peer of the version before would misread a message."""
 
 ALREADY_APPLIED = "already applied"
@@ -173,6 +173,7 @@ class Reply(Message):
         shared: what rank 0 has decided for everybody (learning rates that follow a metric): a JSON object, or "".
         asked: how often rank 0 has asked the workers to save their inner optimizers' states, which they do at the end
             of a round.
+        renew: begin the round with fresh states of the inner optimizers.
 
     """
 
@@ -188,6 +189,7 @@ class Reply(Message):
     refused: str | None
     shared: str = ""
     asked: int = 0
+    renew: bool = False
 
 
 @dataclass(frozen=True)

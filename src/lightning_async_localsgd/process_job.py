@@ -144,7 +144,7 @@ class Job:
                     self._attend()
         except BaseException:
             # An interrupt of this process alone; the ranks would go on, and it would wait for them when it exits.
-            end(self._processes.processes, is_alive)
+            end(self._processes.processes, is_alive, _SECONDS_TO_END)
             raise
         finally:
             for pipe in (*self._reports.values(), *self._questions.values()):

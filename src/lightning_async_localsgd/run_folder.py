@@ -33,6 +33,9 @@ FOLDER = "async_localsgd"
 CHECKPOINTS = "rounds=*.ckpt"
 """How the checkpoints of a run are named."""
 
+_NONE = (0, "")
+"""The age of no file."""
+
 _fits = 0
 
 
@@ -125,7 +128,15 @@ def prepare_fit(trainer: pl.Trainer, arguments: tuple[Any, ...], again: bool = F
     if runs is None or not (resumes or asked == "last"):
         return arguments
     ours = newest_checkpoint(*_lives_of(runs, name)) if resumes else newest_checkpoint(runs)
-    if ours is None or _age(ours) < _newest_of_lightning(trainer, asked):
+    others = _newest_of_lightning(trainer, asked)
+    if ours is None and resumes and others == _NONE and trainer.is_global_zero:
+        every: Any = trainer.strategy.checkpoint_every  # type: ignore[attr-defined] # our own strategy
+        _log.warning(
+            "the run %s was started again, and had not saved itself in %s before it broke off (checkpoint_every=%s): "
+            "training begins %s",
+            name, runs, every, f"with ckpt_path={asked!r}, as the script says" if asked else "from the beginning",
+        )  # fmt: skip
+    if ours is None or _age(ours) < others:
         return arguments
     if trainer.is_global_zero:
         _log.warning("the run goes on from %s", ours)
@@ -159,4 +170,4 @@ def _newest_of_lightning(trainer: pl.Trainer, asked: Any) -> tuple[int, str]:
     if asked in ("hpc", None):
         candidates.add(trainer._checkpoint_connector._hpc_resume_path)
     ages = [_age(Path(path)) for path in candidates if path and "://" not in str(path)]
-    return max(ages, default=(0, ""))
+    return max(ages, default=_NONE)

@@ -123,8 +123,8 @@ class Supervisor:
             pause = pause_before(restarts)
             restarts += 1
             _say(
-                f"the job was ended by {in_words(code)}; it is started again in {pause:g} s and goes on from the newest"
-                f" checkpoint of {os.environ[RUN]} (restart {restarts} of {self._max_restarts})"
+                f"the job was ended by {in_words(code)}; it is started again in {pause:g} s, to go on from the newest "
+                f"checkpoint of {os.environ[RUN]} (restart {restarts} of {self._max_restarts})"
             )
             if not self._sleep(pause):
                 return 128 - code
@@ -205,4 +205,5 @@ def _end_with_parent() -> None:
 
 
 def _say(text: str) -> None:
-    print(f"lightning_async_localsgd: {text}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # Ctrl+C may have ended the one at the other end of a pipe.
+        print(f"lightning_async_localsgd: {text}", file=sys.stderr, flush=True)

@@ -100,18 +100,19 @@ def may_unfreeze(trainer: pl.Trainer) -> bool:
     return any(isinstance(callback, BaseFinetuning) for callback in callbacks_of(trainer))
 
 
-def worker_has_moved(optimizer: Optimizer, diverged: bool) -> None:
+def worker_has_moved(optimizer: Optimizer, diverged: bool, renewed: bool) -> None:
     """Fits the optimizer's state to weights that it has not put there itself. Averages and moments stay as they are.
 
     Args:
         optimizer: of a worker that has adopted the global model.
         diverged: the worker's round came to values that are not finite. The model that came back is sound, the
             optimizer's averages are not: what is not finite in them starts from zero again.
+        renewed: the optimizer begins anew.
 
     """
-    if isinstance(optimizer, LBFGS):
-        # Its memory pairs steps with the changes of the gradient along them; the way from its last weights to these is
-        # none of its steps. So it begins anew, with a step along the gradient.
+    if renewed or isinstance(optimizer, LBFGS):
+        # The memory of LBFGS pairs steps with the changes of the gradient along them; the way from its last weights to
+        # these is none of its steps. So it begins anew, with a step along the gradient.
         optimizer.state.clear()
     if diverged:
         for state in optimizer.state.values():

@@ -270,7 +270,7 @@ class AsyncTraining:
         """The module holds other weights than its optimizers have left there."""
         if not self.phase.keeps_weights:
             for optimizer in self._trainer.strategy.optimizers:
-                worker_has_moved(torch_optimizer(optimizer), self.phase.worker.diverged)
+                worker_has_moved(torch_optimizer(optimizer), self.phase.worker.diverged, self.phase.worker.renewed)
 
     def _follow(self) -> None:
         """Schedulers follow the progress, and the trainer stops when the run has ended."""

@@ -41,6 +41,7 @@ class Worker:
         total_steps: real optimizer steps of this worker since it joined.
         stopped: the final model has been adopted; there is nothing more to do.
         diverged: the last push was refused because it was not finite.
+        renewed: the round has begun with fresh states of the inner optimizers.
         metrics: gives what this worker's module has logged since it was last asked, for a push.
         used: gives the items of training data that were used since it was last asked, see :attr:`Push.used`.
         inner: gives the name of the file with this worker's inner state, see :attr:`Push.inner`.
@@ -62,6 +63,7 @@ class Worker:
         self.total_steps = 0
         self.stopped = False
         self.diverged = False
+        self.renewed = False
         self.metrics: Callable[[], str] = str
         self.used: Callable[[], str] = str
         self.inner: Callable[[], str] = str
@@ -217,6 +219,7 @@ class Worker:
         self._mark = now if self._sequence > 0 else None
         if self._sequence > 0:
             self.diverged = reply.refused == NOT_FINITE
+            self.renewed = reply.renew
             if reply.refused is not None and reply.refused != ALREADY_APPLIED:
                 _log.warning("worker %d: push %d was refused: %s", self.number, self._sequence, reply.refused)
             self._exchange_seconds = max(0.0, now - self._handed_in_at - reply.wait_seconds)

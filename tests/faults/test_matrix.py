@@ -118,6 +118,19 @@ def test_links_break_and_pushes_are_wrong(job: Job, normal: Run) -> None:
     run.assert_came_back(1)
 
 
+def test_rank_0_goes_wrong_again_and_again(job: Job) -> None:
+    run = job(ranks=2, until={"0_0": 12}, faults=[fault("NAN", 0, round, "computing") for round in range(2, 8)])
+    run.assert_exactly_once()
+    run.assert_one_model({0, 1})
+    for sequence in range(2, 8):
+        [reason] = reasons(run, 0, sequence)
+        assert reason is not None
+        assert "NaN" in reason
+    assert "worker 0: 5 of its last 6 pushes were refused" in run.text
+    assert reasons(run, 0, 8) == [None], "its optimizer has begun anew"
+    assert run.loss < 0.5
+
+
 # ------------------------------------------------------------------------------------------------------ the whole
 
 LONG = 4.0

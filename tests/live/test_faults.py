@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from collections.abc import Callable
 
@@ -65,7 +66,8 @@ def test_death_of_rank_0_ends_the_workers(job: Job) -> None:
 def test_a_rank_that_never_comes_is_named(job: Job) -> None:
     outcome = job(ranks=3, late={"rank": 2, "seconds": 600}, start_timeout=5.0, check=False)
     assert outcome.code != 0
-    assert "rank(s) 2 of 3 did not arrive" in outcome.text
+    # On a busy machine five seconds may be too few for rank 1, too.
+    assert re.search(r"rank\(s\) (1, )?2 of 3 did not arrive", outcome.text)
     assert "start_timeout=5 s" in outcome.text
 
 

@@ -363,6 +363,31 @@ def test_a_quarantined_worker_is_waited_for_by_nobody() -> None:
     assert coordinator.budget.done == 60
 
 
+def test_the_worker_beside_the_server_begins_anew_instead(caplog: pytest.LogCaptureFixture) -> None:
+    coordinator, player = started(workers=2, total=None)
+    for now in range(1, 5):
+        player.push(0, float(now), NAN)
+        assert not player.flush(float(now))[0].renew
+    player.push(0, 5.0, NAN)
+    reply = player.flush(5.0)[0]
+    assert (reply.renew, reply.refused) == (True, NOT_FINITE)
+    assert player.refused is None
+    [error] = [record.message for record in caplog.records if record.levelname == "ERROR"]
+    assert "worker 0: 5 of its last 5 pushes were refused" in error
+    assert "its optimizer begins anew" in error
+    assert coordinator.live == [0, 1]
+    assert coordinator.view().quarantined == frozenset()
+    player.push(0, 6.0)
+    reply = player.flush(6.0)[0]
+    assert (reply.renew, reply.refused) == (False, None)
+    # It is judged like any other, and with nobody else there the run has come to its end.
+    coordinator.leave(1, "s1", 7.0, "gone")
+    for now in range(8, 13):
+        player.push(0, float(now), NAN)
+        player.flush(float(now))
+    assert "worker 0 is quarantined for the rest of the run: 5 of its last 6 pushes" in (player.refused or "")
+
+
 def test_a_norm_that_is_too_large_is_refused_and_told() -> None:
     coordinator, player = started()
     coordinator._guard = UpdateGuard(10.0)

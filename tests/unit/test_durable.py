@@ -19,6 +19,7 @@ import torch
 
 from lightning_async_localsgd import durable
 from lightning_async_localsgd.durable import Writer, link, verified, write
+from lightning_async_localsgd.run_folder import in_order_of_age
 
 
 def text(content: bytes) -> Any:
@@ -130,12 +131,31 @@ def test_a_file_that_is_being_removed_as_a_leftover_is_begun_anew(
     assert removed
 
 
-def test_a_file_system_without_locks_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL])
+def test_a_file_system_without_locks_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     def none(*_: Any) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", none)
     assert verified(write(tmp_path, "state", ".pt", text(b"content")))
+
+
+def test_a_lock_that_fails_is_an_error_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(fcntl, "flock", fails)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        write(tmp_path, "state", ".pt", text(b"content"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_written_last_is_the_newest_whatever_the_clock_says(tmp_path: Path) -> None:
+    before = [write(tmp_path, f"rounds={n}", ".ckpt", text(b"%d" % n)) for n in (8, 9)]
+    for path in before:
+        os.utime(path, (2e9, 2e9))  # Far in the future: the clock has gone back since.
+    after = [write(tmp_path, f"rounds={n}", ".ckpt", text(b"%d" % n)) for n in (1, 2)]
+    assert in_order_of_age([*before, *after])[:2] == after[::-1]
 
 
 def test_a_link_is_the_same_file_and_a_copy_where_there_are_no_links(

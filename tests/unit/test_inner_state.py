@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import stat
+import threading
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
-from lightning_async_localsgd import AsyncLocalSGDStrategy
+from lightning_async_localsgd import AsyncLocalSGDStrategy, inner_state
 from lightning_async_localsgd.companions import AwaitedStates, beside, keep_beside, names_in, remove_beside
 from lightning_async_localsgd.durable import verified
 from lightning_async_localsgd.exchange import ExchangeError
@@ -119,6 +120,26 @@ def test_a_state_is_saved_at_the_end_of_a_round_when_it_is_due(tmp_path: Path) -
     assert same([one["state"] for one in state["optimizers"]], state_of(trainer))
     states.release()
     assert states not in trainer.callbacks  # type: ignore[attr-defined]
+
+
+def test_a_disk_that_hangs_at_the_end_is_said_and_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(inner_state, "_SECONDS_AT_THE_END", 0.05)
+    trainer, phase = worker_of(tmp_path, 1), phase_of()
+    states = InnerStates(trainer, phase)
+    end_round(states, phase, 4)
+    before = phase.worker.inner()
+    assert before
+    assert states._writer is not None
+    back = threading.Event()
+    states._writer.begin(lambda: back.wait(60) or None)
+    assert states.finish() == before
+    writer = states._writer
+    states.release()
+    assert "is still being written" in caplog.text
+    back.set()
+    assert writer.wait(30)
 
 
 def test_none_saves_nothing_and_time_is_an_interval_too(tmp_path: Path) -> None:

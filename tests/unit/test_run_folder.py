@@ -151,7 +151,7 @@ def test_last_is_the_newest_of_all_runs_and_of_lightnings_own(tmp_path: Path) ->
     "variables", [{"ASYNC_LOCALSGD_RESUME": "1"}, {"TORCHELASTIC_RESTART_COUNT": "1"}, {"SLURM_RESTART_COUNT": "2"}]
 )
 def test_a_script_that_is_started_again_goes_on_with_its_own_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("ASYNC_LOCALSGD_RUN", "mine")
     for name, value in variables.items():
@@ -159,9 +159,17 @@ def test_a_script_that_is_started_again_goes_on_with_its_own_run(
     trainer = trainer_of(tmp_path)
     runs = tmp_path / "async_localsgd"
     checkpoint(runs / "other", 900, age=0)
-    for asked in (None, "some.ckpt", "last"):
+    for asked, said in (
+        (None, "from the beginning"),
+        ("some.ckpt", "with ckpt_path='some.ckpt'"),
+        ("last", "with ckpt_path='last'"),
+    ):
         monkeypatch.setattr(run_folder, "_fits", 0)
+        caplog.clear()
         assert chosen(trainer, asked) == asked, "this run has left nothing"
+        assert "the run mine was started again, and had not saved itself" in caplog.text
+        assert said in caplog.text
+    caplog.clear()
     mine = checkpoint(runs / "mine", 5, age=100)
     for asked in (None, "some.ckpt", "last"):
         monkeypatch.setattr(run_folder, "_fits", 0)
@@ -172,6 +180,10 @@ def test_a_script_that_is_started_again_goes_on_with_its_own_run(
     set_age(hpc, 50)
     monkeypatch.setattr(run_folder, "_fits", 0)
     assert chosen(trainer, None) is None
+    mine.unlink()
+    monkeypatch.setattr(run_folder, "_fits", 0)
+    assert chosen(trainer, None) is None
+    assert "had not saved itself" not in caplog.text, "Lightning itself goes on from that"
 
 
 def test_restarted_nodes_of_torchrun_find_what_the_one_with_rank_0_has_left(

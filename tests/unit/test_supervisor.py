@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from lightning_async_localsgd import supervisor
 from lightning_async_localsgd.supervisor import main
 from tests.processes import Jobs, jobs
 
@@ -149,6 +150,17 @@ def test_one_of_several_ranks_is_not_started_again_by_itself(
     with pytest.raises(SystemExit):
         main(["train.py"])
     assert named in capsys.readouterr().err
+
+
+def test_what_is_said_to_nobody_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as broken:
+        monkeypatch.setattr(sys, "stderr", broken)
+        supervisor._say("the job has not ended")
+        monkeypatch.undo()
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), writer)  # For what is left in its buffer.
 
 
 def test_a_senseless_number_of_restarts(capsys: pytest.CaptureFixture[str]) -> None:
