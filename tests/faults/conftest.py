@@ -18,16 +18,6 @@ JOB = Path(__file__).with_name("job.py")
 ROOT = Path(__file__).parents[2]
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--whole", action="store_true", help="tests/faults: every fault at every moment, many minutes")
-
-
-@pytest.fixture
-def whole(request: pytest.FixtureRequest) -> None:
-    if not request.config.getoption("--whole", default=False):
-        pytest.skip("part of the whole matrix: pytest tests/faults --whole")
-
-
 @pytest.fixture
 def started() -> Iterator[Jobs]:
     """Starts processes; afterwards nothing of them may be left."""

@@ -76,11 +76,25 @@ def test_what_follows_a_kill_is_timed_from_it() -> None:
 
 
 @pytest.mark.slow
+def weather(started: Jobs, out: Path, timeout: float, *options: str) -> tuple[int, dict[str, Any]]:
+    """Runs the benchmark; returns its exit code and its figures."""
+    command: list[str | Path] = [sys.executable, ROOT / "benchmarks" / "chaos.py", *options]
+    process: subprocess.Popen[str] = started.start([*command, "--directory", out])
+    code, text = started.finish(process, timeout)
+    found: dict[str, Any] = next(json.loads(line) for line in text.splitlines() if line.startswith('{"ranks"'))
+    return code, found
+
+
+@pytest.mark.usefixtures("whole")
+@pytest.mark.timeout(2400)
+def test_the_whole_storm_keeps_within_all_bounds(started: Jobs, tmp_path: Path) -> None:
+    code, found = weather(started, tmp_path / "out", 2300.0)
+    assert found["events"] >= 50
+    assert code == 0, found
+
+
 def test_a_small_storm(started: Jobs, tmp_path: Path) -> None:
-    command: list[str | Path] = [sys.executable, ROOT / "benchmarks" / "chaos.py", "--quick"]
-    process: subprocess.Popen[str] = started.start([*command, "--directory", tmp_path / "out"])
-    code, text = started.finish(process, 250.0)
-    found = next(json.loads(line) for line in text.splitlines() if line.startswith('{"ranks"'))
+    code, found = weather(started, tmp_path / "out", 250.0, "--quick")
     assert found["kills"] + found["stops"] == found["events"] == 4
     assert found["T_detect"]["count"] == found["T_rejoin"]["count"] == found["kills"]
     # What does not depend on how busy this machine is.

@@ -58,7 +58,7 @@ class Host:
 
 def test_two_join_a_running_training_and_one_leaves_again(started: Jobs, tmp_path: Path, normal: Run) -> None:
     out = tmp_path / "out"
-    host = Host(started, out, ranks=2)
+    host = Host(started, out, ranks=2, strategy={"checkpoint_every": 2})
     run = host.run
     stays = host.join(**SLURM_TASK)
     _await(lambda: (2, 0) in read_notes(out), run, stays)
@@ -67,6 +67,7 @@ def test_two_join_a_running_training_and_one_leaves_again(started: Jobs, tmp_pat
     leaves.send_signal(signal.SIGINT)
     _, said_leaving = started.finish(leaves, 60.0)
     assert "Traceback" not in said_leaving
+    assert not any(TOKEN in word for process in started.processes() for word in process.cmdline())
     there = len(read_notes(out)[2, 0].answers)
     _await(lambda: len(read_notes(out)[2, 0].answers) >= there + 3, run, stays)
     (out / "stop").touch()
@@ -84,7 +85,9 @@ def test_two_join_a_running_training_and_one_leaves_again(started: Jobs, tmp_pat
     assert re.search("worker 3 .*it said goodbye", text)
     for said_by in (text, said, said_leaving):
         assert TOKEN not in said_by
-    assert not any(TOKEN in path.read_text() for path in out.rglob("*") if path.is_file() and path.suffix != ".pt")
+    files = [path for path in out.rglob("*") if path.is_file()]
+    assert {".ckpt", ".pt", ".jsonl", ".txt"} <= {path.suffix for path in files}
+    assert not any(TOKEN.encode() in path.read_bytes() for path in files)
 
 
 def test_rank_0_alone_is_joined_by_one_that_is_killed_and_one_that_freezes(

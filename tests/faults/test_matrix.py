@@ -1,6 +1,6 @@
 """Every fault at every moment, in real processes: what it costs the victim, and that it costs nobody else anything.
 
-The first tests have several faults in one job and are part of every run of the tests. ``pytest tests/faults --whole``
+The first tests have several faults in one job and are part of every run of the tests. ``pytest --whole``
 has every fault at every moment in a job of its own.
 
 What has bitten others, and is looked for here: one stalled uploader blocked everyone (STOP in mid-push, SLOW_LINK); a
@@ -19,8 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from lightning_async_localsgd.companions import files_of
 from lightning_async_localsgd.faults import MOMENTS, FaultKind
+from lightning_async_localsgd.run_folder import newest
 from tests.faults.conftest import ROOT, command
 from tests.faults.runs import ALREADY_APPLIED, Run
 from tests.processes import Jobs
@@ -51,8 +54,8 @@ def reasons(run: Run, worker: int, sequence: int) -> list[str | None]:
 def test_one_dies_and_one_hangs_and_dawdles(job: Job, normal: Run) -> None:
     run = job(
         ranks=3,
-        until={"1_1": 2, "2_0": 11},
-        strategy={"silence_timeout": 2.0},
+        until={"1_1": 4, "2_0": 11},
+        strategy={"silence_timeout": 2.0, "checkpoint_every": 2},
         faults=[
             fault("KILL", 1, 3, "mid-push"),
             fault("STOP", 2, 3, "computing", seconds=5.0),
@@ -68,6 +71,13 @@ def test_one_dies_and_one_hangs_and_dawdles(job: Job, normal: Run) -> None:
     assert again.session != run.lives[1, 0].session
     assert any(entry["session"] == again.session for entry in run.pushes(1, refused=False)), "and came back"
     run.assert_came_back(1)
+    assert "worker 1 joins with its optimizer state of" in run.text
+    saved = newest(files_of(next(run.out.glob("async_localsgd/*")), 1))
+    assert saved is not None
+    states = torch.load(saved, weights_only=True)
+    assert states["session"] == again.session
+    steps = {int(state["step"]) for state in states["optimizers"][0]["state"].values()}
+    assert min(steps) > len(again.steps), "those of its first life are counted in it"
 
     (begin, end), (late_begin, late_end) = run.outages(2, least=3.5)
     # Given up meanwhile, for it was silent for longer than the time-out. Its round counts all the same.
@@ -113,6 +123,7 @@ def test_links_break_and_pushes_are_wrong(job: Job, normal: Run) -> None:
     for begin, end in run.outages(2, least=1.0):
         run.assert_others_went_on(begin, end, but={1, 2})
 
+    run.assert_others_never_stood_still(normal, but={1, 2})
     assert reasons(run, 1, 10) == []
     assert "sent nonsense" in run.text
     run.assert_came_back(1)
@@ -161,6 +172,7 @@ def test_a_fault_of_a_worker(job: Job, normal: Run, kind: FaultKind, moment: str
     assert f"injected: {kind.name}" in run.text
     for begin, end in run.outages(1, least=1.0):
         run.assert_others_went_on(begin, end, but={1})
+    run.assert_others_never_stood_still(normal, but={1})
     if comes_back:
         run.assert_came_back(1)
         if moment in ("before reply", "mid-pull"):

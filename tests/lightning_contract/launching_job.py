@@ -142,6 +142,7 @@ class Notes(L.Callback):
             (self.out / f"advanced_{trainer.global_rank}").touch()
         time.sleep(SECONDS[trainer.global_rank % 2])
         if self.fail == {"rank": trainer.global_rank, "step": self.steps}:
+            (self.out / "failed").touch()
             raise RuntimeError("a fault of this rank's own")
         if self.fail == {"kill": trainer.global_rank, "step": self.steps} and not started_again():
             os.kill(os.getpid(), signal.SIGKILL)

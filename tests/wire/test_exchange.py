@@ -138,12 +138,13 @@ def test_a_goodbye_is_told_to_the_server_once(way: Open, wire: Wire) -> None:
 
 
 def test_another_model_is_refused_with_the_first_differences(way: Open, wire: Wire) -> None:
-    fake, _, endpoints = way()
+    fake, server, endpoints = way()
     other = layout_of(1001, "bias")
     exchange = wire.worker(endpoints, fake, layout=other)
     with pytest.raises(ExchangeError, match=r"(?s)worker 1 is not that of rank 0.*parameter 0: .*1001.*here.*weight"):
         exchange.join(hello(other), torch.zeros(1001))
     assert not fake.joined
+    assert server.rejected_messages == 1, "rank 0 counts it, too"
 
 
 def test_another_protocol_version_is_refused_whatever_its_hello_looks_like(way: Open, wire: Wire) -> None:

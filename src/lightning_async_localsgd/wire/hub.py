@@ -143,6 +143,7 @@ class Hub:
             raise MessageError(f"a hello of worker {hello.worker}")
         if hello.fingerprint != self._server.layout.fingerprint:
             reason = f"the model of worker {hello.worker} is not that of rank 0; every rank must build the same one"
+            self.rejected.add(reason)
             self._say(key, frames.REFUSE + reason.encode(), frames.pack_layout(self._server.layout))
             return
         incarnation = self._server.incarnation
