@@ -42,6 +42,8 @@ More than four workers are so many such sets."""
 
 INNER_GRID = (3e-4, 1e-3, 2e-3, 4e-3)
 OUTER_GRID = (0.02, 0.07, 0.2, 0.7)
+BEYOND = {OUTER_GRID[0]: 0.007, OUTER_GRID[-1]: 2.0}
+"""Where the best value is an end of the grid, the next one beyond it is tried, too."""
 STAGE_GRID: dict[str, tuple[float, ...]] = {"delay": (1.0, 30.0, 1000.0), "cosine_dn": (0.0, -0.2, -1.0)}
 """Of the staleness stages that have a value of their own to tune: the strength of delay compensation, and the cosine
 below which a push is dropped. The learning rate is tuned with the first one."""
@@ -230,13 +232,13 @@ def inner_tuning() -> list[Cell]:
     return [replace(cell, inner_lr=inner, steps=SHORT) for inner in INNER_GRID for cell in alike]
 
 
-def outer_tuning(cells: Iterable[Cell]) -> list[Cell]:
+def outer_tuning(cells: Iterable[Cell], grid: Iterable[float] = OUTER_GRID) -> list[Cell]:
     """The outer learning rate of each method."""
     return [
         replace(cell, lr=lr, stage=STAGE_GRID.get(cell.method, (None,))[0], steps=SHORT)
         for cell in cells
         if cell.method != "single"
-        for lr in OUTER_GRID
+        for lr in grid
     ]
 
 

@@ -231,12 +231,12 @@ def _inner(results: Results) -> str:
 
 
 def _tuning(results: Results) -> str:
-    rows = []
+    rows, grid = [], sorted([*OUTER_GRID, *cells.BEYOND.values()])
     for cell in dict.fromkeys([*cells.TABLE_A, *cells.CONTROLS, *cells.RULES, *cells.TABLES["scratch"]]):
         if cell.method != "single":
-            losses = [_tuned(results, one) for one in cells.outer_tuning([cell])]
+            losses = [_tuned(results, one) for one in cells.outer_tuning([cell], grid)]
             rows.append([label(cell), _start(cell.warm_steps), *_best_in_bold(losses)])
-    return markdown(["method", "start", *(f"{value:g}" for value in OUTER_GRID)], rows)
+    return markdown(["method", "start", *(f"{value:g}" for value in grid)], rows)
 
 
 def _stages(results: Results) -> str:

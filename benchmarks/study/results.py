@@ -98,13 +98,19 @@ class Results:
                 found = replace(found, inner_lr=self._best(inner_candidates(found), "inner_lr"))
             tuned = found
             if found.lr is None and found.method != "single":
-                tuned = replace(tuned, lr=self._best(outer_candidates(found), "lr"))
+                tuned = replace(tuned, lr=self._best_lr(found))
             if found.stage is None and found.method in cells.STAGE_GRID:
                 tuned = replace(tuned, stage=self._best(stage_candidates(tuned), "stage"))
             if found.lr is None and tuned.lr is not None and found.method in cells.PER_PUSH:
                 tuned = replace(tuned, lr=tuned.lr * cells.TUNED_WORKERS / found.workers)
             self._resolved[cell] = tuned
         return self._resolved[cell]
+
+    def _best_lr(self, cell: Cell) -> float:
+        best = self._best(outer_candidates(cell), "lr")
+        if best in cells.BEYOND:
+            best = self._best(outer_candidates(cell, (best, cells.BEYOND[best])), "lr")
+        return best
 
     def _best(self, candidates: Iterable[Cell], field: str) -> float:
         runs = [(self.find(candidate, TUNING_SEED), candidate) for candidate in candidates]
@@ -123,12 +129,12 @@ def inner_candidates(cell: Cell) -> list[Cell]:
     return [replace(one, warm_steps=0) for one in tuned] if cell.warm_steps == 0 else tuned
 
 
-def outer_candidates(cell: Cell) -> list[Cell]:
+def outer_candidates(cell: Cell, grid: Iterable[float] = cells.OUTER_GRID) -> list[Cell]:
     """The runs that decide about a cell's outer learning rate: those of its method at ``very``, on C4.
 
     Random weights need larger steps than a warm start, and have runs of their own.
     """
-    return cells.outer_tuning([_plain(cell)])
+    return cells.outer_tuning([_plain(cell)], grid)
 
 
 def stage_candidates(cell: Cell) -> list[Cell]:

@@ -28,6 +28,7 @@ from benchmarks.study.cells import (
     Cell,
     strategy_options,
 )
+from benchmarks.study.figures import with_next
 from benchmarks.study.report import FIGURES, PAGE, fill, report, tables, time_to
 from benchmarks.study.results import TUNING, TUNING_SEED, Results, Untuned
 from benchmarks.study.scheduling import Job, Queue
@@ -88,6 +89,12 @@ def tuned(results: Results, *of: Cell) -> None:
     for cell in [*inner, *(replace(cell, warm_steps=0) for cell in inner), *cells.outer_tuning(of)]:
         resolved = results.resolved(cell)
         results.append(TUNING, record(resolved, TUNING_SEED, made_up_loss(resolved)))
+    for cell in of:
+        if cell.method in cells.STAGE_GRID:
+            with pytest.raises(Untuned) as untuned:
+                results.resolved(cell)
+            for missing in untuned.value.missing:
+                results.append(TUNING, record(results.resolved(missing), TUNING_SEED, 9.0))
 
 
 def test_text_is_divided_and_kept(data: Path, tmp_path: Path) -> None:
@@ -113,6 +120,38 @@ def test_synchronous_cells_are_run_once_for_all_levels() -> None:
     equal = replace(SYNC, level="none")
     assert equal.slowdown() == pytest.approx(0.995 / 3.33)
     assert replace(equal, method="single").slowdown() == pytest.approx(0.995 / 0.58)
+
+
+def test_rates_beyond_the_grid_and_of_single_pushes(tmp_path: Path) -> None:
+    results = Results(tmp_path)
+    nesterov, sync, delay = Cell("nesterov"), Cell("sync"), Cell("delay")
+    tuned(results, sync)
+    for cell in cells.outer_tuning([nesterov, delay]):
+        resolved = results.resolved(cell)
+        results.append(TUNING, record(resolved, TUNING_SEED, 4.0 + resolved.lr))
+    with pytest.raises(Untuned, match="1 runs that tune async Nesterov"):
+        results.resolved(nesterov)
+    for cell in cells.outer_tuning([nesterov, delay], [0.007]):
+        resolved = results.resolved(cell)
+        results.append(TUNING, record(resolved, TUNING_SEED, 4.0 + resolved.lr))
+    assert results.resolved(nesterov).lr == 0.007
+    # So many more pushes of the same length move the model so many times as far; a round is one step of any number.
+    assert results.resolved(replace(nesterov, workers=16)).lr == 0.007 / 4
+    assert results.resolved(replace(sync, workers=16)).lr == results.resolved(sync).lr
+
+    with pytest.raises(Untuned) as untuned:
+        results.resolved(delay)
+    assert {cell.stage for cell in untuned.value.missing} == {*cells.STAGE_GRID["delay"][1:]}
+    for cell in untuned.value.missing:
+        assert cell.lr == 0.007
+        results.append(TUNING, record(results.resolved(cell), TUNING_SEED, 5.0))
+    assert results.resolved(delay).stage == 1.0, "the first one had 4.007"
+    assert cells.staleness(results.resolved(delay)) is not None
+
+
+def test_a_worker_waits_until_its_next_round() -> None:
+    spans = [[0, 0.0, 5.0], [1, 0.0, 8.0], [0, 8.0, 13.0], [1, 8.0, 16.0]]
+    assert with_next(spans) == [(1, 0.0, 8.0, 8.0), (0, 0.0, 5.0, 8.0), (1, 8.0, 16.0, 16.0), (0, 8.0, 13.0, 13.0)]
 
 
 def test_what_has_to_be_tuned_comes_first(tmp_path: Path) -> None:
@@ -160,7 +199,7 @@ def test_the_whole_study_begins_with_what_matters_most() -> None:
 
 def test_results_survive_and_say_what_they_lack(tmp_path: Path) -> None:
     results = Results(tmp_path)
-    with pytest.raises(Untuned, match=r"12 runs that tune sync DiLoCo"):
+    with pytest.raises(Untuned, match=f"{len(INNER_GRID) * len(OUTER_GRID)} runs that tune sync DiLoCo"):
         results.resolved(BEST)
     tuned(results, BEST)
     resolved = results.resolved(BEST)
@@ -232,11 +271,11 @@ def test_small_runs_keep_away_from_the_results(capsys: pytest.CaptureFixture[str
 def test_every_cell_is_a_strategy_of_its_own() -> None:
     wanted = {cell for table in TABLES.values() for cell in table if cell.method != "single"}
     for cell in wanted:
-        options = strategy_options(replace(cell, lr=0.2))
+        options = strategy_options(replace(cell, lr=0.2, stage=1.0 if cell.method == "delay" else 0.0))
         SimulatedAsyncLocalSGDStrategy(cell.seconds_per_step, **options)
         AsyncLocalSGDStrategy(**options)
     at_very = [cell for cell in [*cells.TABLE_A, *cells.CONTROLS, *cells.RULES] if cell.method != "single"]
-    told = {repr(strategy_options(replace(cell, lr=0.2))) for cell in at_very}
+    told = {repr(strategy_options(replace(cell, lr=0.2, stage=0.5))) for cell in at_very}
     assert len(told) == len(set(at_very))
 
 
