@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import nn
 
-from lightning_async_localsgd import AsyncLocalSGDStrategy
+from lightning_async_localsgd import AsyncLocalSGDStrategy, SimulatedAsyncLocalSGDStrategy
 from lightning_async_localsgd.layout import Binding, Layout
 from lightning_async_localsgd.messages import Reply
 from lightning_async_localsgd.worker import Worker
@@ -161,6 +161,36 @@ def test_one_device_trains_validates_saves_and_resumes(tmp_path: Path, precision
     again.fit(BoringModel(), ckpt_path=fit.checkpoint_callback.best_model_path)
     assert again.global_step == 30
     again.validate(module, verbose=False)
+
+
+class Places(L.Callback):
+    """Where the states of the workers that are not at turn are."""
+
+    def __init__(self) -> None:
+        self.seen: set[str] = set()
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        inner = trainer.strategy._training._inner  # type: ignore[attr-defined]
+        for worker, state in inner._states.items():
+            if worker != inner._at_turn:
+                values = (value for held, _ in state["optimizers"] for one in held.values() for value in one.values())
+                tensors = [getattr(value, "tensor", value) for value in values]  # Moved ones know where they belong.
+                self.seen |= {tensor.device.type for tensor in tensors if tensor.ndim}
+
+
+@needs_gpus(1)
+@pytest.mark.parametrize("on_cpu", [False, True])
+def test_inner_states_of_a_simulated_cluster_are_where_they_are_wanted(tmp_path: Path, on_cpu: bool) -> None:
+    class Model(BoringModel):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.Adam(self.parameters(), lr=1e-3)
+
+    strategy = SimulatedAsyncLocalSGDStrategy([0.1, 0.2, 0.3], local_steps=4, inner_states_on_cpu=on_cpu)
+    places = Places()
+    fit = trainer(tmp_path, strategy=strategy, max_steps=20, callbacks=[places], enable_checkpointing=False)
+    fit.fit(Model())
+    assert fit.global_step == 20
+    assert places.seen == {"cpu" if on_cpu else "cuda"}
 
 
 @pytest.fixture
