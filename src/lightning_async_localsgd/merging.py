@@ -135,6 +135,8 @@ class Merging:
         self._stage = staleness
         self._options = options = options if options is not None else MergeOptions()
         self._opened_at: float | None = None
+        # Pushes in a row that were dropped for their direction alone.
+        self._misdirected = 0
         # What each live worker's latest push counts by.
         self._shares: dict[int, float] = {}
         # Models that workers compute on, by version.
@@ -233,7 +235,7 @@ class Merging:
         staleness = self._model.version - push.base_version
         factor, norm, base = 1.0, looked.norm, None
         if self._stage is not None:
-            factor = float(self._stage.weigh(staleness, looked.momentum_cosine))
+            factor = self._weigh(self._stage, staleness, looked.momentum_cosine, len(live))
             if factor == 0.0:
                 return stale(f"too old or misdirected for {self._stage!r}: its staleness is {staleness}")
             # A push on the present model is what it should be.
@@ -258,6 +260,7 @@ class Merging:
         if self._options.weights != "equal":
             self._shares = {worker: share for worker, share in self._shares.items() if worker in live}
             self._shares[push.worker] = self._share(push)
+        self._misdirected = 0
         one = Held(push, gradient, norm, factor, staleness)
         if holds:
             assert push.worker not in self.held
@@ -295,7 +298,8 @@ class Merging:
             views = self._model.layout.views(one.gradient)
             values = {name: view.clone() for name, view in views.items()}
             held.append({**vars(one), "push": dataclasses.asdict(one.push), "gradient": values})
-        return {"held": held, "shares": {str(worker): share for worker, share in self._shares.items()}}
+        shares = {str(worker): share for worker, share in self._shares.items()}
+        return {"held": held, "shares": shares, "misdirected": self._misdirected}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on with the pushes in ``state``.
@@ -315,8 +319,24 @@ class Merging:
             one = Held(**{**saved, "push": Push(**saved["push"]), "gradient": buffer})
             self.held[one.push.worker] = one
         self._shares = {int(worker): float(share) for worker, share in state.get("shares", {}).items()}
+        self._misdirected = int(state.get("misdirected", 0))
 
     # ----------------------------------------------------------------- internal
+
+    def _weigh(self, stage: Staleness, staleness: int, cosine: float | None, live: int) -> float:
+        """The stage's factor for a push.
+
+        The momentum changes with pushes that are taken and with nothing else. When as many in a row as there are
+        workers point against it, it is the momentum that is off, and without an exception would stay so for ever.
+        """
+        if not stage.needs_momentum:
+            return float(stage.weigh(staleness, cosine))
+        if self._misdirected >= live:
+            cosine = None
+        factor = float(stage.weigh(staleness, cosine))
+        if factor == 0.0 and stage.weigh(staleness, None) > 0.0:
+            self._misdirected += 1
+        return factor
 
     def _apply(self, one: Held, result: Tensor | None) -> None:
         """Applies a push that is held by nobody."""

@@ -75,11 +75,8 @@ def refuse_merging(
             f"merge.average={merge.average!r} averages the pushes of a group, but {reason}; use quorum >= 2 and a rule "
             "such as Nesterov(lr=0.7, momentum=0.9), or leave it out"
         )
-    if quorum == "all" and isinstance(grace.grace, float | int) and grace.grace > 0:
-        raise ValueError(
-            f"grace={grace.grace!r} waits for more workers than the quorum, and quorum='all' waits for all of "
-            "them; use a smaller quorum, or leave grace out"
-        )
+    if quorum == "all":
+        _refuse_grace(grace, "quorum='all'")
     if quorum == "all" and merge.quorum_seconds is None:
         _refuse_staleness(staleness, "with quorum='all' and no merge.quorum_seconds")
 
@@ -92,6 +89,7 @@ def refuse_workers(
     staleness: Staleness | None,
     merge: MergeOptions,
     rule: OuterOptimizer,
+    grace: GraceWindow,
 ) -> None:
     """Looks whether options fit the number of workers: the outer optimizer's, and how pushes are merged.
 
@@ -103,6 +101,7 @@ def refuse_workers(
         staleness: likewise.
         merge: likewise.
         rule: likewise; of no use afterwards.
+        grace: likewise.
 
     Raises:
         ValueError: they don't.
@@ -127,8 +126,23 @@ def refuse_workers(
         )
     if alone:
         _refuse_staleness(staleness, "with a single worker")
+        if merge.weights != "equal":
+            raise ValueError(
+                f"merge.weights={merge.weights!r} weighs the pushes of workers against each other, and with a single "
+                "worker there is nothing to weigh them against; leave it out, or use more workers"
+            )
+    if quorum == workers > 1 and not joinable:
+        _refuse_grace(grace, f"quorum={quorum} of {workers} workers")
     if quorum == workers and merge.quorum_seconds is None and not joinable:
         _refuse_staleness(staleness, f"with quorum={quorum} of {workers} worker(s) and no merge.quorum_seconds")
+
+
+def _refuse_grace(grace: GraceWindow, quorum: str) -> None:
+    if isinstance(grace.grace, float | int) and grace.grace > 0:
+        raise ValueError(
+            f"grace={grace.grace!r} waits for more workers than the quorum, and {quorum} waits for all of them; use a "
+            "smaller quorum, or leave grace out"
+        )
 
 
 def _refuse_staleness(staleness: Staleness | None, reason: str) -> None:

@@ -38,7 +38,7 @@ class Staleness(ABC):
 
         Args:
             staleness: pushes that were applied since the worker's dispatch, >= 0.
-            cosine: between the push and the outer momentum; None while either is zero.
+            cosine: between the push and the outer momentum; None while either is zero, and where it is not to count.
 
         """
 
@@ -164,7 +164,9 @@ class Hinge(Staleness):
 class ExponentialCosine(Staleness):
     """Factor e^(-a s), and nothing for pushes that point against the momentum (CGAD, arXiv 2605.09126).
 
-    A push without a cosine, because there is no momentum yet, is not dropped.
+    A push without a cosine, because there is no momentum yet, is not dropped. Nor is the one that follows as many
+    dropped ones in a row as there are live workers, for their direction alone: then it is the momentum that points the
+    wrong way. Only pushes that are merged change it, and so that one is weighed by its age alone.
 
     Args:
         rate: a, >= 0.

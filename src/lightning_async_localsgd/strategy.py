@@ -239,7 +239,7 @@ class AsyncLocalSGDStrategy(SavingStrategy):
 
     def _refuse_workers(self, workers: int, joinable: bool) -> None:
         rule = resolve_outer_optimizer(self.outer_optimizer)
-        refuse_workers(workers, joinable, self.quorum, self.warmup_steps, self.staleness, self.merge, rule)
+        refuse_workers(workers, joinable, self.quorum, self.warmup_steps, self.staleness, self.merge, rule, self.grace)
 
     # ------------------------------------------------------------------- set-up
 

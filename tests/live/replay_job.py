@@ -1,7 +1,8 @@
 """The run that is logged and replayed: ``python replay_job.py live|replay OUT JSON``.
 
 ``live`` runs three unequal ranks and writes ``OUT/events.jsonl``; ``replay`` plays that file in one process. Both leave
-the digest of the final model in a file of their name.
+the digest of the final model in a file of their name. In ``JSON`` are options of the trainer and of the strategy; where
+the latter takes an object, there are the arguments that it is made from.
 """
 
 from __future__ import annotations
@@ -20,10 +21,14 @@ from lightning_async_localsgd import (
     AsyncLocalSGDCallback,
     AsyncLocalSGDStrategy,
     EmulatedDevices,
+    MergeOptions,
     SimulatedAsyncLocalSGDStrategy,
 )
+from lightning_async_localsgd.staleness import Polynomial
 
 RANKS = 3
+
+OBJECTS = {"staleness": Polynomial, "merge": MergeOptions}
 
 
 class Model(L.LightningModule):
@@ -55,7 +60,9 @@ def loader(samples: int, shuffle: bool) -> DataLoader[Any]:
 def main(kind: str, out: Path, options: dict[str, Any]) -> None:
     L.seed_everything(3, verbose=False)
     torch.set_num_threads(1)
-    policies = {"local_steps": 6, **options.get("strategy", {})}
+    given = options.get("strategy", {})
+    policies = {name: OBJECTS[name](**value) if name in OBJECTS else value for name, value in given.items()}
+    policies = {"local_steps": 6, **policies}
     events = out / "events.jsonl"
     if kind == "live":
         strategy = AsyncLocalSGDStrategy(**policies)

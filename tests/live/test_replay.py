@@ -31,8 +31,12 @@ def started() -> Iterator[Jobs]:
             marks=pytest.mark.slow,
         ),
         pytest.param({"strategy": {"quorum": "all"}}, marks=pytest.mark.slow),
+        pytest.param(
+            {"strategy": {"staleness": {"power": 0.5}, "merge": {"weights": "samples"}, "warmup_steps": 10}},
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["steps", "epochs", "quorum"],
+    ids=["steps", "epochs", "quorum", "weighed"],
 )
 def test_a_replay_ends_with_the_very_model_of_the_live_run(
     started: Jobs, tmp_path: Path, options: dict[str, Any]

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import io
 import itertools
+import math
 import random
 from collections.abc import Callable
 from typing import Any
@@ -34,7 +35,9 @@ from lightning_async_localsgd.outer import (
 from lightning_async_localsgd.pacing import SpeedAwareSteps
 from lightning_async_localsgd.records import Settled
 from lightning_async_localsgd.staleness import (
+    Composed,
     DelayCompensation,
+    ExponentialCosine,
     PolynomialThreshold,
     Staleness,
 )
@@ -626,6 +629,70 @@ def test_delay_compensation_in_a_group_and_one_that_overflows() -> None:
     assert cluster.merging.held == {}
 
 
+def pulled(staleness: Staleness, workers: int = 3) -> Cluster:
+    """A momentum of ones, from worker 0's first push."""
+    cluster = Cluster(workers=workers, rule=Momentum(lr=1.0, momentum=0.5), staleness=staleness)
+    cluster.begin(workers)
+    cluster.push(0, 1.0, 1.0)
+    return cluster
+
+
+def taken(cluster: Cluster, worker: int, gradient: float, now: float = 2.0) -> bool:
+    version = cluster.model.version
+    refused = cluster.push(worker, now, gradient)[worker].refused
+    assert (refused is None) == (cluster.model.version == version + 1)
+    assert refused is None or "misdirected" in refused
+    return refused is None
+
+
+def test_a_momentum_that_all_workers_pull_against_gives_way() -> None:
+    cluster = pulled(ExponentialCosine(0.5, 0.0), workers=4)
+    assert [taken(cluster, worker, -2.0) for worker in (0, 1, 2, 0)] == [False] * 4
+    start = cluster.theta[:SPLIT].clone()
+    # Worker 3 is the fifth. Its push is one version old, and that still counts.
+    assert taken(cluster, 3, -2.0)
+    momentum = 0.5 - 2.0 * math.exp(-0.5)
+    assert momentum < 0
+    torch.testing.assert_close(cluster.theta[:SPLIT], start - momentum)
+    # Now the others are those who point against it, and the count is a new one.
+    assert [taken(cluster, worker, 1.0) for worker in (0, 1, 2, 0, 1)] == [False] * 4 + [True]
+
+
+def test_the_count_of_misdirected_pushes_is_of_a_row_and_of_the_living() -> None:
+    cluster = pulled(ExponentialCosine(0.0, 0.0))
+    assert [taken(cluster, 0, -2.0), taken(cluster, 1, -2.0), taken(cluster, 0, 1.0)] == [False, False, True]
+    assert [taken(cluster, worker, -2.0) for worker in (0, 1, 2)] == [False] * 3
+    cluster = pulled(ExponentialCosine(0.0, 0.0))
+    cluster.leave(2, 2.0)
+    assert [taken(cluster, worker, -2.0) for worker in (0, 1, 0)] == [False, False, True]
+
+
+def test_pushes_that_are_too_old_as_well_are_not_counted() -> None:
+    cluster = pulled(Composed([ExponentialCosine(0.0, 0.0), PolynomialThreshold(threshold=0)]))
+    for _ in range(4):
+        # Based on version 0 all of them, as if the answers had not arrived.
+        reply = cluster.replies[1]
+        assert not taken(cluster, 1, -2.0)
+        cluster.replies[1] = dataclasses.replace(cluster.replies[1], version=reply.version)
+        cluster.coordinator.attendance.live[1].bases.append(reply.version)
+    assert cluster.merging.state_dict()["misdirected"] == 0
+    assert not taken(cluster, 0, -2.0)
+    assert cluster.merging.state_dict()["misdirected"] == 1
+
+
+def test_the_count_of_misdirected_pushes_outlives_the_server() -> None:
+    first = pulled(ExponentialCosine(0.0, 0.0))
+    assert [taken(first, worker, -2.0) for worker in (0, 1)] == [False] * 2
+    state = saved_and_loaded(first.coordinator.state_dict())
+    old = copy.deepcopy(state)
+    del old["merging"]["misdirected"]  # As it was written before there was one.
+    for saved, row in ((state, [False, True]), (old, [False, False])):
+        second = Cluster(rule=Momentum(lr=1.0, momentum=0.5), staleness=ExponentialCosine(0.0, 0.0))
+        second.coordinator.load_state_dict(saved)
+        second.begin(now=3.0)
+        assert [taken(second, worker, -2.0, 4.0) for worker in (2, 0)] == row
+
+
 # ------------------------------------------------------------------- weights, limits, average
 
 
@@ -808,6 +875,7 @@ POLICY = st.sampled_from(
         {"quorum": 1, "warmup_steps": 15, "rule": DelayedNesterov()},
         {"quorum": 2, "warmup_steps": 15, "grace": 1.0},
         {"quorum": 2, "staleness": PolynomialThreshold(power=0.5, threshold=3)},
+        {"quorum": 2, "staleness": ExponentialCosine(rate=0.1, cutoff=0.2)},
         {"quorum": 2, "options": MergeOptions(average="rda", weights="tokens^2/steps", clip_norm=1.0)},
     ]
 )

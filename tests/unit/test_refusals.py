@@ -14,7 +14,13 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision, FSDPPrecision
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_async_localsgd import AsyncLocalSGDStrategy, DelayedNesterov, ExchangeOptions, TorchOptimizer
+from lightning_async_localsgd import (
+    AsyncLocalSGDStrategy,
+    DelayedNesterov,
+    ExchangeOptions,
+    MergeOptions,
+    TorchOptimizer,
+)
 
 
 @pytest.mark.parametrize(
@@ -77,6 +83,27 @@ def test_activation_is_checked_against_the_number_of_workers_before_training() -
     rule = DelayedNesterov(activation=0.6)
     with pytest.raises(ValueError, match=r"activation.*0\.6"):
         rule.setup(torch.zeros(2), {"w": torch.zeros(2)}, workers=2)
+
+
+def test_weights_of_pushes_need_another_worker_to_weigh_them_against() -> None:
+    for weights in ("samples", "tokens^2/steps"):
+        merge, text = MergeOptions(weights=weights), re.escape(f"merge.weights={weights!r}")
+        with pytest.raises(ValueError, match=rf"{text} .*single worker.*leave it out"):
+            trainer(AsyncLocalSGDStrategy(merge=merge))
+        trainer(AsyncLocalSGDStrategy(merge=merge, token="a secret of sufficient length"))  # Others may join.
+        trainer(AsyncLocalSGDStrategy(merge=merge), devices=2)
+    trainer(AsyncLocalSGDStrategy(merge=MergeOptions(clip_norm=1.0)))
+
+
+def test_a_quorum_of_as_many_as_there_are_leaves_nobody_to_wait_for() -> None:
+    with pytest.raises(ValueError, match=r"grace=2.0 .*quorum='all' waits for all.*smaller quorum.*leave grace out"):
+        AsyncLocalSGDStrategy(quorum="all", grace=2.0)
+    with pytest.raises(ValueError, match=r"grace=2.0 .*quorum=3 of 3 workers waits for all.*leave grace out"):
+        trainer(AsyncLocalSGDStrategy(quorum=3, grace=2.0), devices=3)
+    for options in ({"quorum": 2, "grace": 2.0}, {"quorum": 3, "grace": 0}, {"quorum": 3}):
+        trainer(AsyncLocalSGDStrategy(**options), devices=3)
+    trainer(AsyncLocalSGDStrategy(quorum=3, grace=2.0, token="a secret of sufficient length"), devices=3)
+    trainer(AsyncLocalSGDStrategy(grace=2.0))
 
 
 class Frozen(BoringModel):

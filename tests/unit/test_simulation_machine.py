@@ -45,6 +45,28 @@ def test_a_step_that_the_optimizer_skips_is_taken_once_more() -> None:
     assert (turn.now, turn.arrives) == (18.0, 19.0)
 
 
+def test_a_round_that_ends_early_arrives_after_the_step_that_was_played_last() -> None:
+    turn = planned()
+    assert turn.arrives_so_far == 11.0
+    turn.take(1)
+    turn.take(2)
+    assert (turn.arrives_so_far, turn.arrives) == (15.0, 19.0)
+    turn.take(3)
+    turn.take(4)
+    assert turn.arrives_so_far == turn.arrives == 19.0
+
+
+def test_drawn_times_are_the_same_on_every_machine() -> None:
+    # They are rounded to twelve digits, since the last bits of logarithm and exponential are the platform's affair.
+    cluster = Cluster([StepSeconds(1.0, 0.5)] * 3)
+    machines = [Machine(number, cluster, 7, 0) for number in range(3)]
+    assert [[machine.plan(0.0, 1).arrives for _ in range(4)] for machine in machines] == [
+        [1.38260549811, 0.571037568582, 1.05853072866, 1.09539491379],
+        [0.661003017016, 0.822675820559, 1.15817397144, 1.05874874332],
+        [1.15199555623, 0.644104623817, 0.599567685696, 0.916449333413],
+    ]
+
+
 def test_a_machines_steps_depend_on_the_seed_and_its_number_only() -> None:
     def times(number: int, seed: int) -> list[float]:
         machine = Machine(number, Cluster([StepSeconds(1.0, 0.5)] * 3), seed, 0)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import hashlib
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.precision import Precision
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_async_localsgd import (
@@ -24,6 +28,8 @@ from lightning_async_localsgd import (
     TorchOptimizer,
 )
 from lightning_async_localsgd import SimulatedAsyncLocalSGDStrategy as Simulated
+from lightning_async_localsgd.events import read_events
+from lightning_async_localsgd.outer import SGD
 
 SPEEDS = [0.1, 0.13, 0.3]
 
@@ -79,8 +85,11 @@ class Fixed(Model):
 class Stop(L.Callback):
     """Somebody has seen enough."""
 
+    def __init__(self, at: int = 10) -> None:
+        self.at = at
+
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        trainer.should_stop = trainer.global_step >= 10
+        trainer.should_stop = trainer.global_step >= self.at
 
 
 def loader(batches: int = 60, seed: int = 0, shuffle: bool = True) -> DataLoader[Any]:
@@ -111,6 +120,24 @@ def equal(first: torch.nn.Module, second: torch.nn.Module) -> bool:
     return all(map(torch.equal, first.state_dict().values(), second.state_dict().values()))
 
 
+def assert_in_order(path: Path) -> None:
+    """Nothing in a log of events happens before what stands above it."""
+    seconds = [event.seconds for event in read_events(path) if event.seconds is not None]
+    assert seconds == sorted(seconds)
+
+
+class Skipping(Precision):
+    """Skips optimizer steps, as a gradient scaler does."""
+
+    def __init__(self, skips: Callable[[Any], bool]) -> None:
+        self.skips = skips
+
+    def optimizer_step(self, optimizer: Any, model: Any, closure: Any, **options: Any) -> Any:
+        if self.skips(model.trainer.strategy.phase):
+            return closure()
+        return super().optimizer_step(optimizer, model, closure, **options)
+
+
 class Watch(AsyncLocalSGDCallback):
     """Keeps what a run came to."""
 
@@ -138,6 +165,27 @@ def test_the_same_seed_gives_the_same_bits() -> None:
     assert equal(first, run())
     assert equal(first, run(inner_states_on_cpu=True))
     assert not equal(first, run(seed=1))
+
+
+def test_a_seed_gives_the_same_order_of_events_on_every_machine(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    speeds = [StepSeconds(one, jitter=0.4) for one in SPEEDS]
+    schedule = [Slowdown(0, 2.0, 3.0, 2.5), Death(1, 1.7, back_at=2.9), Arrival(2.2, StepSeconds(0.15, 0.2))]
+    strategy = Simulated(speeds, Link(0.01, 1e6), schedule, seed=11, local_steps=6, max_update_norm=None)
+    fit(strategy, module=Fixed, callbacks=[AsyncLocalSGDCallback(table=False, ledger=path)])
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    # Sums and quotients of rounded times, which every machine makes alike.
+    order = [f"{line['worker']} {line['steps']} {line['seconds']:.9f}" for line in lines]
+    assert order[:6] == [
+        "1 6 0.641293825",
+        "0 6 0.740095425",
+        "2 2 0.761511217",
+        "2 1 1.227062936",
+        "0 4 1.323630962",
+        "2 1 1.798004310",
+    ]
+    digest = hashlib.sha256("\n".join(order).encode()).hexdigest()
+    assert (len(order), digest) == (28, "731afa98677b98165b2bfec1f1eee36a50702ac2ad5ccbfa5758f2981220a581")
 
 
 def test_real_time_has_no_part_in_it(tmp_path: Path) -> None:
@@ -293,6 +341,68 @@ def test_virtual_time_is_that_of_steps_and_links() -> None:
     assert watch.seconds == pytest.approx(2 * (1.5 + 2 + 1.5))
 
 
+def test_a_stop_in_mid_round_ends_virtual_time_with_the_step_that_was_played(tmp_path: Path) -> None:
+    for link, seconds in ((0.0, 7.0), (0.25, 8.0)):
+        watch, events = Watch(events=tmp_path / f"{link}.jsonl"), tmp_path / f"{link}.jsonl"
+        fit(Simulated([1.0, 1.0], link, local_steps=5), max_steps=1000, callbacks=[watch, Stop(6)])
+        assert [watch.totals[n].steps for n in range(2)] == [7, 5]
+        # Five steps each, and two of worker 0's next five, and a link is used twice in a round.
+        assert watch.seconds == seconds
+        assert_in_order(events)
+
+
+def test_data_that_ends_in_mid_round_ends_virtual_time_with_the_step_that_was_played(tmp_path: Path) -> None:
+    speeds, events = [1.0, 1.3, 3.0], tmp_path / "events.jsonl"
+    watch = Watch(events=events)
+    module, _ = fit(
+        Simulated(speeds, local_steps=20, grace=0.0), max_epochs=2, max_steps=-1, data=loader(100), callbacks=[watch]
+    )
+    assert sorted(module.seen) == sorted(2 * list(range(800)))
+    assert watch.totals[2].wait_seconds == 0.0
+    # The last batch is one of the slowest, which computes all the time and had been given a step more than there was.
+    assert watch.seconds == watch.totals[2].steps * speeds[2] == 102.0
+    assert_in_order(events)
+    again, _ = fit(Simulated(replay=events, local_steps=20, grace=0.0), max_epochs=2, max_steps=-1, data=loader(100))
+    assert equal(module, again)
+
+
+def test_a_round_that_took_longer_and_ends_early_does_not_overtake_what_comes_before_it(tmp_path: Path) -> None:
+    # Worker 0 skips steps until its round is longer than it was planned, and then somebody stops the run.
+    class Late(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            phase = trainer.strategy.phase
+            if phase is not None and phase.worker.number == 0 and phase.virtual_seconds >= 4.0:
+                trainer.should_stop = phase.worker.clock.now > 12.0
+
+    watch, events = Watch(events=tmp_path / "events.jsonl"), tmp_path / "events.jsonl"
+    plugin = Skipping(lambda phase: phase.worker.number == 0 and 4.0 <= phase.worker.clock.now < 12.0)
+    fit(Simulated([1.0, 1.0], local_steps=4, grace=0.0), max_steps=1000, callbacks=[watch, Late()], plugins=[plugin])
+    assert_in_order(events)
+    assert watch.totals[0].steps == 4 + 1
+    assert watch.seconds == 13.0
+
+
+def test_a_push_that_is_lost_on_its_way_is_not_counted() -> None:
+    # Worker 0 takes its first round twice as long as planned, and dies before what comes of it has arrived.
+    class Progress(L.Callback):
+        def __init__(self) -> None:
+            self.steps: list[int] = []
+
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            self.steps.append(trainer.global_step)
+
+    watch, progress = Watch(), Progress()
+    plugin = Skipping(lambda phase: phase.worker.number == 0 and phase.worker.clock.now < 6.0)
+    strategy = Simulated([1.0, 2.0], schedule=[Death(0, 11.0, back_at=12.0)], local_steps=6, dynamic_local_steps=False)
+    module, trainer = fit(strategy, max_steps=20, callbacks=[watch, progress], plugins=[plugin], module=Fixed)
+    assert watch.totals[0].departures == 1
+    assert sum(totals.steps for totals in watch.totals.values()) == 40
+    # Two steps of all workers are one global step, and what was lost is trained on again: the last two are the last.
+    assert len(module.seen) // 8 == 40 + 6 + 6
+    assert trainer.global_step == 20 == progress.steps[-1]
+    assert progress.steps.count(20) <= 2
+
+
 def test_who_is_not_known_to_be_slow_is_called_in_at_its_next_step(tmp_path: Path) -> None:
     for latency, steps, seconds in ((0.0, 3, 1.05), (0.3, 3, 1.65), (0.4, 3, 1.85)):
         path = tmp_path / f"{latency}.jsonl"
@@ -342,6 +452,46 @@ def test_the_dead_lose_a_round_and_those_who_come_take_part() -> None:
     assert sorted(module.seen) == sorted(3 * list(range(480)))
 
 
+class Memory(L.Callback):
+    """How many flat models there were, and inner states, each time with how many workers."""
+
+    def __init__(self) -> None:
+        self.flat: list[tuple[int, int]] = []
+        self.inner: list[tuple[int, int]] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        phase, training = trainer.strategy.phase, trainer.strategy._training
+        if phase.stopped:
+            return
+        gc.collect()
+        tensors = [one for one in gc.get_objects() if type(one) in (torch.Tensor, torch.nn.Parameter)]
+        storages = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}
+        live = len(phase.turns.live)
+        self.flat.append((live, list(storages.values()).count(4 * phase.binding.layout.numel)))
+        self.inner.append((live, len(training._inner._states)))
+
+
+def test_of_the_dead_nothing_is_kept() -> None:
+    # Worker 1 may come back, and does; worker 3 dies without it, while its round is being computed.
+    schedule = [Death(1, 1.0, back_at=2.0), Death(2, 1.4), Death(3, 1.5), Arrival(1.2, 0.2), Death(4, 2.5)]
+    memory = Memory()
+    strategy = Simulated(
+        [0.1, 0.1, 0.15, 0.15], schedule=schedule, local_steps=4, checkpoint_every=None,
+        outer_optimizer=SGD(lr=0.25),
+    )  # fmt: skip
+    gc.collect()
+    gc.freeze()  # What is there already need not be looked through every time.
+    try:
+        fit(strategy, callbacks=[AsyncLocalSGDCallback(table=False), memory], max_steps=40)
+    finally:
+        gc.unfreeze()
+    assert {live for live, _ in memory.flat} == {2, 3, 4}
+    # A model for each worker, and one for all pseudo-gradients; of the server, the global model.
+    assert all(flat <= live + 2 for live, flat in memory.flat)
+    assert all(inner <= live + 1 for live, inner in memory.inner), "of worker 1, while it is away"
+    assert memory.inner[-1] == (2, 2)
+
+
 def test_when_everybody_is_dead_the_run_says_so() -> None:
     with pytest.raises(RuntimeError, match="at 2 virtual seconds no worker is left"):
         fit(Simulated([0.1, 0.2], schedule=[Death(0, 1.0), Death(1, 2.0)], local_steps=5), max_steps=1000)
@@ -372,6 +522,46 @@ def test_workers_with_data_of_their_own() -> None:
     assert len(seen[0]) == len(seen[1]) == 6
     assert not seen[0] & seen[1]
     assert asked == [0, 1]
+
+
+def test_data_that_a_worker_has_not_is_found_out_before_training() -> None:
+    shards = [loader(6, seed=n) for n in range(3)]
+    asked: list[int] = []
+
+    def data_of(worker: int) -> Any:
+        asked.append(worker)
+        return shards[worker]
+
+    schedule = [Arrival(1.0, 0.1), Arrival(2.0, 0.1)]
+    module = Model()
+    options = {"schedule": schedule, "worker_data": data_of, "local_steps": 4}
+    with pytest.raises(ValueError, match=r"worker_data\(3\) failed with IndexError: .* workers 0, 1, 2, 3") as caught:
+        fit(Simulated([0.1, 0.2], **options), module=lambda: module)
+    assert isinstance(caught.value.__cause__, IndexError)
+    assert not module.seen
+    shards.append(loader(6, seed=3))
+    asked.clear()
+    fit(Simulated([0.1, 0.2], **options), module=lambda: module, max_steps=40)
+    assert asked == [0, 1, 2, 3]
+    assert sorted(module.rates) == [0, 1, 2, 3]
+
+
+def test_what_a_schedule_had_in_store_for_later_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    later = [Slowdown(1, 50.0, 60.0, 2.0), Arrival(70.0, 0.2), Death(0, 1e9)]
+    happened = [Slowdown(0, 0.5, 99.0, 1.5), Death(1, 1.0, back_at=80.0), Arrival(1.0, 0.2)]
+
+    def said() -> list[str]:
+        return [one.getMessage() for one in caplog.records if one.name == "lightning_async_localsgd.simulation.cluster"]
+
+    fit(Simulated([0.1, 0.2, 0.2], schedule=[*later, *happened], local_steps=5))
+    (text,) = said()
+    assert "ended at" in text
+    assert all(str(entry) in text for entry in later)
+    assert not any(str(entry) in text for entry in happened)
+    caplog.clear()
+    fit(Simulated([0.1, 0.2, 0.2], schedule=happened, local_steps=5))
+    fit(Simulated([0.1, 0.2], schedule=[Death(0, 1e9)], local_steps=5), callbacks=[Stop()])
+    assert [text.count("Death") for text in said()] == [1]
 
 
 def test_a_learning_rate_that_follows_a_metric_is_that_of_all() -> None:
@@ -421,7 +611,7 @@ def test_a_run_goes_on_from_its_checkpoint_with_every_workers_own_state(tmp_path
     path = tmp_path / "step=15.ckpt"
     saved = torch.load(path, weights_only=True)["async_localsgd"]["simulation"]
     assert saved["seconds"] > 1.5
-    assert sorted(saved["inner"]) == ["0", "1", "2", "3"]
+    assert sorted(saved["inner"]) == ["0", "2", "3"], "worker 1 has died for good"
     steps = {worker: int(state["optimizers"][0]["state"][0]["step"]) for worker, state in saved["inner"].items()}
     assert steps["0"] > steps["2"] > 0
 
@@ -534,6 +724,11 @@ def test_what_cannot_work_is_refused_by_name() -> None:
         L.Trainer(strategy=Simulated([0.1, 0.2]), accelerator="cpu", devices=2, logger=False)
     with pytest.raises(ValueError, match=r"worker_data=3 must be a function"):
         Simulated([0.1], worker_data=3)  # type: ignore[arg-type]
+    for flag in ("yes", 1, None):
+        with pytest.raises(ValueError, match=rf"inner_states_on_cpu={flag!r} must be True"):
+            Simulated([0.1], inner_states_on_cpu=flag)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"grace=2.0 .*quorum=2 of 2 workers"):
+        L.Trainer(strategy=Simulated([0.1, 0.2], quorum=2, grace=2.0), accelerator="cpu", devices=1, logger=False)
     with pytest.raises(ValueError, match=r"seconds_per_step is empty"):
         Simulated([])
     with pytest.raises(ValueError, match="quorum"):

@@ -9,8 +9,10 @@ from lightning_async_localsgd.outer.torch_optimizer import TorchOptimizer
 
 
 class Momentum(TorchOptimizer):
-    """m = beta*m + g; theta -= eps*m for every push, by ``torch.optim.SGD`` (Polyak's heavy ball).
+    """m = beta*m + g; theta -= eps*m for every push, by ``torch.optim.SGD``: Polyak's heavy ball on pseudo-gradients.
 
+    With a quorum of all workers, and an inner learning rate that stays the same, this is the outer step of SlowMo (Wang
+    et al., arXiv 1910.00643, Algorithm 1) with lr in the place of its alpha.
     With several workers and no quorum the momentum acts k times in what a synchronous method calls a round: see
     :class:`.Nesterov`.
 

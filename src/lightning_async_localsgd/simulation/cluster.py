@@ -36,10 +36,10 @@ _HAPPENS, _ARRIVES = 0, 1
 class LatePush:
     """A push that is on its way though its round has been played: it took longer than was planned."""
 
-    def __init__(self, worker: VirtualWorker, push: Push, gradient: Tensor) -> None:
+    def __init__(self, worker: VirtualWorker, push: Push, gradient: Tensor | None) -> None:
         self.worker = worker
         self.push = push
-        self.gradient = gradient.clone()
+        self.gradient = None if gradient is None else gradient.clone()
 
 
 class VirtualCluster(Turns):
@@ -71,6 +71,7 @@ class VirtualCluster(Turns):
             version, words, gauss = state
             machine.generator.setstate((version, tuple(words), gauss))
         self._lives = [0] * len(self._machines)
+        self._dead: set[int] = set()
         self._serials = itertools.count()
         # (time, kind, worker, serial, what happens).
         self._events: list[tuple[float, int, int, int, Callable[[], None] | LatePush | VirtualWorker]] = []
@@ -102,6 +103,27 @@ class VirtualCluster(Turns):
             **super().state_dict(),
             "generators": [[version, list(words), gauss] for version, words, gauss in states],
         }
+
+    @property
+    def steps_on_their_way(self) -> int:
+        """See :attr:`.Turns.steps_on_their_way`."""
+        late = [what for *_, what in self._events if isinstance(what, LatePush)]
+        return sum(one.push.steps for one in late)
+
+    @property
+    def gone(self) -> frozenset[int]:
+        """See :attr:`.Turns.gone`."""
+        return super().gone | self._dead
+
+    def close(self) -> None:
+        """See :meth:`.Turns.close`."""
+        missed = self._cluster.after(self.clock.now)
+        if missed:
+            _log.warning(
+                "the simulated run ended at %g virtual seconds, before these entries of its schedule: %s; give them "
+                "earlier times, or the run more steps",
+                self.clock.now, ", ".join(map(str, missed)),
+            )  # fmt: skip
 
     def advance(self) -> VirtualWorker | None:
         """Lets time pass until a worker's round is to be played.
@@ -143,14 +165,14 @@ class VirtualCluster(Turns):
     def hand_in(self, worker: VirtualWorker, final: bool = False, stop: bool = False) -> None:
         """See :meth:`.Turns.hand_in`."""
         plan, worker.plan = worker.plan, None
-        self.clock.now = max(self.clock.now, self._due)
+        assert isinstance(plan, PlannedRound)
+        # Training, or the worker's data, may end before the round does, and what was played arrives sooner.
+        self.clock.now = max(self.clock.now, min(plan.arrives_so_far, self._due))
         push = worker.hand_in(final=final, stop=stop)
         gradient = worker.gradient if push.steps else None
-        # Steps that the optimizer has skipped make a round longer than it was planned.
-        late = isinstance(plan, PlannedRound) and plan.over and plan.arrives > self.clock.now
-        if late and gradient is not None:
-            assert isinstance(plan, PlannedRound)
-            self._put(plan.arrives, _ARRIVES, worker.number, LatePush(worker, push, gradient))
+        if plan.arrives_so_far > self._due:
+            # Steps that the optimizer has skipped make a round longer than it was planned.
+            self._put(plan.arrives_so_far, _ARRIVES, worker.number, LatePush(worker, push, gradient))
         else:
             self._deliver(worker, push, gradient)
 
@@ -190,10 +212,21 @@ class VirtualCluster(Turns):
         worker = self.live.pop(death.worker, None)
         if worker is not None:
             worker.plan = None
+            self._forget(worker)
             self._server.lost(worker.number, worker.session, "died, as the schedule says")
             self._call_in()
-        if death.back_at is not None:
+        if death.back_at is None:
+            self._dead.add(death.worker)
+        else:
             self._put(death.back_at, _HAPPENS, death.worker, partial(self._join, death.worker))
+
+    def _forget(self, worker: VirtualWorker) -> None:
+        """Nothing comes of the worker's round, nor of a push on its way: the memory that they hold is free again."""
+        self._events = [
+            event for event in self._events
+            if event[4] is not worker and not (isinstance(event[4], LatePush) and event[4].worker is worker)
+        ]  # fmt: skip
+        heapq.heapify(self._events)
 
     def _deliver(self, worker: VirtualWorker, push: Push, gradient: Tensor | None) -> None:
         super()._deliver(worker, push, gradient)

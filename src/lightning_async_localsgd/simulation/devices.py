@@ -230,6 +230,7 @@ class Cluster:
         arrivals: who arrives later, in order.
         deaths: who dies, in order.
         initial: workers at the beginning.
+        numbers: of all workers, those that arrive later included.
         incarnation: name of the server.
         start: the server's time at the beginning.
 
@@ -270,6 +271,7 @@ class Cluster:
         for one in self.arrivals:
             self.devices.append(as_step_seconds("Arrival.seconds_per_step", one.seconds_per_step))
             self.links.append(as_link("Arrival.exchange_seconds", one.exchange_seconds))
+        self.numbers = range(len(self.devices))
         for entry in schedule:
             if not isinstance(entry, Arrival) and entry.worker >= len(self.devices):
                 raise ValueError(
@@ -283,6 +285,14 @@ class Cluster:
     def factor(self, worker: int, now: float) -> float:
         """How many times as long a step of the worker takes that begins now."""
         return next((one.factor for one in self._slowdowns[worker] if one.start <= now < one.end), 1.0)
+
+    def after(self, now: float) -> list[Slowdown | Death | Arrival]:
+        """The entries of the schedule that begin later than that, in order."""
+        times: list[tuple[float, Slowdown | Death | Arrival]] = []
+        times += [(one.start, one) for entries in self._slowdowns for one in entries]
+        times += [(one.at, one) for one in self.deaths]
+        times += [(one.at, one) for one in self.arrivals]
+        return [one for at, one in sorted(times, key=lambda entry: entry[0]) if at > now]
 
     def _check_times(self) -> None:
         for entries in self._slowdowns:

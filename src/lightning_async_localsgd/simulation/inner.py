@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_async_localsgd.checkpoints import on_host
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from torch import nn
     from torch.optim import Optimizer
@@ -102,8 +102,13 @@ class InnerStates:
                     buffer.copy_(kept)
         self._loaded = self._versions()
 
+    def forget(self, workers: Iterable[int]) -> None:
+        """These workers have no turn any more: what is kept of them is of no use."""
+        for worker in workers:
+            self._states.pop(worker, None)
+
     def state_dict(self) -> dict[str, Any]:
-        """The states of all workers that have had a turn, by their numbers; tensors are copies in the host's memory."""
+        """The states that are kept, by the workers' numbers; tensors are copies in the host's memory."""
         at_turn = self._at_turn
         assert at_turn is not None
         self.store()

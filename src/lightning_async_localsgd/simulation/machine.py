@@ -126,7 +126,12 @@ class PlannedRound(Turn):
     @property
     def arrives(self) -> float:
         """When the server gets what comes of it."""
-        return self._ends[self._played if self.over else self.steps] + self._upload
+        return self.arrives_so_far if self.over else self._ends[self.steps] + self._upload
+
+    @property
+    def arrives_so_far(self) -> float:
+        """When the server gets what has been played, if the round ends with that."""
+        return self.now + self._upload
 
     def cut(self, now: float) -> bool:
         """The machine learns at ``now`` that what it has is wanted: it hands in at the end of the step it is at.

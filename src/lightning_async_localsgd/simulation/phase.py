@@ -169,7 +169,6 @@ class SimulatedPhase(Phase):
         """
         worker = getattr(self, "worker", None)
         if worker is not None and worker.plan is not None:
-            self._played += worker.round_steps
             self.turns.hand_in(worker, final)
         following = self.turns.advance()
         if following is None:
@@ -177,6 +176,8 @@ class SimulatedPhase(Phase):
         else:
             self.worker = following
             self.turns.adopt(following)
+            # As the budget counts them: what is lost on its way to the server is trained on again.
+            self._played = self._server.view.progress + self.turns.steps_on_their_way
 
     def pause(self) -> None:
         """Showing and saving the global model takes no virtual time."""
@@ -219,4 +220,5 @@ class SimulatedPhase(Phase):
         worker = next(one for one in self.turns.live.values() if one.answer is not None and one.answer.stop)
         self.worker = worker
         self.turns.adopt(worker)
+        self.turns.close()
         self._stopped = True

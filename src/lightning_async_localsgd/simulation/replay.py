@@ -44,6 +44,7 @@ class Recording:
     Attributes:
         path: as given.
         initial: workers that the run was started with.
+        numbers: of all its workers, those that have joined later included.
         events: all of them, in order.
 
     Raises:
@@ -57,6 +58,7 @@ class Recording:
         self.events = read_events(path)
         begin = self.events[0].content
         self.initial = int(begin["workers"])
+        self.numbers = sorted({event.content["hello"].worker for event in self.events if event.kind == "join"})
         self.incarnation = str(begin["incarnation"])
         self._total = begin["total"]
         self._layout = begin["fingerprint"]

@@ -77,8 +77,9 @@ class SimulatedAsyncLocalSGDStrategy(AsyncLocalSGDStrategy):
             message needs each way.
         schedule: what happens to machines: :class:`.Slowdown`, :class:`.Death` and :class:`.Arrival` objects.
         worker_data: gives a worker's number its own training data, for unequal shards: a loader, which is iterated
-            again whenever it ends. It is called once for each worker of a fit. None leases the trainer's training data
-            to all workers, as a live run does.
+            again whenever it ends. It is called once for each worker of a fit, before training, with the number of
+            each one that arrives later, too. None leases the trainer's training data to all workers, as a live run
+            does.
         inner_states_on_cpu: whether the inner optimizers' states of workers that are not at turn are kept in the host's
             memory; otherwise the device needs room for one a worker.
         seed: of the jitter of step times, an integer >= 0.
@@ -156,6 +157,11 @@ class SimulatedAsyncLocalSGDStrategy(AsyncLocalSGDStrategy):
                 f"worker_data={worker_data!r} must be a function that gets a worker's number and returns the loader "
                 "of that worker"
             )
+        if type(inner_states_on_cpu) is not bool:
+            raise ValueError(
+                f"inner_states_on_cpu={inner_states_on_cpu!r} must be True, for the host's memory, or False, for the "
+                "device's"
+            )
         if type(seed) is not int or seed < 0:
             raise ValueError(f"seed={seed!r} must be an integer >= 0")
         super().__init__(
@@ -222,13 +228,29 @@ class SimulatedAsyncLocalSGDStrategy(AsyncLocalSGDStrategy):
                 # How long the epochs of workers are is what the first one's data says.
                 source.instance = self._data_of(0)
 
+    @override
+    def setup(self, trainer: pl.Trainer) -> None:
+        super().setup(trainer)
+        if self.worker_data is not None and trainer.state.fn == TrainerFn.FITTING:
+            # All of them now: a number that the function does not know must not end a run that is under way.
+            for worker in self.script.numbers:
+                self._data_of(worker)
+
     def _data_of(self, worker: int) -> Any:
         """The worker's own training data."""
         assert self.worker_data is not None
         if worker not in self._given:
-            data = self._given[worker] = self.worker_data(worker)
+            try:
+                data = self.worker_data(worker)
+            except Exception as error:
+                raise ValueError(
+                    f"worker_data({worker}) failed with {type(error).__name__}: {error}; it must return the loader of "
+                    f"worker {worker}: the run has the workers {', '.join(map(str, self.script.numbers))}, those that "
+                    "arrive later included"
+                ) from error
             if data is None:
                 raise ValueError(f"worker_data({worker}) returned None; it must return the loader of worker {worker}")
+            self._given[worker] = data
         return self._given[worker]
 
     @override

@@ -75,6 +75,7 @@ class SimulatedTraining(AsyncTraining):
         )
         if self._workers:
             self._inner.load_state_dict(self._workers)
+        self._forget_the_gone()
         self._begin_turn()
 
     # ---------------------------------------------------------------- the loop
@@ -139,10 +140,15 @@ class SimulatedTraining(AsyncTraining):
         self.phase.next_turn(final)
         while not self._over and self._budget.ends_with_data and not self._data.has_data(self.phase.worker):
             self.phase.next_turn(final=True)
+        self._forget_the_gone()
         if self._over:
             self._inner.load(0)  # Of what is not exchanged a run leaves behind what worker 0 has.
         else:
             self._begin_turn()
+
+    def _forget_the_gone(self) -> None:
+        # Of what is not exchanged a run leaves behind what worker 0 has, though it be gone.
+        self._inner.forget(self.phase.turns.gone - {0})
 
     def _begin_turn(self) -> None:
         worker = self.phase.worker

@@ -84,6 +84,19 @@ class Turns(ABC):
 
         """
 
+    @property
+    def steps_on_their_way(self) -> int:
+        """Steps of rounds that have been handed in and have not reached the server yet."""
+        return 0
+
+    @property
+    def gone(self) -> frozenset[int]:
+        """The workers that take no step of this run any more, whatever happens."""
+        return self._server.quarantined
+
+    def close(self) -> None:  # noqa: B027 # A replay has nothing to say.
+        """Training has come to its end."""
+
     def state_dict(self) -> dict[str, Any]:
         """What another :class:`Turns` needs to go on at this time, with rounds that begin anew."""
         return {"seconds": self.clock.now}
