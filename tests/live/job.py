@@ -167,6 +167,8 @@ class Pace(L.Callback):
                 os.kill(os.getpid(), signal.SIGKILL)
             elif options["fate"] == "raise":
                 raise RuntimeError("a fault of this rank's own")
+            elif options["fate"] == "run out of memory":
+                torch.empty(1 << 55)
             elif options["fate"] == "stop":
                 trainer.should_stop = True
 

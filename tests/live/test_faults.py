@@ -32,11 +32,14 @@ def test_a_killed_worker_costs_its_round_and_nothing_else(job: Job, start_method
     assert [worker["present"] for worker in summary["workers"]] == [True, False, True]
 
 
-def test_an_exception_of_a_worker_is_its_own(job: Job) -> None:
-    outcome = job(ranks=3, victim=2, at_step=5, fate="raise", strategy={"max_restarts": 0})
+@pytest.mark.parametrize(
+    ("fate", "error"), [("raise", "a fault of this rank's own"), ("run out of memory", "allocate memory")]
+)
+def test_an_exception_of_a_worker_is_its_own(job: Job, fate: str, error: str) -> None:
+    outcome = job(ranks=3, victim=2, at_step=5, fate=fate, strategy={"max_restarts": 0})
     assert outcome.rank(0)["digest"] == outcome.rank(1)["digest"]
     assert sum(worker["steps"] for worker in outcome.summary["workers"]) == 180
-    assert "a fault of this rank's own" in outcome.text
+    assert error in outcome.text
 
 
 def test_a_loss_is_an_error_where_that_is_wanted(job: Job) -> None:
