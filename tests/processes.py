@@ -17,8 +17,9 @@ from typing import Any
 import psutil
 import pytest
 
-_OF_A_LAUNCHER = ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "RANK", "WORLD_SIZE", "MASTER_", "SLURM_", "TORCHELASTIC_",
-                  "ASYNC_LOCALSGD_")  # fmt: skip
+OF_A_LAUNCHER = ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "RANK", "WORLD_SIZE", "MASTER_", "SLURM_", "TORCHELASTIC_",
+                 "ASYNC_LOCALSGD_")  # fmt: skip
+"""How the variables begin by which a process is told that it is one rank of several."""
 
 _MARK = "ASYNC_LOCALSGD_TEST_JOB"
 
@@ -61,7 +62,7 @@ class Jobs:
 
     def start(self, command: Sequence[str | Path], **variables: str) -> subprocess.Popen[str]:
         """Starts ``command`` in a process group of its own, without what another launcher may have set."""
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(_OF_A_LAUNCHER)}
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(OF_A_LAUNCHER)}
         return subprocess.Popen(
             [str(word) for word in command],
             env={**kept, "OMP_NUM_THREADS": "1", "TMPDIR": str(self._folder), _MARK: str(self._folder), **variables},
