@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.study import cells
 from benchmarks.study.cells import Cell, strategy_quorum
-from benchmarks.study.report import FIGURES
+from benchmarks.study.report import FIGURES, with_next
 from benchmarks.study.results import Results
 from benchmarks.study.running import TIMELINE
 
@@ -116,16 +116,6 @@ def timeline(runs: dict[Cell, list[dict[str, Any]]]) -> Figure:
         _label(axes, cell.label, "")
     panels[-1].set_xlabel("seconds of the devices; left, how long a device takes for a step", fontsize=FONT_SIZE)
     return figure
-
-
-def with_next(spans: Sequence[Sequence[float]]) -> list[tuple[int, float, float, float]]:
-    """Worker, begin and end of each round, and when that worker begins the next one (the end where none is known)."""
-    found: list[tuple[int, float, float, float]] = []
-    following: dict[int, float] = {}
-    for worker, start, end in sorted(spans, key=lambda span: span[1], reverse=True):
-        found.append((int(worker), start, end, following.get(int(worker), end)))
-        following[int(worker)] = start
-    return found[::-1]
 
 
 def _smooth(values: Sequence[float]) -> list[float]:

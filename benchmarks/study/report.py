@@ -175,6 +175,16 @@ def time_to(curve: Sequence[Sequence[float]], loss: float) -> float | None:
     return None
 
 
+def with_next(spans: Sequence[Sequence[float]]) -> list[tuple[int, float, float, float]]:
+    """Worker, begin and end of each round, and when that worker begins the next one (the end where none is known)."""
+    found: list[tuple[int, float, float, float]] = []
+    following: dict[int, float] = {}
+    for worker, start, end in sorted(spans, key=lambda span: span[1], reverse=True):
+        found.append((int(worker), start, end, following.get(int(worker), end)))
+        following[int(worker)] = start
+    return found[::-1]
+
+
 def spread(values: Sequence[float]) -> str:
     """Mean and standard deviation."""
     mean = f"{statistics.fmean(values):.2f}"

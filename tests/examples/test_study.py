@@ -28,8 +28,7 @@ from benchmarks.study.cells import (
     Cell,
     strategy_options,
 )
-from benchmarks.study.figures import with_next
-from benchmarks.study.report import FIGURES, PAGE, fill, report, tables, time_to
+from benchmarks.study.report import FIGURES, PAGE, fill, report, tables, time_to, with_next
 from benchmarks.study.results import TUNING, TUNING_SEED, Results, Untuned
 from benchmarks.study.scheduling import Job, Queue
 from benchmarks.study.text import DOMAINS, load
