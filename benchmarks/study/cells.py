@@ -281,6 +281,13 @@ ELSEWHERE = [SYNC, NESTEROV, Cell("sgd"), Cell("dn"), Cell("dn", dynamic=True), 
 """What is compared from scratch and on the second corpus."""
 
 
+def rates() -> list[Cell]:
+    """What other learning rates come to in runs of the whole length."""
+    larger = (SYNC, NESTEROV, Cell("buffer"), Cell("dn"), Cell("dn", dynamic=True), BEST)
+    wanted = [replace(cell, lr=lr) for cell in larger for lr in (0.07, 0.2)]
+    return [*wanted, *(replace(cell, lr=0.7) for cell in (SYNC, Cell("sgd"), BEST))]
+
+
 def at(level: str, cells: Iterable[Cell] = TABLE_A) -> list[Cell]:
     """The cells of Table A at one level."""
     return [replace(cell, level=level) for cell in cells]
@@ -295,6 +302,7 @@ TABLES: dict[str, list[Cell]] = {
     "table_f": table_f(),
     "table_h": table_h(),
     "scratch": [replace(cell, warm_steps=0) for cell in ELSEWHERE],
+    "rates": rates(),
     "wikitext2": [replace(cell, corpus="wikitext2") for cell in ELSEWHERE],
 }
 

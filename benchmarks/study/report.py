@@ -84,6 +84,7 @@ def tables(results: Results) -> dict[str, str]:
             ("each worker has", lambda cell: "a share of all" if cell.iid else "one domain"),
         ),
         "table_f": _processes(results),
+        "rates": table.of(cells.TABLES["rates"]),
         "scratch": table.of(cells.TABLES["scratch"]),
         "wikitext2": table.of(cells.TABLES["wikitext2"]),
         "bar": _bar(results),
