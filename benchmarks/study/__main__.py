@@ -39,9 +39,9 @@ def jobs_of(table: str, levels: list[str], seeds: list[int]) -> list[Job]:
             for cell in TABLES[table]
             if table != "table_a" or cell.level in levels
         ]
-    order = ["very", "rates", "table_d", "scratch", "table_e", "none", "table_b", "wikitext2", "table_h", "table_c", "table_f"]
+    order = ["very", "rates", "table_d", "scratch", "table_e", "none", "table_b", "wikitext2", "table_h", "table_c"]
     jobs = [Job("table_a", cell, seed) for seed in seeds for cell in (cells.SYNC, cells.BEST) if cell.level in levels]
-    for part in [*order, "moderate", "slight"]:
+    for part in [*order, "table_f", "moderate", "slight"]:
         if part in LEVELS:
             jobs += jobs_of("table_a", [part] if part in levels else [], seeds)
         else:
