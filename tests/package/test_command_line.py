@@ -122,7 +122,7 @@ def outcomes(with_wheel: FreshEnvironment, folder: Path) -> dict[str, Any]:
         "too many": [*COMMON, options[0], "--trainer.strategy.quorum=3"],
     }
     for name in ("ours", "torchs", "default"):
-        lines[name] = [COMMON[0], "--trainer.devices=2", COMMON[2], f"--config={folder / name}.yaml"]
+        lines[name] = [COMMON[0], "--trainer.devices=3", COMMON[2], f"--config={folder / name}.yaml"]
         lines[f"{name}, printed"] = [*lines[name], "--print_config"]
     return run(with_wheel, folder, lines)
 
