@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from lightning_async_localsgd.merging import Merging
     from lightning_async_localsgd.pacing import SpeedAwareSteps
 
+_UNUSUAL = 1.5
+"""A round may take half as long again as usual: speeds vary. What is more than that is not the round's own."""
+
 
 class Gathering:
     """Who is waited for, as things are; it changes no member.
@@ -83,6 +86,10 @@ class Gathering:
             for number, other in self._members.items()
             if other.state == "computing" and other.paused_at is None and number not in held
         ]
+        usual = self._expected_seconds(worker, member)
+        if usual is not None:
+            # One that was frozen, or whose dispatch was long on its way, is not to wait the longer for it.
+            round_seconds = min(round_seconds, _UNUSUAL * usual)
         self._window = self._grace.plan(now, round_seconds, pending)
 
     def waits(self, worker: int) -> bool:

@@ -414,6 +414,24 @@ def test_equal_workers_are_never_called_in() -> None:
         assert player.replies[0].local_steps == player.replies[1].local_steps == 10
 
 
+def test_a_worker_that_was_frozen_does_not_wait_the_longer_for_it() -> None:
+    coordinator = make(workers=2, grace="auto")
+    player = Player(coordinator)
+    player.join_all(2)
+    for turn in range(1, 4):
+        for worker in (0, 1):
+            player.push(worker, 10.0 * turn, timed_steps=9, compute_seconds=9.0)
+            player.flush(10.0 * turn)
+    # Worker 1 is frozen meanwhile.
+    for turn in range(4, 14):
+        player.push(0, 10.0 * turn + 6.0, timed_steps=9, compute_seconds=9.0)
+        player.flush(10.0 * turn + 8.0)
+    assert player.replies[0].version == 16
+    # Its round took a hundred seconds, of which 15 % would have room for worker 0, that comes at 148 s.
+    player.push(1, 140.0)
+    assert player.flush(140.0)[1].version == 17
+
+
 def test_a_worker_that_was_cut_off_goes_on_with_its_round() -> None:
     coordinator = make(workers=2)
     player = Player(coordinator)
