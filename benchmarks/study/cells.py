@@ -226,6 +226,11 @@ SHORT = 1000
 """Steps a worker in the runs that tune: half of the others'."""
 
 
+def first_stage(cell: Cell) -> float | None:
+    """The value of a staleness stage with which the learning rate of a cell is tuned; None where there is none."""
+    return STAGE_GRID.get(cell.method, (None,))[0]
+
+
 def inner_tuning() -> list[Cell]:
     """The peak of the inner learning rate, for the single worker and, with every outer one, for synchronous DiLoCo."""
     alike = [*(replace(SYNC, lr=outer) for outer in OUTER_GRID), Cell("single")]
@@ -235,7 +240,7 @@ def inner_tuning() -> list[Cell]:
 def outer_tuning(cells: Iterable[Cell], grid: Iterable[float] = OUTER_GRID) -> list[Cell]:
     """The outer learning rate of each method."""
     return [
-        replace(cell, lr=lr, stage=STAGE_GRID.get(cell.method, (None,))[0], steps=SHORT)
+        replace(cell, lr=lr, stage=first_stage(cell), steps=SHORT)
         for cell in cells
         if cell.method != "single"
         for lr in grid
@@ -318,7 +323,7 @@ def small(cells: Iterable[Cell]) -> list[Cell]:
             warm_steps=min(4, cell.warm_steps),
             vocabulary=300,
             lr=None if cell.method == "single" else cell.lr or OUTER_GRID[-1],
-            stage=cell.stage if cell.stage is not None else STAGE_GRID.get(cell.method, (None,))[0],
+            stage=cell.stage if cell.stage is not None else first_stage(cell),
             inner_lr=cell.inner_lr or INNER_GRID[1],
         )
         for cell in cells
