@@ -24,14 +24,16 @@ from benchmarks.study.running import Places
 from benchmarks.study.scheduling import Job, Queue, work
 from benchmarks.study.text import DEFAULT_CACHE, DEFAULT_DATA
 
-TUNED = [*cells.TABLE_A, *cells.CONTROLS, *cells.RULES, *TABLES["scratch"]]
+ORDER = ("table_d", "none", "moderate", "slight", "table_e", "table_h", "wikitext2", "table_b", "scratch", "table_c")
+"""What follows the question itself, the first seed of everything before the others."""
 
 
 def jobs_of(table: str, levels: list[str], seeds: list[int]) -> list[Job]:
     """The runs of a table, or of the whole study in order of importance."""
     if table == TUNING:
-        wanted = [*cells.inner_tuning(), *cells.outer_tuning(TUNED)]
-        return [Job(TUNING, cell, TUNING_SEED) for cell in wanted]
+        return [Job(TUNING, cell, TUNING_SEED) for cell in [*cells.inner_tuning(), *cells.TUNED]]
+    if table in LEVELS:
+        return jobs_of("table_a", [table] if table in levels else [], seeds)
     if table != "all":
         return [
             Job(table, cell, seed)
@@ -39,14 +41,9 @@ def jobs_of(table: str, levels: list[str], seeds: list[int]) -> list[Job]:
             for cell in TABLES[table]
             if table != "table_a" or cell.level in levels
         ]
-    order = ["very", "rates", "table_d", "scratch", "table_e", "none", "table_b", "wikitext2", "table_h", "table_c"]
     jobs = [Job("table_a", cell, seed) for seed in seeds for cell in (cells.SYNC, cells.BEST) if cell.level in levels]
-    for part in [*order, "table_f", "moderate", "slight"]:
-        if part in LEVELS:
-            jobs += jobs_of("table_a", [part] if part in levels else [], seeds)
-        else:
-            jobs += jobs_of(part, levels, seeds)
-    return jobs
+    jobs += [*jobs_of("very", levels, seeds), *jobs_of("table_f", levels, seeds)]
+    return jobs + [job for seed in seeds for part in ORDER for job in jobs_of(part, levels, [seed])]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -41,9 +41,12 @@ LEVELS: dict[str, tuple[float, ...]] = {
 More than four workers are so many such sets."""
 
 INNER_GRID = (3e-4, 1e-3, 2e-3, 4e-3)
-OUTER_GRID = (0.02, 0.07, 0.2, 0.7)
-BEYOND = {OUTER_GRID[0]: 0.007, OUTER_GRID[-1]: 2.0}
-"""Where the best value is an end of the grid, the next one beyond it is tried, too."""
+OUTER_GRID = (0.007, 0.02, 0.07, 0.2, 0.7, 2.0)
+OUTER_WITH_INNER = OUTER_GRID[1:-1]
+"""Those that are tried with each inner learning rate."""
+WALK_FROM = {"warm": 0.07, "scratch": 0.2}
+"""Where on the outer grid tuning begins: from there it goes on in the direction that is better, to the first value that
+is worse."""
 STAGE_GRID: dict[str, tuple[float, ...]] = {"delay": (1.0, 30.0, 1000.0), "cosine_dn": (0.0, -0.2, -1.0)}
 """Of the staleness stages that have a value of their own to tune: the strength of delay compensation, and the cosine
 below which a push is dropped. The learning rate is tuned with the first one."""
@@ -223,7 +226,7 @@ ROUND_SECONDS = 20 * 0.58
 """Of the fastest device with H = 20, which with DyLU is everybody's, about."""
 GRACE_SHARES = (0.0, 0.05, 0.10, 0.15, 0.30)
 SHORT = 1000
-"""Steps a worker in the runs that tune: half of the others'."""
+"""Steps a worker in the runs that tune the inner learning rate: half of the others'."""
 
 
 def first_stage(cell: Cell) -> float | None:
@@ -233,18 +236,16 @@ def first_stage(cell: Cell) -> float | None:
 
 def inner_tuning() -> list[Cell]:
     """The peak of the inner learning rate, for the single worker and, with every outer one, for synchronous DiLoCo."""
-    alike = [*(replace(SYNC, lr=outer) for outer in OUTER_GRID), Cell("single")]
+    alike = [*(replace(SYNC, lr=outer) for outer in OUTER_WITH_INNER), Cell("single")]
     return [replace(cell, inner_lr=inner, steps=SHORT) for inner in INNER_GRID for cell in alike]
 
 
-def outer_tuning(cells: Iterable[Cell], grid: Iterable[float] = OUTER_GRID) -> list[Cell]:
-    """The outer learning rate of each method."""
-    return [
-        replace(cell, lr=lr, stage=first_stage(cell), steps=SHORT)
-        for cell in cells
-        if cell.method != "single"
-        for lr in grid
-    ]
+def outer_tuning(cell: Cell, lr: float) -> Cell:
+    """The run that tries an outer learning rate for a method.
+
+    It is as long as every other: in half the length, rates that lose at first what they gain later look too large.
+    """
+    return replace(cell, lr=lr, stage=first_stage(cell))
 
 
 def table_b() -> list[Cell]:
@@ -286,13 +287,6 @@ ELSEWHERE = [SYNC, NESTEROV, Cell("sgd"), Cell("dn"), Cell("dn", dynamic=True), 
 """What is compared from scratch and on the second corpus."""
 
 
-def rates() -> list[Cell]:
-    """What other learning rates come to in runs of the whole length."""
-    larger = (SYNC, NESTEROV, Cell("buffer"), Cell("dn"), Cell("dn", dynamic=True), BEST)
-    wanted = [replace(cell, lr=lr) for cell in larger for lr in (0.07, 0.2)]
-    return [*wanted, *(replace(cell, lr=0.7) for cell in (SYNC, Cell("sgd"), BEST))]
-
-
 def at(level: str, cells: Iterable[Cell] = TABLE_A) -> list[Cell]:
     """The cells of Table A at one level."""
     return [replace(cell, level=level) for cell in cells]
@@ -307,9 +301,12 @@ TABLES: dict[str, list[Cell]] = {
     "table_f": table_f(),
     "table_h": table_h(),
     "scratch": [replace(cell, warm_steps=0) for cell in ELSEWHERE],
-    "rates": rates(),
     "wikitext2": [replace(cell, corpus="wikitext2") for cell in ELSEWHERE],
 }
+
+
+TUNED = list(dict.fromkeys([*TABLE_A, *CONTROLS, *RULES, *TABLES["scratch"]]))
+"""All that have learning rates of their own; what else there is uses theirs."""
 
 
 def small(cells: Iterable[Cell]) -> list[Cell]:
@@ -322,7 +319,7 @@ def small(cells: Iterable[Cell]) -> list[Cell]:
             steps=8,
             warm_steps=min(4, cell.warm_steps),
             vocabulary=300,
-            lr=None if cell.method == "single" else cell.lr or OUTER_GRID[-1],
+            lr=None if cell.method == "single" else cell.lr or OUTER_GRID[-2],
             stage=cell.stage if cell.stage is not None else first_stage(cell),
             inner_lr=cell.inner_lr or INNER_GRID[1],
         )

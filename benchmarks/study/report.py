@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.study import cells
-from benchmarks.study.cells import INNER_GRID, LEVELS, METHODS, OUTER_GRID, STAGE_GRID, Cell
+from benchmarks.study.cells import INNER_GRID, LEVELS, METHODS, OUTER_GRID, OUTER_WITH_INNER, STAGE_GRID, Cell
 from benchmarks.study.results import TUNING_SEED, Results, Untuned, stage_candidates
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -84,7 +84,6 @@ def tables(results: Results) -> dict[str, str]:
             ("each worker has", lambda cell: "a share of all" if cell.iid else "one domain"),
         ),
         "table_f": _processes(results),
-        "rates": table.of(cells.TABLES["rates"]),
         "scratch": table.of(cells.TABLES["scratch"]),
         "wikitext2": table.of(cells.TABLES["wikitext2"]),
         "bar": _bar(results),
@@ -229,7 +228,7 @@ def _grace(cell: Cell) -> str:
 def _inner(results: Results) -> str:
     rows = []
     for warm in (cells.SYNC.warm_steps, 0):
-        for method, outers in (("sync", OUTER_GRID), ("single", (None,))):
+        for method, outers in (("sync", OUTER_WITH_INNER), ("single", (None,))):
             if method == "single" and not warm:
                 continue
             mine = [replace(cell, warm_steps=warm) for cell in cells.inner_tuning() if cell.method == method]
@@ -242,12 +241,12 @@ def _inner(results: Results) -> str:
 
 
 def _tuning(results: Results) -> str:
-    rows, grid = [], sorted([*OUTER_GRID, *cells.BEYOND.values()])
-    for cell in dict.fromkeys([*cells.TABLE_A, *cells.CONTROLS, *cells.RULES, *cells.TABLES["scratch"]]):
+    rows = []
+    for cell in cells.TUNED:
         if cell.method != "single":
-            losses = [_tuned(results, one) for one in cells.outer_tuning([cell], grid)]
+            losses = [_tuned(results, cells.outer_tuning(cell, lr)) for lr in OUTER_GRID]
             rows.append([label(cell), _start(cell.warm_steps), *_best_in_bold(losses)])
-    return markdown(["method", "start", *(f"{value:g}" for value in grid)], rows)
+    return markdown(["method", "start", *(f"{value:g}" for value in OUTER_GRID)], rows)
 
 
 def _stages(results: Results) -> str:

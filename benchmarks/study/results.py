@@ -107,10 +107,18 @@ class Results:
         return self._resolved[cell]
 
     def _best_lr(self, cell: Cell) -> float:
-        best = self._best(outer_candidates(cell), "lr")
-        if best in cells.BEYOND:
-            best = self._best(outer_candidates(cell, (best, cells.BEYOND[best])), "lr")
-        return best
+        """Walks over the grid, first upwards, to the first value that is worse."""
+        plain, grid = _plain(cell), cells.OUTER_GRID
+        begin = best = grid.index(cells.WALK_FROM["warm" if cell.warm_steps else "scratch"])
+        for step in (1, -1):
+            while 0 <= best + step < len(grid):
+                here, there = (cells.outer_tuning(plain, grid[index]) for index in (best, best + step))
+                if self._best([here, there], "lr") == here.lr:
+                    break
+                best += step
+            if best != begin:
+                break
+        return grid[best]
 
     def _best(self, candidates: Iterable[Cell], field: str) -> float:
         runs = [(self.find(candidate, TUNING_SEED), candidate) for candidate in candidates]
@@ -129,22 +137,17 @@ def inner_candidates(cell: Cell) -> list[Cell]:
     return [replace(one, warm_steps=0) for one in tuned] if cell.warm_steps == 0 else tuned
 
 
-def outer_candidates(cell: Cell, grid: Iterable[float] = cells.OUTER_GRID) -> list[Cell]:
-    """The runs that decide about a cell's outer learning rate: those of its method at ``very``, on C4.
-
-    Random weights need larger steps than a warm start, and have runs of their own.
-    """
-    return cells.outer_tuning([_plain(cell)], grid)
-
-
 def stage_candidates(cell: Cell) -> list[Cell]:
     """The runs that decide about the value of a cell's staleness stage, with the learning rate that it has."""
-    plain = replace(_plain(cell), lr=cell.lr, steps=cells.SHORT)
+    plain = replace(_plain(cell), lr=cell.lr)
     return [replace(plain, stage=value) for value in cells.STAGE_GRID[cell.method]]
 
 
 def _plain(cell: Cell) -> Cell:
-    """The cell whose runs tune this one's method."""
+    """The cell whose runs tune this one's method: at ``very``, on C4.
+
+    Random weights need larger steps than a warm start, and have runs of their own.
+    """
     plain = Cell(cell.method, cell.dynamic, "auto" if cell.grace else 0.0)
     if cell.warm_steps == 0:
         plain = replace(plain, warm_steps=0)
