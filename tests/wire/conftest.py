@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
 from typing import Any
 
 import pytest
@@ -49,6 +50,9 @@ def start() -> Iterator[Start]:
     # Copies of a process that has imported everything once, and has done nothing else.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.wire.programs"])
+    # It listens on a file in the folder for temporary files as it is now: a test may give itself one whose path is too
+    # long for a socket's.
+    forkserver.ensure_running()
     programs: list[Program] = []
 
     def start_(target: Callable[..., None], *args: Any) -> Program:
