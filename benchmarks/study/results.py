@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import fields, replace
@@ -126,7 +127,8 @@ class Results:
         if missing:
             raise Untuned(missing)
         losses = [(run["final_loss"], getattr(candidate, field)) for run, candidate in runs if run is not None]
-        value: float = min(losses)[1]
+        # What has diverged is worse than anything.
+        value: float = min(losses, key=lambda pair: math.inf if math.isnan(pair[0]) else pair[0])[1]
         return value
 
 

@@ -9,6 +9,7 @@ import random
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,18 @@ from typing import Any
 import pytest
 
 from benchmarks.study import cells
-from benchmarks.study.__main__ import TUNED, jobs_of, main
+from benchmarks.study.__main__ import jobs_of, main
 from benchmarks.study.cells import (
     BEST,
     INNER_GRID,
     LEVELS,
     OUTER_GRID,
+    OUTER_WITH_INNER,
     SEEDS,
     SYNC,
     TABLES,
+    TUNED,
+    WALK_FROM,
     Cell,
     strategy_options,
 )
@@ -77,23 +81,28 @@ def record(cell: Cell, seed: int, loss: float, seconds: float = 100.0) -> dict[s
 
 
 def made_up_loss(cell: Cell) -> float:
-    """The best values are the second of the inner grid and the third of the outer."""
-    outer = 0 if cell.lr is None else abs(OUTER_GRID.index(cell.lr) - 2)
+    """The best values are the second of the inner grid and the fourth of the outer."""
+    outer = 0 if cell.lr is None else abs(OUTER_GRID.index(cell.lr) - 3)
     return 4.0 + abs(INNER_GRID.index(cell.inner_lr or 0.0) - 1) + 0.1 * outer
 
 
-def tuned(results: Results, *of: Cell) -> None:
-    """Makes up the runs that tune."""
+def tuned(results: Results, *of: Cell, loss: Callable[[Cell], float] = made_up_loss) -> list[Cell]:
+    """Makes up the runs that tune, which it returns, in the order in which they are asked for."""
     inner = cells.inner_tuning()
-    for cell in [*inner, *(replace(cell, warm_steps=0) for cell in inner), *cells.outer_tuning(of)]:
+    for cell in [*inner, *(replace(cell, warm_steps=0) for cell in inner)]:
         resolved = results.resolved(cell)
         results.append(TUNING, record(resolved, TUNING_SEED, made_up_loss(resolved)))
+    asked: list[Cell] = []
     for cell in of:
-        if cell.method in cells.STAGE_GRID:
-            with pytest.raises(Untuned) as untuned:
+        while True:
+            try:
                 results.resolved(cell)
-            for missing in untuned.value.missing:
-                results.append(TUNING, record(results.resolved(missing), TUNING_SEED, 9.0))
+                break
+            except Untuned as untuned:
+                for missing in map(results.resolved, untuned.missing):
+                    asked.append(missing)
+                    results.append(TUNING, record(missing, TUNING_SEED, loss(missing)))
+    return asked
 
 
 def test_text_is_divided_and_kept(data: Path, tmp_path: Path) -> None:
@@ -121,31 +130,52 @@ def test_synchronous_cells_are_run_once_for_all_levels() -> None:
     assert replace(equal, method="single").slowdown() == pytest.approx(0.995 / 0.58)
 
 
-def test_rates_beyond_the_grid_and_of_single_pushes(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("best", "tried"),
+    [
+        (0.07, [0.07, 0.2, 0.02]),
+        (0.2, [0.07, 0.2, 0.7]),
+        (2.0, [0.07, 0.2, 0.7, 2.0]),
+        (0.007, [0.07, 0.2, 0.02, 0.007]),
+    ],
+)
+def test_the_outer_rate_is_found_by_a_walk_over_the_grid(tmp_path: Path, best: float, tried: list[float]) -> None:
     results = Results(tmp_path)
-    nesterov, sync, delay = Cell("nesterov"), Cell("sync"), Cell("delay")
-    tuned(results, sync)
-    for cell in cells.outer_tuning([nesterov, delay]):
-        resolved = results.resolved(cell)
-        results.append(TUNING, record(resolved, TUNING_SEED, 4.0 + resolved.lr))
-    with pytest.raises(Untuned, match="1 runs that tune async Nesterov"):
-        results.resolved(nesterov)
-    for cell in cells.outer_tuning([nesterov, delay], [0.007]):
-        resolved = results.resolved(cell)
-        results.append(TUNING, record(resolved, TUNING_SEED, 4.0 + resolved.lr))
-    assert results.resolved(nesterov).lr == 0.007
-    # So many more pushes of the same length move the model so many times as far; a round is one step of any number.
-    assert results.resolved(replace(nesterov, workers=16)).lr == 0.007 / 4
-    assert results.resolved(replace(sync, workers=16)).lr == results.resolved(sync).lr
 
-    with pytest.raises(Untuned) as untuned:
-        results.resolved(delay)
-    assert {cell.stage for cell in untuned.value.missing} == {*cells.STAGE_GRID["delay"][1:]}
-    for cell in untuned.value.missing:
-        assert cell.lr == 0.007
-        results.append(TUNING, record(results.resolved(cell), TUNING_SEED, 5.0))
-    assert results.resolved(delay).stage == 1.0, "the first one had 4.007"
-    assert cells.staleness(results.resolved(delay)) is not None
+    def loss(cell: Cell) -> float:
+        assert cell.lr is not None
+        return abs(math.log(cell.lr / best))
+
+    asked = tuned(results, Cell("nesterov"), loss=loss)
+    assert [cell.lr for cell in asked] == tried
+    assert {cell.steps for cell in asked} == {Cell("nesterov").steps}, "as long as any other run"
+    assert results.resolved(Cell("nesterov")).lr == best
+    # The run with the best rate is the table's own.
+    assert results.find(Cell("nesterov"), TUNING_SEED) is not None
+    # So many more pushes of the same length move the model so many times as far; a round is one step of any number.
+    assert results.resolved(Cell("nesterov", workers=16)).lr == best / 4
+    tuned(results, SYNC)
+    assert results.resolved(replace(SYNC, workers=16)).lr == results.resolved(SYNC).lr == OUTER_GRID[3]
+    # What diverges is worse than anything.
+    asked = tuned(results, Cell("sgd"), loss=lambda cell: math.nan if cell.lr != 0.07 else 4.0)
+    assert [cell.lr for cell in asked] == [0.07, 0.2, 0.02]
+    assert results.resolved(Cell("sgd")).lr == 0.07
+
+
+def test_what_a_stage_has_of_its_own_is_tuned_with_the_rate_that_was_found(tmp_path: Path) -> None:
+    results = Results(tmp_path)
+
+    def loss(cell: Cell) -> float:
+        assert cell.stage is not None
+        return made_up_loss(cell) + abs(cell.stage - 30.0) / 100.0
+
+    asked = tuned(results, Cell("delay"), loss=loss)
+    assert [(cell.lr, cell.stage) for cell in asked] == [
+        *((lr, 1.0) for lr in (0.07, 0.2, 0.7)),
+        *((0.2, stage) for stage in cells.STAGE_GRID["delay"][1:]),
+    ]
+    assert (results.resolved(Cell("delay")).lr, results.resolved(Cell("delay")).stage) == (0.2, 30.0)
+    assert cells.staleness(results.resolved(Cell("delay"))) is not None
 
 
 def test_a_worker_waits_until_its_next_round() -> None:
@@ -166,7 +196,7 @@ def test_what_has_to_be_tuned_comes_first(tmp_path: Path) -> None:
         for job in jobs:
             results.append(job.table, record(job.cell, job.seed, made_up_loss(job.cell)))
 
-    inner = take(len(INNER_GRID) * len(OUTER_GRID))
+    inner = take(len(INNER_GRID) * len(OUTER_WITH_INNER))
     assert {(job.table, job.cell.method) for job in inner} == {(TUNING, "sync")}
     assert {job.cell.inner_lr for job in inner} == set(INNER_GRID)
     # The first job cannot go on before those have ended: meanwhile it is the second one's turn.
@@ -174,15 +204,21 @@ def test_what_has_to_be_tuned_comes_first(tmp_path: Path) -> None:
     assert {(job.table, job.cell.method, job.cell.lr) for job in single} == {(TUNING, "single", None)}
     assert queue.next() is None
     finish(inner)
-    outer = take(len(OUTER_GRID))
-    assert [(job.cell.method, job.cell.dynamic, job.cell.lr) for job in outer] == [
-        ("dn", True, lr) for lr in OUTER_GRID
+    walk = take(2)
+    assert [(job.cell.method, job.cell.dynamic, job.cell.lr) for job in walk] == [
+        ("dn", True, lr) for lr in (WALK_FROM["warm"], OUTER_GRID[3])
     ]
-    assert {job.cell.inner_lr for job in outer} == {INNER_GRID[1]}
-    finish([*outer, *single])
-    assert [(job.table, job.cell.method, job.cell.lr, job.seed) for job in take(2)] == [
-        ("table_a", "dn", OUTER_GRID[2], 1),
-        ("table_a", "single", None, 0),
+    assert {job.cell.inner_lr for job in walk} == {INNER_GRID[1]}
+    finish([*walk, *single])
+    # Where the walk goes on is known now.
+    further = take(2)
+    assert [(job.table, job.cell.method, job.cell.lr) for job in further] == [
+        (TUNING, "dn", OUTER_GRID[4]),
+        ("table_a", "single", None),
+    ]
+    finish(further)
+    assert [(job.table, job.cell.method, job.cell.lr, job.seed) for job in take(1)] == [
+        ("table_a", "dn", OUTER_GRID[3], 1)
     ]
     assert queue.next() is None
 
@@ -193,22 +229,26 @@ def test_the_whole_study_begins_with_what_matters_most() -> None:
     assert {job.table for job in first} == {"table_a"}
     assert {job.cell.level for job in first} == {"very"}
     assert {job.table for job in jobs} == set(TABLES)
+    # The others get their second seeds when all have their first.
+    others = [job.seed for job in jobs if job.table not in ("table_a", "table_f")]
+    assert others == sorted(others)
+    assert {job.cell for job in jobs} == {cell for table in TABLES.values() for cell in table}
     assert {job.cell.method for job in jobs_of(TUNING, list(LEVELS), [0])} == {cell.method for cell in TUNED}
 
 
 def test_results_survive_and_say_what_they_lack(tmp_path: Path) -> None:
     results = Results(tmp_path)
-    with pytest.raises(Untuned, match=f"{len(INNER_GRID) * len(OUTER_GRID)} runs that tune sync DiLoCo"):
+    with pytest.raises(Untuned, match=f"{len(INNER_GRID) * len(OUTER_WITH_INNER)} runs that tune sync DiLoCo"):
         results.resolved(BEST)
     tuned(results, BEST)
     resolved = results.resolved(BEST)
-    assert (resolved.inner_lr, resolved.lr) == (INNER_GRID[1], OUTER_GRID[2])
-    results.append("table_a", record(resolved, 0, 4.25))
+    assert (resolved.inner_lr, resolved.lr) == (INNER_GRID[1], OUTER_GRID[3])
+    results.append("table_a", record(resolved, 1, 4.25))
     again = Results(tmp_path)
-    found = again.find(BEST, 0)
+    found = again.find(BEST, 1)
     assert found is not None
     assert found["final_loss"] == 4.25
-    assert again.find(BEST, 1) is None
+    assert again.find(BEST, 2) is None
     with (tmp_path / "table_a.jsonl").open("a") as file:
         file.write('{"cell": {"method": "dn", "colour": 1}, "seed": 0}\n')
     with pytest.raises(ValueError, match=r"table_a.jsonl:2 is no line of a run.*colour"):
@@ -226,6 +266,7 @@ def test_the_page_is_made_of_the_results(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="figures are drawn with the extra `docs`")
     results = Results(tmp_path / "results")
     tuned(results, *TUNED)
+    (tmp_path / "results" / f"{TUNING}.jsonl").rename(tmp_path / "results" / "earlier.jsonl")
     for seed in SEEDS:
         for cell in {results.resolved(cell) for table in TABLES.values() for cell in table if cell.size == "0.5m"}:
             loss = 4.0 if cell.method == "sync" else 4.0 + 0.01 * seed
