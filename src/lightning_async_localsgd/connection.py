@@ -148,7 +148,7 @@ class Connection:
     def _open_server(self, about: About, restored: dict[str, Any] | None, alone: bool) -> Server:
         settings, layout = self._settings, self._binding.layout
         coordinator = build_coordinator(settings, layout, self._workers, uuid.uuid4().hex, exact=alone)
-        self._binding.read(coordinator.model.theta)
+        coordinator.model.read(self._binding)
         if restored is not None:
             coordinator.load_state_dict(rescaled(restored, self._workers, virtual=False))
         buffers = BufferPool(layout.numel, most=self._workers + 2)

@@ -25,11 +25,11 @@ from lightning_async_localsgd.guard import Conduct, UpdateGuard
 from lightning_async_localsgd.merging import Merging
 from lightning_async_localsgd.messages import Lease, Reply
 from lightning_async_localsgd.objections import (
-    DIVERGED,
     OTHER_INCARNATION,
     REPEATED,
     TOO_LATE,
     Objection,
+    diverged,
     form_objection,
     not_live,
     other_base,
@@ -126,7 +126,10 @@ class Coordinator:
 
         """
         self.on_event(Event("join", now, {"hello": hello}))
-        return self.attendance.join(hello, now)
+        refused = self.attendance.join(hello, now)
+        # One that waited hands in again what was lost with its connection: it computes, as it were.
+        self._gathering.somebody_left()
+        return refused
 
     def revive(self, worker: int, session: str, now: float) -> bool:
         """A worker that was given up shows a sign of life: it goes on where it was.
@@ -411,8 +414,8 @@ class Coordinator:
 
     def _apply(self, push: Push, gradient: Tensor, result: Tensor | None, member: Member) -> Objection | None:
         looked = self.model.inspect(gradient)
-        if not looked.finite:
-            return DIVERGED
+        if looked.diverged is not None:
+            return diverged(looked.diverged)
         refused = self._guard.judge(push.worker, looked.norm, push.steps, len(self._members))
         if refused is not None:
             return too_large(refused)

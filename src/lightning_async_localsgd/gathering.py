@@ -117,7 +117,7 @@ class Gathering:
         self._merging.open(now)  # One that was restored.
 
     def somebody_left(self) -> None:
-        """The window is closed if nobody waits any more."""
+        """Somebody is gone, or does not wait any more: the window is closed if nobody does."""
         if not any(member.state == "waiting" for member in self._members.values()):
             self._window = None
 

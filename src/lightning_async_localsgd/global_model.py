@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_async_localsgd.outer.base import OuterOptimizer, check_named, chunks
 
 if TYPE_CHECKING:
-    from lightning_async_localsgd.layout import Layout
+    from lightning_async_localsgd.layout import Binding, Layout
 
 
 @dataclass(frozen=True)
@@ -21,15 +21,16 @@ class PushNorm:
     """What one read-only pass over a push found.
 
     Args:
-        finite: no element is infinite or not a number, buffers included.
         norm: of the pseudo-gradient (parameters only); not a number if it is not finite.
         momentum_cosine: between the pseudo-gradient and the outer momentum; None if either is zero or not there.
+        diverged: the first parameter or buffer that holds what is infinite or not a number, though it must not; None if
+            there is none.
 
     """
 
-    finite: bool
     norm: float
     momentum_cosine: float | None
+    diverged: str | None = None
 
 
 class GlobalModel:
@@ -67,6 +68,8 @@ class GlobalModel:
         self._workers = workers
         self._parameters = self.theta[: layout.parameter_numel]
         self._buffers = self.theta[layout.parameter_numel :]
+        # Elements of buffers that held no finite number from the start: a mask, or a range that is yet to be measured.
+        self._unset: Tensor | None = None
         rule.setup(self._parameters, layout.views(self.theta, "parameter"), workers)
 
     @property
@@ -82,8 +85,17 @@ class GlobalModel:
         self._workers = workers
 
     def load(self, flat: Tensor) -> None:
-        """Copies ``flat`` into the model. Version and the rule's state stay as they are."""
+        """Copies ``flat`` into the model. Version and the rule's state stay as they are.
+
+        Where its buffers hold no finite number, those of pushes need not either.
+        """
         self.theta.copy_(self._checked(flat))
+        self._note_unset()
+
+    def read(self, binding: Binding) -> None:
+        """Begins with what a module holds, as :meth:`load` does with a vector."""
+        binding.read(self.theta)
+        self._note_unset()
 
     def copy_to(self, out: Tensor) -> None:
         """Copies the model into ``out``."""
@@ -94,14 +106,13 @@ class GlobalModel:
         squares = momentum_squares = product = 0.0
         parameters, buffers = self._split(gradient)
         momentum = self.rule.momentum_buffer
-        for (chunk,) in chunks(buffers):
-            if not math.isfinite(square_sum(chunk)):
-                return PushNorm(finite=False, norm=math.nan, momentum_cosine=None)
+        if not self._may_be(buffers):
+            return PushNorm(math.nan, None, self._first_odd(gradient))
         # Without a momentum the gradient stands in for it; the cosine is dropped below.
         for chunk, part in chunks(parameters, parameters if momentum is None else momentum):
             square = square_sum(chunk)
             if not math.isfinite(square):
-                return PushNorm(finite=False, norm=math.nan, momentum_cosine=None)
+                return PushNorm(math.nan, None, self._first_odd(gradient))
             squares += square
             if momentum is not None:
                 product += float(torch.dot(chunk, part))
@@ -110,7 +121,7 @@ class GlobalModel:
         scale = norm * math.sqrt(momentum_squares) if math.isfinite(momentum_squares) else 0.0
         # A cosine is for monitoring: where fp32 could not hold the products there is none.
         cosine = max(-1.0, min(1.0, product / scale)) if scale > 0.0 and math.isfinite(product) else None
-        return PushNorm(finite=True, norm=norm, momentum_cosine=cosine)
+        return PushNorm(norm, cosine)
 
     def apply(self, gradient: Tensor, result: Tensor | None = None, pushes: int = 1) -> None:
         """Applies one push, or the average of several as one step; ``gradient`` is only read.
@@ -118,10 +129,12 @@ class GlobalModel:
         Parameters follow the outer optimizer. Buffers (running statistics) move by 1/workers of the way towards the
         worker's own values, which the buffer part of a push holds: never outside the range of what workers have
         measured, however stale the push, so that a variance stays positive; buffers equal everywhere stay bit for bit.
-        An average of n moves them n times as far, at most all of the way.
+        An average of n moves them n times as far, at most all of the way. Elements that were infinite, or not a number,
+        in the model that was loaded stay so until a push has a number there, which they take.
 
         Args:
-            gradient: flat vector as :meth:`.layout.Binding.subtract_from` forms it; finite.
+            gradient: flat vector as :meth:`.layout.Binding.subtract_from` forms it, in which :meth:`inspect` found
+                nothing that must not be there.
             result: the worker's whole local model, where it is the only one and :attr:`.OuterOptimizer.replaces_model`
                 holds. The outcome is then that very model, without the rounding of two subtractions.
             pushes: how many pushes ``gradient`` is the average of: so many new versions.
@@ -134,9 +147,9 @@ class GlobalModel:
             raise ValueError(f"{self.rule} with {self._workers} workers does not replace the model by a local one")
         parameters, buffers = self._split(gradient)
         self.rule.step(parameters, self.layout.views(parameters, "parameter"))
-        self._buffers.lerp_(buffers, min(1.0, pushes / self._workers))
+        self._move_buffers(buffers, min(1.0, pushes / self._workers))
         if result is not None:
-            self.load(result)
+            self.theta.copy_(self._checked(result))
         self.version += pushes
 
     def state_dict(self) -> dict[str, Any]:
@@ -172,6 +185,7 @@ class GlobalModel:
                 check_named("the saved global model", theta, views)
                 for name, view in views.items():
                     view.copy_(theta[name])
+                self._note_unset()
             self.rule.load_state_dict(state["outer"])
         except ValueError as error:
             raise ValueError(
@@ -179,6 +193,31 @@ class GlobalModel:
                 " exchanged); train the same ones, or begin a new run that loads its weights"
             ) from error
         self.version = int(state["version"])
+
+    def _note_unset(self) -> None:
+        unset = ~torch.isfinite(self._buffers)
+        self._unset = unset if bool(unset.any()) else None
+
+    def _may_be(self, buffers: Tensor) -> bool:
+        """Whether the buffers of a push are finite wherever they have to be."""
+        if all(math.isfinite(square_sum(chunk)) for (chunk,) in chunks(buffers)):
+            return True
+        return self._unset is not None and bool((torch.isfinite(buffers) | self._unset).all())
+
+    def _first_odd(self, flat: Tensor) -> str:
+        """The name of the first parameter or buffer with an element that is not finite, though it has to be."""
+        odd = ~torch.isfinite(flat)
+        if self._unset is not None:
+            odd[self.layout.parameter_numel :] &= ~self._unset
+        index = int(odd.nonzero()[0])
+        return next(f"{e.kind} {e.name!r}" for e in self.layout.entries if e.offset <= index < e.offset + e.numel)
+
+    def _move_buffers(self, buffers: Tensor, share: float) -> None:
+        if self._unset is None:
+            self._buffers.lerp_(buffers, share)
+            return
+        moved = torch.where(torch.isfinite(self._buffers), torch.lerp(self._buffers, buffers, share), buffers)
+        self._buffers.copy_(torch.where(torch.isfinite(buffers), moved, self._buffers))
 
     def _split(self, flat: Tensor) -> tuple[Tensor, Tensor]:
         """Parameter part and buffer part."""

@@ -97,11 +97,17 @@ class Ledger:
                     self._lost += 1
                     continue
                 try:
-                    self._file.write(json.dumps(asdict(entry), separators=(",", ":")).encode() + b"\n")
+                    self._write(json.dumps(asdict(entry), separators=(",", ":")).encode() + b"\n")
                 except OSError as error:
                     self._failure = error
                     self._lost += 1
                     _log.error("the %s %s ends here: %s; training goes on", self._what, self._path, error)
+
+    def _write(self, line: bytes) -> None:
+        # A disk that is nearly full takes a part, and says what is wrong when it is asked to take the rest.
+        rest = memoryview(line)
+        while rest:
+            rest = rest[self._file.write(rest) :]
 
     def _next(self) -> Settled | Event | None:
         # A disk that hung while the ledger was closed may come back later: the thread ends then, too.

@@ -40,14 +40,16 @@ class Objection:
 REPEATED = Objection("already_applied", ALREADY_APPLIED)
 """It was sent again, because the answer was lost. The first copy counts."""
 
-DIVERGED = Objection("not_finite", NOT_FINITE, counts=True, offence=True)
-"""It holds NaN or infinite values."""
-
 OTHER_INCARNATION = Objection("incarnation", "made for another incarnation of the server")
 """It belongs to a timeline that was lost when the server was started again."""
 
 TOO_LATE = Objection("too_late", "training was over when it came")
 """Everybody else had been given the final model."""
+
+
+def diverged(where: str) -> Objection:
+    """It holds NaN or infinite values."""
+    return Objection("not_finite", f"{NOT_FINITE} in {where}", counts=True, offence=True)
 
 
 def too_large(text: str) -> Objection:

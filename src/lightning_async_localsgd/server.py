@@ -252,17 +252,34 @@ class Server:
                 self.raise_failure()
 
     def copy_model(self, out: Tensor) -> int:
-        """Copies the global model of one moment to ``out`` (flat fp32) and returns its version."""
+        """Copies the global model of one moment to ``out`` (flat fp32) and returns its version.
+
+        Raises:
+            RuntimeError: the server has failed or is closed. A step that was broken off leaves a model behind that is
+                no model, and nobody is to go on from it.
+
+        """
 
         def copy(coordinator: Coordinator) -> int:
+            self._raise_first_failure()
             coordinator.model.copy_to(out)
             return coordinator.model.version
 
         return self.ask(copy)
 
     def state_dict(self) -> dict[str, Any]:
-        """The server's whole state of one moment; its tensors are copies."""
-        return self.ask(lambda coordinator: coordinator.state_dict())
+        """The server's whole state of one moment; its tensors are copies.
+
+        Raises:
+            RuntimeError: as for :meth:`copy_model`.
+
+        """
+
+        def state(coordinator: Coordinator) -> dict[str, Any]:
+            self._raise_first_failure()
+            return coordinator.state_dict()
+
+        return self.ask(state)
 
     def totals(self) -> dict[int, WorkerTotals]:
         """What each worker has done so far."""
@@ -325,10 +342,13 @@ class Server:
             RuntimeError: the server has failed or is closed.
 
         """
-        if self._failure is not None:
-            raise RuntimeError(f"the server of the asynchronous run failed: {self._failure}") from self._failure
+        self._raise_first_failure()
         if self._closed:
             raise RuntimeError("the server of the asynchronous run is closed")
+
+    def _raise_first_failure(self) -> None:
+        if self._failure is not None:
+            raise RuntimeError(f"the server of the asynchronous run failed: {self._failure}") from self._failure
 
     def close(self, reason: str | None = None) -> None:
         """Ends the owner thread. Workers that still wait are refused with ``reason``. May be called twice."""
@@ -349,11 +369,14 @@ class Server:
     # ------------------------------------------------------------ owner thread
 
     def _submit(self, event: Callable[[], None]) -> None:
-        if self._thread is None:
-            event()
-            self._flush()
-        else:
+        if self._thread is not None:
             self._events.put(event)
+            return
+        try:
+            self._handle(event)
+        except BaseException as error:
+            self._fail(error)
+            raise
 
     def _run(self) -> None:
         while True:
@@ -364,16 +387,26 @@ class Server:
             if event is None:
                 return
             try:
-                event()
-                self._flush()
+                self._handle(event)
             except BaseException as error:
                 _log.exception("the server of the asynchronous run failed")
-                self._failure = error
+                self._fail(error)
                 for outlet in self._outlets.values():
                     outlet.refuse(f"the server failed: {error}")
                 self._outlets.clear()
 
+    def _handle(self, event: Callable[[], None]) -> None:
+        event()
+        if self._failure is None:
+            self._flush()
+
+    def _fail(self, error: BaseException) -> None:
+        if self._failure is None:  # What fails after the first does so because of it.
+            self._failure = error
+
     def _patience(self) -> float | None:
+        if self._failure is not None:
+            return None
         if self._retry:
             return _RETRY_SECONDS
         deadline = self._coordinator.deadline()
@@ -473,6 +506,9 @@ class Server:
         distant = []
         for worker, reply in replies.items():
             outlet = self._outlets.get(worker)
+            if reply.stop:
+                # It waits for nothing more: what ends the server must not end the final model's way to it.
+                self._outlets.pop(worker, None)
             if isinstance(outlet, LocalOutlet):
                 outlet.answer(reply, model.copy_to)
             elif outlet is not None:

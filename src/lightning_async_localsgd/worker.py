@@ -218,7 +218,7 @@ class Worker:
         now = self._clock()
         self._mark = now if self._sequence > 0 else None
         if self._sequence > 0:
-            self.diverged = reply.refused == NOT_FINITE
+            self.diverged = reply.refused is not None and reply.refused.startswith(NOT_FINITE)
             self.renewed = reply.renew
             if reply.refused is not None and reply.refused != ALREADY_APPLIED:
                 _log.warning("worker %d: push %d was refused: %s", self.number, self._sequence, reply.refused)

@@ -229,6 +229,20 @@ def test_a_window_closes_at_its_deadline_and_for_the_dead() -> None:
     assert set(player.flush(21.0)) == {0, 1}
 
 
+def test_a_window_is_closed_when_its_only_worker_lost_its_connection() -> None:
+    player = Player(make(grace=5.0))
+    player.join_all(2)
+    player.push(0, 10.0)
+    assert player.coordinator.deadline() == 15.0
+    # It hands in again what it has had no answer to, which takes as long as it takes.
+    assert player.coordinator.join(hello(0, rejoining=True), 11.0) is None
+    assert player.coordinator.deadline() is None
+    assert player.flush(16.0) == {}
+    player.sequences[0] = 0
+    player.push(0, 17.0)
+    assert player.flush(17.0)[0].refused == ALREADY_APPLIED
+
+
 def test_nobody_waits_for_a_paused_worker() -> None:
     player = Player(make(grace=5.0))
     player.join_all(2)
@@ -488,7 +502,7 @@ def test_items_count_when_their_push_is_settled_and_are_free_again_when_it_is_re
     assert player.flush(1.5)[0].refused == ALREADY_APPLIED
     assert free(coordinator) == [[0, 3, 40]]
     player.push(0, 2.0, torch.full((LAYOUT.numel,), float("nan")), used='{"0":5}')
-    assert player.flush(2.0)[0].refused == NOT_FINITE
+    assert player.flush(2.0)[0].refused.startswith(NOT_FINITE)
     assert free(coordinator) == [[0, 5, 40]]
     # A round that is refused is lost with what was learnt from its items: they are for others, and it goes on.
     player.push(0, 3.0, base_version=77, used='{"0":8}')

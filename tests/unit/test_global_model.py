@@ -83,7 +83,7 @@ def test_inspect_measures_without_changing() -> None:
     model.apply(first)
     theta, kept = model.theta.clone(), second.clone()
     seen = model.inspect(second)
-    assert seen.finite
+    assert seen.diverged is None
     assert seen.norm == pytest.approx(float(second[:split].norm()), rel=1e-6)
     cosine = torch.nn.functional.cosine_similarity(first[:split], second[:split], dim=0)
     assert seen.momentum_cosine == pytest.approx(float(cosine), rel=1e-4, abs=1e-6)
@@ -103,15 +103,64 @@ def test_a_single_bad_element_is_found(bad: float, index: int) -> None:
     gradient = torch.zeros(model.layout.numel)
     gradient[index] = bad
     seen = model.inspect(gradient)
-    assert not seen.finite
+    assert seen.diverged is not None
     assert math.isnan(seen.norm)
+
+
+def test_buffers_that_hold_no_number_from_the_start_do_not_need_to() -> None:
+    module = nn.Module()
+    module.weight = nn.Parameter(torch.zeros(2))
+    module.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(2))
+    module.register_buffer("least", torch.tensor([math.inf, math.inf]))
+    module.register_buffer("mean", torch.tensor([1.0, math.nan]))
+    model = GlobalModel(Layout.of(module), DelayedNesterov(lr=1.0, momentum=0.0), 2)
+    binding = Binding(model.layout, module)
+    model.read(binding)
+    values = model.layout.views(model.theta)
+
+    def round_with(**buffers: list[float]) -> str | None:
+        """A worker that has learned nothing but these values."""
+        base, gradient = model.theta.clone(), torch.empty_like(model.theta)
+        binding.load(base.clone())
+        for name, value in buffers.items():
+            module.get_buffer(name).copy_(torch.tensor(value))
+        binding.subtract_from(base, gradient)
+        found = model.inspect(gradient).diverged
+        if found is None:
+            model.apply(gradient)
+        return found
+
+    assert round_with(least=[3.0, math.inf]) is None
+    assert values["mask"].tolist() == [[0.0, -math.inf], [0.0, 0.0]], "what is equal everywhere stays"
+    assert values["least"].tolist() == [3.0, math.inf], "what was measured first is taken as it is"
+    assert round_with(least=[1.0, 5.0], mean=[3.0, 2.0]) is None
+    assert values["least"].tolist() == [2.0, 5.0]
+    assert values["mean"].tolist() == [2.0, 2.0]
+    # A worker that had not measured anything yet changes nothing.
+    assert round_with(least=[math.inf, math.nan]) is None
+    assert values["least"].tolist() == [2.0, 5.0]
+    # Where there was a number from the start there has to be one.
+    assert round_with(mean=[math.inf, 0.0]) == "buffer 'mean'"
+    assert round_with(mask=[[math.nan, 0.0], [0.0, 0.0]]) == "buffer 'mask'"
+    gradient = torch.zeros_like(model.theta)
+    gradient[1] = math.nan
+    assert model.inspect(gradient).diverged == "parameter 'weight'"
+    # So it is in a run that goes on from a checkpoint.
+    state = model.state_dict()
+    again = GlobalModel(model.layout, DelayedNesterov(lr=1.0, momentum=0.0), 2)
+    again.load_state_dict(state)
+    gradient = again.theta.clone()
+    gradient[: model.layout.parameter_numel] = 0.0
+    assert again.inspect(gradient).diverged is None
+    again.apply(gradient)
+    assert torch.equal(again.theta, model.theta)
 
 
 def test_huge_but_finite_elements_are_finite() -> None:
     model = make()
     gradient = torch.full((model.layout.numel,), 3e38)
     seen = model.inspect(gradient)
-    assert seen.finite
+    assert seen.diverged is None
     assert seen.norm == pytest.approx(3e38 * math.sqrt(model.layout.parameter_numel), rel=1e-6)
 
 

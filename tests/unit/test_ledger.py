@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,21 @@ def test_a_disk_that_is_full_ends_the_ledger_and_nothing_else(caplog: pytest.Log
     ledger.close()
     assert "ends here" in caplog.text
     assert "lacks 3 pushes" in caplog.text
+
+
+def test_a_disk_that_takes_a_part_of_a_line_is_asked_for_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Nearly(FileIO):
+        def write(self, data: Any) -> int:
+            return super().write(bytes(data)[:7]) or 0
+
+    monkeypatch.setattr(module, "FileIO", Nearly)
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    for sequence in range(3):
+        ledger.write(settled(sequence))
+    ledger.close()
+    assert [line["sequence"] for line in lines(tmp_path / "ledger.jsonl")] == [0, 1, 2]
 
 
 def test_a_disk_that_hangs_holds_nobody_up(

@@ -258,6 +258,7 @@ def test_a_pool_of_impossible_size_is_refused(limit: int, most: int) -> None:
 
 class Broken(DelayedNesterov):
     def step(self, gradient: torch.Tensor, views: object) -> None:
+        gradient.neg_()
         raise RuntimeError("the rule broke")
 
 
@@ -276,6 +277,45 @@ def test_a_failure_of_the_owner_reaches_everybody_who_waits(servers: list[Server
     server.join(Hello(PROTOCOL_VERSION, 1, "late", server.layout.fingerprint), late)
     assert late.told.wait(10)
     assert "the rule broke" in late.refusals[0]
+    # A step was broken off: nobody goes on from what it has left behind.
+    with pytest.raises(RuntimeError, match="the rule broke"):
+        server.state_dict()
+    with pytest.raises(RuntimeError, match="the rule broke"):
+        server.copy_model(torch.empty(server.layout.numel))
+    assert server.totals()[0].rounds == 0
+    # What fails after that is not the reason.
+    server.lease(ask(), lambda lease: 1 / 0)
+    server.ask(lambda coordinator: coordinator.live)
+    with pytest.raises(RuntimeError, match="the rule broke"):
+        server.raise_failure()
+
+
+def test_a_world_of_one_has_no_state_after_a_failure(servers: list[Server]) -> None:
+    server = build(workers=1, total=100, threaded=False, rule=Broken())
+    servers.append(server)
+    worker = Worker(0, Binding(server.layout, torch.nn.Linear(4, 3)), LocalExchange(server))
+    worker.join()
+    assert server.state_dict()["model"]["version"] == 0
+    worker.count_step()
+    with pytest.raises(RuntimeError, match="the rule broke"):
+        worker.end_round()
+    with pytest.raises(RuntimeError, match="the rule broke"):
+        server.state_dict()
+
+
+def test_the_final_model_goes_on_to_its_worker_when_the_server_ends() -> None:
+    server = build(workers=2, total=10)
+    outlets = begin(server, 2)
+    for number, outlet in enumerate(outlets):
+        outlet.told.clear()
+        server.push(push_of(number, 1, 0), filled(server), outlet)
+    assert all(outlet.told.wait(10) for outlet in outlets)
+    assert server.finished
+    server.close()
+    for outlet in outlets:
+        assert outlet.replies[-1].stop
+        assert outlet.refusals == []
+        outlet.leases.pop().release()
 
 
 def test_a_closed_server_refuses_those_who_wait_and_releases_what_it_holds(servers: list[Server]) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import zmq
 
 from lightning_async_localsgd.exchange import ExchangeError
 from lightning_async_localsgd.messages import Push
@@ -332,6 +333,18 @@ def test_a_server_that_falls_silent_is_gone_after_the_limit(road: Road, wire: Wi
         wait_for(exchange.check, "the silence is noticed")
 
 
+def test_a_session_that_dials_again_and_again_holds_no_buffers(way: Open, wire: Wire) -> None:
+    # Large enough that it cannot all be in the system's buffers. Nobody reads it, and no end of a connection is seen.
+    fake, _, endpoints = way(60 * FRAME)
+    connections = []
+    for _ in range(6):
+        connections.append(wire.raw(endpoints))
+        connections[-1].greet(fake.layout)
+        connections[-1].hear(frames.REPLY)
+    wait_for(lambda: fake.buffers.in_use <= 1, "what was on its way over the older connections is taken back")
+    assert not fake.departed, "the session never left"
+
+
 def test_a_newer_connection_of_the_same_session_takes_over(way: Open, wire: Wire) -> None:
     fake, server, endpoints = way(FRAME)
     older, newer = wire.raw(endpoints), wire.raw(endpoints)
@@ -340,8 +353,7 @@ def test_a_newer_connection_of_the_same_session_takes_over(way: Open, wire: Wire
     older.hear(frames.GO)
     newer.greet(fake.layout)
     wait_for(lambda: fake.buffers.in_use <= 1, "the older upload's buffer is free")
-    older.say(frames.pack_part(frames.DATA, 1, 0), bytes(frames.FRAME_BYTES))
-    older.close()
+    wait_for(lambda: not older.socket.poll(0, zmq.POLLOUT), "the older connection is closed from over there")
     newer.say(frames.PUSH + push(1).encode())
     newer.hear(frames.GO)
     newer.say(frames.pack_part(frames.DATA, 1, 0), bytes(frames.FRAME_BYTES))

@@ -24,6 +24,7 @@ from lightning_async_localsgd.outer import DelayedNesterov
 from lightning_async_localsgd.pacing import SpeedAwareSteps
 from lightning_async_localsgd.server import Server
 from lightning_async_localsgd.wire import Endpoints, WireServer, frames
+from lightning_async_localsgd.wire import presence as presence_module
 from lightning_async_localsgd.wire.silence import Silence
 from tests.wire import programs
 from tests.wire.fakes import PATIENCE, FakeServer, RawWorker, Wire, ask, hello, push, wait_for
@@ -54,6 +55,22 @@ def test_a_silence_is_too_long_after_the_limit_which_grows_with_what_was_survive
     assert not silence.too_long(9100.0)
     silence.hear(9001.0)
     assert silence.limit == 100.0
+
+
+def test_of_the_sessions_that_are_lost_a_bounded_number_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(presence_module, "MOST_DEPARTED", 3)
+    fake = FakeServer(1)
+    presences = presence_module.Presences(fake, 10.0, lambda peer: None)
+    stays = presences.greet(hello(fake.layout, 0, "stays"), 0.0)
+    for number in range(1, 9):
+        presences.depart(presences.greet(hello(fake.layout, number, f"life-{number}"), 0.0), "killed")
+    assert [presence.worker for presence in presences] == [0, 6, 7, 8]
+    presences.beat("heart", frames.Beat(7, "life-7", "00"), 1.0)
+    assert fake.revived == [(7, "life-7")]
+    presences.beat("heart", frames.Beat(1, "life-1", "00"), 1.0)
+    assert fake.revived == [(7, "life-7")]
+    assert not stays.departed
+    fake.close()
 
 
 def test_a_session_is_there_while_one_of_its_connections_is(way: Open, wire: Wire) -> None:

@@ -152,9 +152,11 @@ class Hub:
             return
         older = self._peers.get(key)
         presence = self._presences.greet(hello, time.monotonic())
-        # The same session over a newer connection, or once more over this one: the older peer has no say any more.
+        # The same session over a newer connection, or once more over this one: the older peer has no say any more. What
+        # was on its way to it holds a buffer for as long as nobody knows that its connection is gone.
         if presence.peer is not None:
-            self._retire(presence.peer)
+            same = (presence.peer.way, presence.peer.identity) == key
+            (self._retire if same else self._hang_up)(presence.peer)
         presence.peer = peer = Peer(
             way, identity, descriptor, presence, hello.rejoining, self._post, self._deliver, self._reject
         )

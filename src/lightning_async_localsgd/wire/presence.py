@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+MOST_DEPARTED = 1024
+"""So many sessions that are lost are brought back by a beat; earlier ones have to say hello."""
+
 
 class Presence:
     """One session of a worker.
@@ -122,6 +125,11 @@ class Presences:
         if peer is not None:
             self._give_up(peer)
         self._server.lost(presence.worker, presence.session, reason)
+        # The numbers of those who join a run for a while are never used again, and nobody else would forget them.
+        key = (presence.worker, presence.session)
+        self._sessions[key] = self._sessions.pop(key)
+        for older in [one for one in self if one.departed][:-MOST_DEPARTED]:
+            self._forget(older)
 
     def dismiss(self, presence: Presence, reason: str | None = None) -> None:
         """A session has ended for good.
