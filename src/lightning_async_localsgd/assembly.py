@@ -40,7 +40,7 @@ def build_coordinator(
         model,
         SpeedAwareSteps(settings.local_steps, settings.dynamic_local_steps),
         settings.grace,
-        Budget(settings.total, settings.done, estimated=settings.ends_with_data),
+        Budget(settings.budget.total, settings.done, settings.budget.at_most(workers)),
         cohort=workers,
         incarnation=incarnation,
         guard=UpdateGuard(limit),

@@ -26,8 +26,9 @@ class Budget:
     Args:
         total: steps of the whole run, or None for no end.
         done: steps taken before.
-        estimated: ``total`` is what the data is expected to come to, and the data itself ends the run: a worker that
-            still has some is granted a step even when the total is reached.
+        at_most: ``total`` is what the data is expected to come to, and the data itself ends the run: a worker that
+            still has some is granted a step even when the total is reached, and whole rounds when so many steps are
+            done that the estimate must have been wrong. None: ``total`` is no estimate.
 
     Raises:
         ValueError: a negative number.
@@ -44,14 +45,14 @@ class Budget:
 
     """
 
-    def __init__(self, total: int | None, done: int = 0, estimated: bool = False) -> None:
+    def __init__(self, total: int | None, done: int = 0, at_most: int | None = None) -> None:
         if total is not None and total < 0:
             raise ValueError(f"a budget's total must be >= 0 local steps, or None for no end, got {total}")
         if done < 0:
             raise ValueError(f"a budget's done steps must be >= 0, got {done}")
         self.total = total
         self._done = done
-        self._estimated = estimated
+        self._at_most = at_most
         self._stopped = False
         self._reservations: dict[int, _Reservation] = {}
 
@@ -69,7 +70,7 @@ class Budget:
 
         The death of a worker may free steps again.
         """
-        return self._stopped or (self._unreserved() <= 0 and not self._estimated)
+        return self._stopped or (self._unreserved() <= 0 and self._at_most is None)
 
     @property
     def finished(self) -> bool:
@@ -94,6 +95,9 @@ class Budget:
         self.release(worker)
         if self.exhausted:
             return 0
+        if self._beyond_estimate:
+            self._reservations[worker] = _Reservation(wanted, now)
+            return wanted
         steps = int(max(1, min(wanted, self._unreserved(), self._fair_share(worker, now, speeds))))
         self._reservations[worker] = _Reservation(steps, now)
         return steps
@@ -117,12 +121,16 @@ class Budget:
         """The worker won't hand in its round: its steps are free again."""
         self._reservations.pop(worker, None)
 
+    def replan(self, total: int | None, at_most: int | None) -> None:
+        """The run is expected to come to another number of steps."""
+        self.total, self._at_most = total, at_most
+
     def stop(self) -> None:
         """Nothing more is granted."""
         self._stopped = True
 
     def progress(self, now: float, speeds: Mapping[int, float | None]) -> float:
-        """Steps that should be done by now, never more than ``total``.
+        """Steps that should be done by now, never more than ``total`` unless that has turned out to be too few.
 
         These are the steps handed in, and of each unfinished round what its worker's speed lets expect.
         """
@@ -130,7 +138,7 @@ class Budget:
         expected = float(self._done)
         for worker, reservation in self._reservations.items():
             expected += _taken(reservation, now, known.get(worker, 0.0))
-        return expected if self.total is None else min(expected, float(self.total))
+        return expected if self.total is None or self._beyond_estimate else min(expected, float(self.total))
 
     def state_dict(self) -> dict[str, Any]:
         """What outlives the process. Reservations don't: rounds that were not handed in are lost with it."""
@@ -140,6 +148,11 @@ class Budget:
         """Continues after the steps in ``state``; ``total`` stays this run's own."""
         self._done = int(state["done"])
         self._reservations.clear()
+
+    @property
+    def _beyond_estimate(self) -> bool:
+        """More has been handed in than the data was expected to come to, and it has not ended."""
+        return self._at_most is not None and self._done > self._at_most
 
     def _unreserved(self) -> float:
         if self.total is None:

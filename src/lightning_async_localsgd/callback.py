@@ -128,6 +128,7 @@ class AsyncLocalSGDCallback(Callback):
         training = _training_of(trainer)
         if training is None:
             return
+        training.end_epoch()
         empty = trainer.fit_loop.epoch_loop.batch_progress.current.ready == 0
         # Of leased data a slow rank may get nothing in an epoch that the others have used up.
         if empty and not training.global_epochs and not trainer.should_stop:
@@ -318,7 +319,7 @@ class _GlobalProgress:
     @property
     def total_train_batches(self) -> float:
         """Local steps of all workers."""
-        total = self._phase.total
+        total = self._phase.budget.total
         return float("inf") if total is None else total
 
     def on_train_epoch_start(self, trainer: pl.Trainer, *args: Any) -> None:

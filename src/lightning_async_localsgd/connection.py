@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_async_localsgd.assembly import build_coordinator
 from lightning_async_localsgd.buffers import BufferPool
+from lightning_async_localsgd.limits import restored_done
 from lightning_async_localsgd.local_exchange import LocalExchange
 from lightning_async_localsgd.rendezvous import RendezvousError
 from lightning_async_localsgd.restarts import JoinTicket
@@ -20,6 +21,7 @@ from lightning_async_localsgd.server import About, Server
 if TYPE_CHECKING:
     from lightning_async_localsgd.exchange import Exchange
     from lightning_async_localsgd.layout import Binding
+    from lightning_async_localsgd.limits import RunBudget
     from lightning_async_localsgd.rendezvous import Rendezvous
     from lightning_async_localsgd.settings import PhaseSettings
     from lightning_async_localsgd.wire import WireServer
@@ -150,7 +152,7 @@ class Connection:
         coordinator = build_coordinator(settings, layout, self._workers, uuid.uuid4().hex, exact=alone)
         coordinator.model.read(self._binding)
         if restored is not None:
-            coordinator.load_state_dict(rescaled(restored, self._workers, virtual=False))
+            coordinator.load_state_dict(rescaled(restored, settings.budget, self._workers, virtual=False))
         buffers = BufferPool(layout.numel, most=self._workers + 2)
         return Server(coordinator, buffers, threaded=not alone, about=about)
 
@@ -211,16 +213,14 @@ def _nearby(address: str) -> str:
     return address
 
 
-def rescaled(state: dict[str, Any], workers: int, virtual: bool) -> dict[str, Any]:
-    """The state for ``workers`` workers: what is done stays the same share of the run.
+def rescaled(state: dict[str, Any], budget: RunBudget, workers: int, virtual: bool) -> dict[str, Any]:
+    """The state for ``workers`` workers and a budget, see :func:`.restored_done`.
 
     Speeds that were measured in the other kind of time, real or virtual, are forgotten.
     """
     if ("simulation" in state) != virtual:
         state = {**state, "pacing": {"speeds": {}, "ratios": {}}}
     before = int(state["initial_workers"])
-    if before == workers:
-        return state
-    done = round(state["budget"]["done"] * workers / before)
-    _log.info("the checkpoint was written with %d workers; going on with %d", before, workers)
-    return {**state, "budget": {**state["budget"], "done": done}}
+    if before != workers:
+        _log.info("the checkpoint was written with %d workers; going on with %d", before, workers)
+    return {**state, "budget": {**state["budget"], "done": restored_done(state, budget, workers)}}

@@ -254,6 +254,12 @@ class Coordinator:
             member.dispatched_at += now - member.paused_at
             member.paused_at = None
 
+    def replan(self, total: int | None, at_most: int | None) -> None:
+        """The run is expected to come to another number of local steps, see :class:`.Budget`."""
+        self.on_event(Event("replan", content={"total": total, "at_most": at_most}))
+        self.budget.replan(total, at_most)
+        self.attendance.wake()
+
     def stop(self) -> None:
         """Training ends: nothing more is granted, every worker hands in what it has and gets the final model."""
         self.on_event(Event("stop"))

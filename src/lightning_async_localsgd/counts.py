@@ -9,9 +9,11 @@ checkpoint says how far the run had come, whoever had done the work.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
+from lightning_async_localsgd.limits import steps_of_an_optimizer
 from lightning_async_localsgd.trainer_parts import model_checkpoints_of
 
 if TYPE_CHECKING:
@@ -65,9 +67,11 @@ class GlobalCounts:
         automatic = trainer.lightning_module.automatic_optimization
         # With manual optimization Lightning counts the steps of all optimizers.
         self._factor = 1 if automatic else max(1, len(trainer.strategy.optimizers))
-        self.steps = max(trainer.global_step // self._factor, math.floor(phase.progress + HAIR))
+        self.steps = max(steps_of_an_optimizer(trainer), math.floor(phase.progress + HAIR))
         self._before = self.steps
-        self._batches = self._batches_before = self.steps * self._trainer.accumulate_grad_batches
+        # Batches of a rank, on the run's own clock: those of this rank for each of its steps, times the global ones.
+        self._batches = self._batches_before = float(self.steps * self._trainer.accumulate_grad_batches)
+        self._own_batches = self._own_steps = 0
         self._log_interval: int = self._trainer.log_every_n_steps
         if self._log_interval:
             self._trainer.log_every_n_steps = _Interval(self._log_interval, self._remainder_of_steps)
@@ -77,11 +81,13 @@ class GlobalCounts:
             if checkpoint._every_n_train_steps
         ]
         for checkpoint, steps in self._checkpoints:
-            checkpoint._every_n_train_steps = _Interval(steps, self._remainder_of_steps)
+            checkpoint._every_n_train_steps = _Interval(steps, self._remainder_of_counts)
         self.before_epoch()
 
     def before_epoch(self) -> None:
         """An epoch of this rank is about to begin; its data loaders may be new."""
+        if self._phase.alone and self._phase.workers == 1:
+            return  # Its own batches are the run's.
         interval = self._trainer.val_check_batch
         per_epoch = self._trainer.check_val_every_n_epoch is not None
         # Epochs of the rank's own have positions of its own.
@@ -104,7 +110,25 @@ class GlobalCounts:
             self._trainer.fit_loop.epoch_loop._batches_that_stepped = self._step_to_log()
         self._set_global_step(self.steps)
         self._batches_before = self._batches
-        self._batches += (self.steps - self._before) * self._trainer.accumulate_grad_batches
+        self._own_batches += 1
+        if self.steps > self._before and not self._trainer.fit_loop._should_accumulate():
+            self._batches += self._own_batches * (self.steps - self._before) / max(1, self._own_steps)
+            self._own_batches = self._own_steps = 0
+
+    def count_step(self) -> None:
+        """This rank has taken an optimizer step."""
+        self._own_steps += 1
+
+    @contextmanager
+    def counted_as(self, steps: int) -> Iterator[None]:
+        """The trainer counts ``steps`` global steps for a while."""
+        progress = self._progress
+        before = progress.ready, progress.completed
+        self._set_global_step(steps)
+        try:
+            yield
+        finally:
+            progress.ready, progress.completed = before
 
     def finish(self) -> None:
         """Training is over; this rank may have waited for others after its own last step."""
@@ -124,12 +148,15 @@ class GlobalCounts:
         if isinstance(self._trainer.val_check_batch, _Interval):
             self._trainer.val_check_batch = int(self._trainer.val_check_batch)
 
-    def _set_global_step(self, steps: int) -> None:
+    @property
+    def _progress(self) -> Any:
         loop = self._trainer.fit_loop.epoch_loop
         if self._trainer.lightning_module.automatic_optimization:
-            progress = loop.automatic_optimization.optim_progress.optimizer.step.total
-        else:
-            progress = loop.manual_optimization.optim_step_progress.total
+            return loop.automatic_optimization.optim_progress.optimizer.step.total
+        return loop.manual_optimization.optim_step_progress.total
+
+    def _set_global_step(self, steps: int) -> None:
+        progress = self._progress
         progress.ready = progress.completed = steps * self._factor
 
     def _step_to_log(self) -> int:
@@ -144,8 +171,13 @@ class GlobalCounts:
             return count % n  # An evaluation counts its own batches.
         return 0 if self.steps // n > self._before // n else max(1, count % n)
 
+    def _remainder_of_counts(self, count: int, n: int) -> int:
+        """As the trainer counts: the steps of all optimizers."""
+        before, now = self._before * self._factor, self.steps * self._factor
+        return 0 if now // n > before // n else max(1, count % n)
+
     def _remainder_of_batches(self, count: int, n: int) -> int:
-        before, now = self._batches_before, self._batches
+        before, now = math.floor(self._batches_before + HAIR), math.floor(self._batches + HAIR)
         if self._trainer.check_val_every_n_epoch is not None:
             length = int(self._trainer.num_training_batches)
             begin = self._trainer.current_epoch * length

@@ -89,13 +89,11 @@ class TrainingData:
         finally:
             connector.use_distributed_sampler = False
 
-    def steps_of_run(self, epochs: int) -> int | None:
-        """Local steps of all ranks together in ``epochs`` epochs; None where epochs are each rank's own."""
+    @property
+    def items_of_epoch(self) -> int | None:
+        """Batches of an epoch for all ranks together; None where epochs are each rank's own."""
         bound = self._bound_sampler(self._loader())
-        if bound is None:
-            return None
-        items = self._items(self._loader(), bound)
-        return sum(math.ceil(items / accumulated_batches(self._trainer, epoch)) for epoch in range(epochs))
+        return None if bound is None else self._items(self._loader(), bound)
 
     def begin(self, open_stock: OpenStock, restored: dict[str, Any] | None = None) -> None:
         """Training begins.
@@ -135,17 +133,23 @@ class TrainingData:
             "orders": {name: sampler.order.state_dict() for name, sampler in self._samplers.items()},
         }
 
-    def prepare(self) -> None:
-        """An epoch is about to begin: data loaders that are new (they may be reloaded) are connected."""
+    def prepare(self) -> bool:
+        """An epoch is about to begin: data loaders that are new (they may be reloaded) are connected.
+
+        Returns:
+            Whether there are.
+
+        """
         loader = self._loader()
         if loader is self._prepared or self._open is None:
-            return
+            return False
         self._prepared = loader
         self.global_epochs = self._bound_sampler(loader) is not None
         self._samplers = self._connected(loader, self._open)
         if not self._samplers and self._rendezvous is not None and self._same_samples is None:
             self._same_samples = SameSamples(self._rendezvous)
         self._watch_epochs(loader)
+        return True
 
     def _connected(self, loader: CombinedLoader, open_stock: OpenStock) -> dict[str, LeasedSampler]:
         """Connects the leased loaders in ``loader`` with their stocks; their samplers by the names of these."""

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 FORMAT = 1
 """Of the file; raised when an earlier version's could not be read any more."""
 
-Kind = Literal["begin", "join", "revive", "push", "leave", "lease", "pause", "resume", "stop", "dispatch", "end"]
+Kind = Literal[
+    "begin", "join", "revive", "push", "leave", "lease", "pause", "resume", "replan", "stop", "dispatch", "end"
+]
 
 _MESSAGES = {"hello": Hello, "push": Push, "request": LeaseRequest, "lease": Lease}
 """The class of each message that an event may have, by the name under which it has it."""
@@ -36,7 +38,8 @@ class Event:
 
     Args:
         kind: what: ``begin`` and ``end`` of training, what workers do (``join``, ``revive``, ``push``, ``leave``,
-            ``lease``, ``pause``, ``resume``), ``stop``, or a ``dispatch`` with its replies.
+            ``lease``, ``pause``, ``resume``), ``replan`` (its data is of another length than expected), ``stop``, or a
+            ``dispatch`` with its replies.
         seconds: when, by the server's clock; None where time does not matter.
         content: messages and plain values by name.
 

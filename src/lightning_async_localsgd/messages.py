@@ -271,6 +271,7 @@ class Facts(Message):
         folder: name of the run's folder.
         unshared: hash of what all workers need and what is not exchanged: frozen parameters.
         epoch: that rank 0 is in.
+        ahead: global steps that are counted beyond what the run calls done.
         refused: why there is nothing to join, in one line; None if nothing is wrong.
 
     """
@@ -284,4 +285,5 @@ class Facts(Message):
     folder: str
     unshared: str
     epoch: int = 0
+    ahead: int = 0
     refused: str | None = None

@@ -80,7 +80,14 @@ class AsyncPhase(Phase):
             self._digests = digests(tensors)
         self._connection = Connection(settings, self.binding, workers, lambda: self.keeps_weights)
         try:
-            about = About(workers, settings.seed, settings.fit, settings.folder, unshared(module, self._digests))
+            about = About(
+                workers,
+                settings.seed,
+                settings.fit,
+                settings.folder,
+                unshared(module, self._digests),
+                ahead=settings.ahead,
+            )
             if entry is not None:
                 exchange = self._join(entry, about)
             elif rank > 0:
@@ -121,6 +128,11 @@ class AsyncPhase(Phase):
         exact = all(entry.dtype == "torch.float32" for entry in self.binding.layout.entries)
         exact = exact and self._settings.merge.clip_norm is None
         return exact and self.alone and self._settings.rule.replaces_model
+
+    @property
+    def heard(self) -> float:
+        """Local steps of all workers that were done by the time of the last reply."""
+        return self._reply.progress
 
     @property
     def progress(self) -> float:

@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lightning_async_localsgd.limits import Position
+
 if TYPE_CHECKING:
     from lightning_async_localsgd.layout import Binding
     from lightning_async_localsgd.leases import LeaseStock
+    from lightning_async_localsgd.limits import RunBudget
     from lightning_async_localsgd.records import WorkerTotals
     from lightning_async_localsgd.server import Server
     from lightning_async_localsgd.settings import PhaseSettings
@@ -39,7 +42,7 @@ class Phase(ABC):
         binding: as given.
         workers: as given.
         alone: as given.
-        total: local steps of all workers together; None for no end.
+        budget: what the trainer's limits come to.
         worker: the worker that trains in this process.
 
     """
@@ -51,7 +54,7 @@ class Phase(ABC):
         self.binding = binding
         self.workers = workers
         self.alone = alone
-        self.total = settings.total
+        self.budget = settings.budget
         self._settings = settings
         self._samples = 0
         self._tokens = 0
@@ -76,6 +79,11 @@ class Phase(ABC):
     @abstractmethod
     def keeps_weights(self) -> bool:
         """Whether an exchange leaves the module as it was, to the last bit."""
+
+    @property
+    @abstractmethod
+    def heard(self) -> float:
+        """Local steps of all workers that were done as far as the server has told."""
 
     @property
     @abstractmethod
@@ -125,6 +133,11 @@ class Phase(ABC):
             self.server.about = replace(self.server.about, epoch=epoch)
 
     @property
+    def ahead(self) -> int:
+        """Global steps that the trainer has counted beyond what the run calls done, see :func:`.steps_ahead`."""
+        return self._settings.ahead
+
+    @property
     def in_step(self) -> bool:
         """Whether an optimizer step has begun and not ended; batches are accumulated for one, for example."""
         return self._in_step
@@ -165,6 +178,12 @@ class Phase(ABC):
     @abstractmethod
     def leave(self) -> None:
         """Hands in what there is and has no more part in the training, which goes on."""
+
+    def replan(self, budget: RunBudget) -> None:
+        """An epoch begins with other data than was expected, and so the run comes to another number of steps."""
+        self.budget = budget
+        if self.server is not None:
+            self.server.replan(budget.total, budget.at_most(self.workers))
 
     def request_stop(self) -> None:
         """Rank 0 has decided to stop: everybody is told now, and handed the final model at their next step."""
@@ -270,7 +289,11 @@ class Phase(ABC):
     def state_dict(self) -> dict[str, Any]:
         """Rank 0: the server's whole state, of one moment."""
         assert self.server is not None
-        return {"format": 1, "initial_workers": self.workers, **self.server.state_dict()}
+        state = {"format": 1, "initial_workers": self.workers, **self.server.state_dict()}
+        if self.budget.ends_with_data:
+            position = Position.of(state["budget"]["done"], self.budget)
+            state["position"] = None if position is None else list(position)
+        return state
 
     def totals(self) -> dict[int, WorkerTotals]:
         """Rank 0: what each worker has done so far."""
@@ -309,6 +332,10 @@ class Phase(ABC):
 
     def _per_worker(self, done: float) -> float:
         """Local steps of all workers together as :attr:`progress` counts them."""
-        if self.total is None or not self._settings.planned:
+        total, planned = self.budget.total, self.budget.planned
+        if not total or not planned:
             return done / self.workers
-        return min(done / self.total, 1.0) * self._settings.planned
+        at_most = self.budget.at_most(self.workers)
+        if at_most is None or self.heard <= at_most:  # Else there is more data than was expected.
+            done = min(done, total)
+        return done / total * planned + self._settings.ahead

@@ -8,7 +8,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.imports import _IS_INTERACTIVE
 from lightning.pytorch.accelerators import MPSAccelerator
-from lightning.pytorch.callbacks import LearningRateFinder, ModelPruning
+from lightning.pytorch.callbacks import LearningRateFinder, ModelPruning, StochasticWeightAveraging
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision, FSDPPrecision, XLAPrecision
 
 from lightning_async_localsgd.merging import MergeOptions
@@ -214,6 +214,20 @@ def refuse_callbacks(trainer: pl.Trainer) -> None:
             "ModelPruning puts other parameters into the module while it trains, as each rank's local weights suggest, "
             "and the global model would not follow; with async_localsgd train first and prune the trained model in a "
             "fit with another strategy"
+        )
+
+
+def refuse_callbacks_of_one_worker(trainer: pl.Trainer) -> None:
+    """Looks at the callbacks of a simulated run.
+
+    Raises:
+        ValueError: one of them would act on the worker alone whose turn it is.
+
+    """
+    if any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks_of(trainer)):
+        raise ValueError(
+            "StochasticWeightAveraging puts a scheduler of its own in the place of each worker's, which a simulated "
+            "cluster has one of for each; average with WeightAveraging, and give the schedule in configure_optimizers"
         )
 
 

@@ -8,6 +8,7 @@ and each is still used once an epoch.
 from __future__ import annotations
 
 import copy
+import itertools
 import random
 import sys
 from collections.abc import Iterator
@@ -60,6 +61,9 @@ class EpochOrder:
         seed: the same on all ranks.
         alone: there is a single rank.
 
+    A sampler's ``len()`` may be more than it yields, as that of one that filters; the epoch's last items are not there
+    then, see :meth:`has`. What it yields beyond its length is not asked for, as Lightning does not.
+
     Attributes:
         items: number of items in an epoch: batches, or single samples where ``batch_size`` is None.
         shuffled: whether items are in an arbitrary order; if not, the order may mean something.
@@ -72,6 +76,7 @@ class EpochOrder:
         self._begun: dict[str, Any] = {}
         self._orders: dict[int, Any] = {}
         self._batch_size: int | None = None
+        self._drop_last = False
         batch_sampler = loader.batch_sampler
         if batch_sampler is None:
             self._source: Any = loader.sampler
@@ -79,12 +84,20 @@ class EpochOrder:
         elif type(batch_sampler) is BatchSampler:
             self._source = loader.sampler
             self._batch_size = batch_sampler.batch_size
+            self._drop_last = batch_sampler.drop_last
             samples, size = len(cast("Any", self._source)), batch_sampler.batch_size
             self.items = samples // size if batch_sampler.drop_last else -(-samples // size)
         else:
             self._source = batch_sampler
             self.items = len(cast("Any", batch_sampler))
         self.shuffled = type(self._source) is RandomSampler
+
+    def has(self, epoch: int, number: int) -> bool:
+        """Whether the sampler has yielded as much."""
+        there = len(self._order(epoch))
+        if self._batch_size is None:
+            return number < there
+        return there - number * self._batch_size >= (self._batch_size if self._drop_last else 1)
 
     def item(self, epoch: int, number: int) -> Any:
         """What a sampler yields: the indices of a batch, or one index."""
@@ -123,7 +136,7 @@ class EpochOrder:
             source.set_epoch(epoch)
         with isolate_rng(include_cuda=False):
             _seed_generators(self._seed + epoch)
-            return list(source)
+            return self._drawn()
 
     def _make_alone(self, epoch: int) -> list[Any]:
         if callable(getattr(self._source, "set_epoch", None)):
@@ -133,12 +146,20 @@ class EpochOrder:
             self._begun = {"epoch": epoch, "random": random_state()}
             if generator is not None:
                 self._begun["generator"] = generator.get_state()
-            return list(self._source)
+            return self._drawn()
         with isolate_rng():
             set_random_state(self._begun["random"])
             if generator is not None:
                 generator.set_state(self._begun["generator"].cpu())
-            return list(self._source)
+            return self._drawn()
+
+    def _drawn(self) -> list[Any]:
+        """What the sampler yields, as far as its length goes: some go on for ever."""
+        drawing = iter(self._source)
+        drawn = list(itertools.islice(drawing, len(self._source)))
+        # As when all of it is used up: what it does at its end it does now.
+        next(drawing, None)
+        return drawn
 
 
 def _seed_generators(seed: int) -> None:
@@ -174,6 +195,7 @@ class LeasedSampler:
         self._epoch_is_new = False
         self._yielded = 0
         self._used = 0
+        self._gaps: set[int] = set()
 
     @property
     def sampler(self) -> LeasedSampler:
@@ -195,6 +217,7 @@ class LeasedSampler:
         """Items are leased from ``stock`` from now on."""
         self.stock = stock
         self._yielded = self._used = 0
+        self._gaps.clear()
 
     def use_one(self) -> None:
         """The loader's next item is being trained on."""
@@ -202,6 +225,7 @@ class LeasedSampler:
         if self.stock is not None and self._used < self._yielded:
             self._used += 1
             self.stock.mark_used(1)
+            self._pass_gaps()
 
     def __iter__(self) -> Iterator[Any]:
         if not self.ready:
@@ -212,6 +236,7 @@ class LeasedSampler:
         # What an earlier iteration left untrained (a hook has skipped the rest of its epoch) is not trained any more.
         stock.mark_used(self._yielded - self._used)
         self._used = self._yielded
+        self._gaps.clear()
         if self.bound:
             stock.discard(before=self._epoch)
         empty = True
@@ -229,7 +254,19 @@ class LeasedSampler:
             if not self.bound:
                 self._epoch = max(self._epoch, epoch)
             self._yielded += 1
-            yield self.order.item(epoch, number)
+            if self.order.has(epoch, number):
+                yield self.order.item(epoch, number)
+            else:
+                # Nobody is trained on it, and it is used up when everything before it is.
+                self._gaps.add(self._yielded - 1)
+                self._pass_gaps()
+
+    def _pass_gaps(self) -> None:
+        assert self.stock is not None
+        while self._used in self._gaps:
+            self._gaps.remove(self._used)
+            self._used += 1
+            self.stock.mark_used(1)
 
     def __len__(self) -> int:
         """Items of an epoch for each rank if all were equally fast, as under DDP."""

@@ -14,6 +14,7 @@ from lightning_async_localsgd.checkpoints import CHECKPOINT_KEY, SavedModel, fro
 from lightning_async_localsgd.companions import keep_beside, remove_beside
 from lightning_async_localsgd.inner_state import resume
 from lightning_async_localsgd.launcher import AsyncProcessLauncher
+from lightning_async_localsgd.limits import Position
 from lightning_async_localsgd.meeting import MeetingStrategy
 from lightning_async_localsgd.periodic import is_periodic, load_periodic
 from lightning_async_localsgd.run_folder import folder_of
@@ -46,6 +47,7 @@ class SavingStrategy(MeetingStrategy):
         self._training: AsyncTraining | None = None
         # Of a checkpoint that is resumed, and of the training that was the last.
         self._restored: dict[str, Any] | None = None
+        self._position: Position | None = None
         self._last_state: dict[str, Any] | None = None
         self._saved = SavedModel()
 
@@ -123,8 +125,11 @@ class SavingStrategy(MeetingStrategy):
         module = self.lightning_module
         # After a fit in spawned processes, the process that has started them has a module without a trainer.
         attached = module is not None and module._trainer is not None
-        if attached and self._trainer.state.fn == TrainerFn.FITTING and self.is_global_zero:
-            self._restored = checkpoint.get(CHECKPOINT_KEY)
+        if attached and self._trainer.state.fn == TrainerFn.FITTING:
+            state = checkpoint.get(CHECKPOINT_KEY)
+            self._position = Position.in_state(state or {})
+            if self.is_global_zero:
+                self._restored = state
         if self.joins:
             checkpoint.pop("loops", None)  # The run has gone on since; where it is now, the server tells.
         return checkpoint

@@ -62,6 +62,7 @@ class About:
     folder: str
     unshared: str
     epoch: int = 0
+    ahead: int = 0
 
 
 class Server:
@@ -330,6 +331,10 @@ class Server:
             self._coordinator.asked += 1
 
         self._submit(event)
+
+    def replan(self, total: int | None, at_most: int | None) -> None:
+        """The run is expected to come to another number of local steps, see :class:`.Budget`."""
+        self._submit(lambda: self._coordinator.replan(total, at_most))
 
     def stop(self) -> None:
         """Training ends as soon as everybody has handed in what they have."""

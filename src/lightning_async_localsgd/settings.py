@@ -9,6 +9,7 @@ from lightning_async_localsgd.merging import MergeOptions
 
 if TYPE_CHECKING:
     from lightning_async_localsgd.grace import GraceWindow
+    from lightning_async_localsgd.limits import RunBudget
     from lightning_async_localsgd.options import ExchangeOptions
     from lightning_async_localsgd.outer import OuterOptimizer
     from lightning_async_localsgd.staleness import Staleness
@@ -26,10 +27,9 @@ class PhaseSettings:
         exchange: transport, port, encryption.
         start_timeout: seconds to wait for all workers at the start.
         silence_timeout: seconds of silence after which a peer is given up.
-        total: local steps of all workers together, or None for no end.
+        budget: what the trainer's limits come to.
         done: steps that count as taken before (a checkpoint without a server's state).
-        planned: what ``total`` comes to per worker, as the trainer counts; None for no end.
-        ends_with_data: the data ends the run, ``total`` is an estimate of it.
+        ahead: global steps that the trainer has counted beyond what the run calls done, see :func:`.steps_ahead`.
         frozen: whether frozen parameters are exchanged like the others.
         max_update_norm: see :class:`.UpdateGuard`.
         quorum: see :class:`.Merging`.
@@ -50,10 +50,9 @@ class PhaseSettings:
     exchange: ExchangeOptions
     start_timeout: float
     silence_timeout: float
-    total: int | None
+    budget: RunBudget
     done: int = 0
-    planned: int | None = None
-    ends_with_data: bool = False
+    ahead: int = 0
     frozen: bool = False
     max_update_norm: float | Literal["auto"] | None = "auto"
     quorum: int | Literal["all"] = 1

@@ -37,7 +37,7 @@ from lightning_async_localsgd.interval import check_interval
 from lightning_async_localsgd.joining import token_of
 from lightning_async_localsgd.launcher import AsyncProcessLauncher, AsyncScriptLauncher
 from lightning_async_localsgd.layout import Layout
-from lightning_async_localsgd.limits import LiftedLimits, RunBudget, run_budget
+from lightning_async_localsgd.limits import LiftedLimits, RunBudget, run_budget, steps_ahead, steps_of_an_optimizer
 from lightning_async_localsgd.merging import MergeOptions
 from lightning_async_localsgd.options import ExchangeOptions
 from lightning_async_localsgd.outer import Nesterov, OuterOptimizer, resolve_outer_optimizer
@@ -247,7 +247,7 @@ class AsyncLocalSGDStrategy(SavingStrategy):
     def setup_environment(self) -> None:
         Strategy.setup_environment(self)  # Not DDPStrategy's, which would open a process group.
         self._failed = False
-        self._restored = None
+        self._restored = self._position = None
         self._meet(self._trainer.state.fn == TrainerFn.FITTING)
         trainer = self._trainer
         if self.joins:
@@ -354,10 +354,9 @@ class AsyncLocalSGDStrategy(SavingStrategy):
             exchange=self.exchange,
             start_timeout=self.start_timeout,
             silence_timeout=self.silence_timeout,
-            total=budget.total,
+            budget=budget,
             done=done,
-            planned=budget.planned,
-            ends_with_data=budget.ends_with_data,
+            ahead=self._steps_ahead(budget),
             frozen=self._exchanges_frozen,
             max_update_norm=self.max_update_norm,
             quorum=self.quorum,
@@ -375,6 +374,22 @@ class AsyncLocalSGDStrategy(SavingStrategy):
                 f"The global model of {self.strategy_name} is kept in fp32: parameters and buffers of dtype fp64 are "
                 "rounded to it at every exchange. Within a round they are trained in fp64."
             )
+
+    def _steps_ahead(self, budget: RunBudget) -> int:
+        """Global steps that the trainer has counted beyond what the run calls done, the same on all ranks."""
+        if self._entry is not None:
+            return self._entry.facts.ahead
+        counted = steps_of_an_optimizer(self._trainer)
+        ahead = steps_ahead(self._position, budget, counted)
+        if ahead:
+            assert self._position is not None
+            rank_zero_warn(
+                f"each rank had {self._position.planned} optimizer steps in the epochs that are done, and with these "
+                f"ranks and batches it would have had {counted - ahead}. As under DDP global_step goes on from "
+                f"{counted}, and comes to {(budget.planned or 0) + ahead}: a learning-rate schedule that was made for "
+                f"{budget.planned} steps (trainer.estimated_stepping_batches) ends elsewhere"
+            )
+        return ahead
 
     def _begin(self, settings: PhaseSettings, restored: dict[str, Any] | None, budget: RunBudget) -> AsyncTraining:
         """The asynchronous phase begins."""

@@ -12,6 +12,7 @@ from lightning_async_localsgd.callback import AsyncLocalSGDCallback
 from lightning_async_localsgd.companions import AwaitedStates
 from lightning_async_localsgd.counts import GlobalCounts
 from lightning_async_localsgd.inner_state import InnerStates
+from lightning_async_localsgd.limits import RunBudget, epoch_steps
 from lightning_async_localsgd.local_values import LocalValues
 from lightning_async_localsgd.periodic import PeriodicCheckpoints
 from lightning_async_localsgd.run_folder import folder_of
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
     from lightning_async_localsgd.epochs import TrainingData
     from lightning_async_localsgd.joining import Entry
-    from lightning_async_localsgd.limits import LiftedLimits, RunBudget
+    from lightning_async_localsgd.limits import LiftedLimits
     from lightning_async_localsgd.phase_base import Phase
     from lightning_async_localsgd.rendezvous import Rendezvous
     from lightning_async_localsgd.strategy import AsyncLocalSGDStrategy
@@ -108,7 +109,8 @@ class AsyncTraining:
             self._agreement = Agreement(trainer, phase)
             held.callback(self._agreement.release)
             self.local_values = LocalValues(trainer)
-        self._schedulers = ProgressSchedulers(trainer, self._counts.steps if self._entry is None else 0)
+        begun = self._counts.steps if self._entry is None else 0
+        self._schedulers = ProgressSchedulers(trainer, begun, self._budget, phase.ahead, self._counts.counted_as)
         held.callback(self._schedulers.release)
         # A rank that joins is where the others are; and there may be so few steps that none are left for this rank.
         if phase.stopped or self._entry is not None:
@@ -117,7 +119,7 @@ class AsyncTraining:
                 warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
                 self._follow()
         optimizer = torch_optimizer(trainer.strategy.optimizers[0])
-        held.callback(optimizer.register_step_post_hook(lambda *_: phase.worker.count_step()).remove)
+        held.callback(optimizer.register_step_post_hook(lambda *_: self._count_step()).remove)
         if trainer.is_global_zero:
             held.callback(PeriodicCheckpoints(trainer, phase).release)
             if phase.server is not None and not phase.alone and strategy.checkpoint_every is not None:
@@ -143,9 +145,13 @@ class AsyncTraining:
 
     def before_epoch(self) -> None:
         """An epoch of this rank is about to begin, its data loaders are set up."""
-        self._data.prepare()
+        if self._data.prepare():
+            self._replan()
         self.phase.begin_epoch(self._trainer.current_epoch)
         self._counts.before_epoch()
+
+    def end_epoch(self) -> None:
+        """An epoch of this rank is over; called before any callback does what it does then."""
 
     def before_batch(self) -> None:
         """A batch is about to be trained on; called before any callback sees it."""
@@ -260,6 +266,19 @@ class AsyncTraining:
         for counts in (progress.total, progress.current):
             for name in ("ready", "started", "processed", "completed"):
                 setattr(counts, name, epoch)
+
+    def _count_step(self) -> None:
+        self.phase.worker.count_step()
+        self._counts.count_step()
+
+    def _replan(self) -> None:
+        """The data was reloaded, and its epochs may be longer or shorter from now on."""
+        trainer, epochs = self._trainer, self._budget.epochs
+        rest = epoch_steps(trainer, self._data, range(trainer.current_epoch, len(epochs)))
+        if rest and rest != list(epochs[trainer.current_epoch :]):
+            self._budget = RunBudget.of_epochs([*epochs[: trainer.current_epoch], *rest])
+            self.phase.replan(self._budget)
+            self._schedulers.replan(self._budget)
 
     @property
     def _scheduled_steps(self) -> int:

@@ -315,6 +315,8 @@ def test_lightning_cli(started: Jobs, out: Path) -> None:
 def test_the_supervisor_with_lightning_cli(started: Jobs, out: Path) -> None:
     arguments = ["fit", "--trainer.strategy=lightning_async_localsgd.AsyncLocalSGDStrategy"]
     arguments += ["--trainer.strategy.local_steps=5", "--trainer.strategy.checkpoint_every=3"]
+    # What jsonargparse makes of this knows the trainer, and with it what can be neither copied nor pickled.
+    arguments += ["--trainer.strategy.outer_optimizer=torch.optim.SGD", "--trainer.strategy.outer_optimizer.lr=0.3"]
     arguments += ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.max_steps=100"]
     arguments += [f"--trainer.default_root_dir={out}", "--trainer.enable_progress_bar=false"]
     arguments += [f"--trainer.callbacks+={JOB.stem}.Notes", f"--trainer.callbacks.out={out}"]

@@ -158,7 +158,8 @@ def test_another_number_of_workers_goes_on(broken: Broken, tmp_path: Path, numbe
         assert any("worker 3 was not there when" in text for text in ranks[3]["messages"])
     loaded = torch.load(tmp_path / "second_server.pt", weights_only=True)
     assert loaded["model"]["version"] == broken.server["model"]["version"]
-    assert loaded["budget"]["done"] == round(broken.server["budget"]["done"] * number / 3)
+    # The data is used up as far as it was, whoever goes on with it.
+    assert loaded["budget"]["done"] == broken.server["budget"]["done"]
     assert_each_sample_once(broken, ranks)
 
 

@@ -11,6 +11,7 @@ from lightning_async_localsgd.assembly import build_coordinator
 from lightning_async_localsgd.coordinator import Coordinator
 from lightning_async_localsgd.grace import GraceWindow
 from lightning_async_localsgd.layout import Layout
+from lightning_async_localsgd.limits import RunBudget
 from lightning_async_localsgd.messages import PROTOCOL_VERSION, Hello, Push
 from lightning_async_localsgd.outer import SGD, OuterOptimizer
 from lightning_async_localsgd.settings import PhaseSettings
@@ -28,7 +29,7 @@ def described(rule: OuterOptimizer | None = None, total: int | None = 100, **cha
         "exchange": ExchangeOptions(),
         "start_timeout": 1.0,
         "silence_timeout": 1.0,
-        "total": total,
+        "budget": RunBudget(total, None),
     }
     return PhaseSettings(**{**options, **changes})  # type: ignore[arg-type]
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from lightning_async_localsgd.budget import Budget
 from lightning_async_localsgd.grace import GraceWindow, Pending
+from lightning_async_localsgd.limits import EpochSteps, Position, RunBudget, restored_done, steps_ahead
 from lightning_async_localsgd.pacing import SpeedAwareSteps
 
 NO_SPEEDS: dict[int, float | None] = {}
@@ -235,3 +236,58 @@ def test_a_round_that_goes_on_after_all_has_its_steps_again() -> None:
     budget.settle(1, 10)
     assert budget.finished
     assert budget.done == 30
+
+
+def test_an_estimate_that_was_too_small_does_not_shorten_rounds() -> None:
+    budget = Budget(total=20, at_most=24)
+    speeds = {0: 1.0, 1: 1.0}
+    budget.settle(0, 20)
+    assert not budget.exhausted, "the data ends the run"
+    assert budget.grant(0, 10, 0.0, speeds) == 1
+    assert budget.progress(5.0, speeds) == 20.0
+    budget.settle(0, 5)
+    assert budget.grant(0, 10, 0.0, speeds) == 10
+    assert budget.progress(4.0, speeds) == 29.0
+    budget.replan(200, 204)
+    assert budget.grant(1, 10, 0.0, speeds) == 10
+    assert budget.total == 200
+
+
+EPOCHS = [EpochSteps(total, planned) for total, planned in ((8, 4), (8, 4), (4, 2))]
+
+
+@pytest.mark.parametrize(
+    ("done", "epochs", "planned"),
+    [(0, 0.0, 0), (4, 0.5, 2), (16, 2.0, 8), (19, 2.75, 10), (20, 3.0, 10)],
+)
+def test_a_position_is_that_of_the_data(done: int, epochs: float, planned: int) -> None:
+    budget = RunBudget.of_epochs(EPOCHS)
+    assert (budget.total, budget.planned, budget.ends_with_data) == (20, 10, True)
+    assert budget.at_most(2) == 26
+    assert Position.of(done, budget) == (epochs, done, planned)
+    state = {"budget": {"done": done}, "initial_workers": 2, "position": list(Position.of(done, budget))}
+    assert restored_done(state, budget, 2) == done
+    assert steps_ahead(Position.in_state(state), budget, 99) == 0, "nothing has changed"
+    # Batches that are twice as large, on four ranks.
+    other = RunBudget.of_epochs([EpochSteps(epoch.total // 2, epoch.planned // 4 or 1) for epoch in EPOCHS])
+    assert restored_done(state, other, 4) == round(done / 2)
+
+
+def test_of_more_data_than_was_expected_there_is_no_position() -> None:
+    budget = RunBudget.of_epochs(EPOCHS)
+    assert Position.of(21, budget) is None
+    state = {"budget": {"done": 21}, "initial_workers": 2, "position": None}
+    assert restored_done(state, budget, 4) == 21
+    assert steps_ahead(Position.in_state(state), budget, 99) == 0
+
+
+def test_a_run_of_steps_keeps_its_share_and_counts_on() -> None:
+    state = {"budget": {"done": 30}, "initial_workers": 2}
+    assert restored_done(state, RunBudget(200, 50, "max_steps"), 4) == 60
+    assert steps_ahead(None, RunBudget(200, 50, "max_steps"), 15) == 0
+    assert RunBudget(200, 50, "max_steps").at_most(4) is None
+    by_epochs = RunBudget.of_epochs(EPOCHS)
+    assert restored_done(state, by_epochs, 4) == 30, (
+        "of an older version, which has no position: what is used up is used up"
+    )
+    assert steps_ahead(Position(1.0, 16, 8), by_epochs, 8) == 4

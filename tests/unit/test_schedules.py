@@ -29,6 +29,7 @@ def build(monkeypatch: pytest.MonkeyPatch, batches: float = 10, accumulate: int 
         lightning_module=Module(),
         num_training_batches=batches,
         accumulate_grad_batches=accumulate,
+        callbacks=[],
     )
     monkeypatch.setattr(
         "lightning_async_localsgd.schedules.call._call_lightning_module_hook",

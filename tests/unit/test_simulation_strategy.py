@@ -6,6 +6,7 @@ import gc
 import hashlib
 import json
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import Precision
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -932,3 +933,94 @@ def test_a_schedule_is_a_list_and_deaths_do_not_touch() -> None:
 def test_fewer_local_steps_in_an_epoch_than_workers_are_refused() -> None:
     with pytest.raises(ValueError, match="24 batches for all of them, of which a local step takes 10"):
         fit(Simulated([0.1] * 4), data=loader(24), accumulate_grad_batches=10)
+
+
+class Single(Model):
+    """Trains on single samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Linear(8, 1)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+@pytest.mark.parametrize("speeds", [[1.0, 1.0, 2.0], [1.0, 1.0, 1.0], [3.3, 1.3, 3.3, 1.0]])
+@pytest.mark.parametrize("local_steps", [5, 50])
+def test_the_last_validation_is_of_the_final_model(speeds: list[float], local_steps: int) -> None:
+    data = DataLoader(TensorDataset(torch.randn(21, 8), torch.randn(21, 1), torch.arange(21)), batch_size=1)
+    module = Single()
+    trainer = L.Trainer(
+        strategy=Simulated(speeds, local_steps=local_steps), accelerator="cpu", max_epochs=3, num_sanity_val_steps=0,
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, data, DataLoader(data.dataset, batch_size=7))
+    assert len(module.seen) == 3 * 21
+    assert len(module.validated) == 3
+    final = float(trainer.validate(module, DataLoader(data.dataset, batch_size=7), verbose=False)[0]["val_loss"])
+    assert float(trainer.callback_metrics["val_loss"]) == pytest.approx(final)
+
+
+class ByEpochs(Model):
+    """Steps its scheduler by hand when an epoch is over, and changes something of its own when one begins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.momenta: dict[int, list[float]] = {}
+
+    def training_step(self, batch: Any, index: int) -> None:
+        loss = super().training_step(batch, index)
+        group = self.trainer.optimizers[0].param_groups[0]
+        self.momenta.setdefault(self.trainer.current_epoch, []).append((group["lr"], group["momentum"]))
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+
+    def on_train_epoch_start(self) -> None:
+        self.trainer.optimizers[0].param_groups[0]["momentum"] = 0.1 * self.trainer.current_epoch
+
+    def on_train_epoch_end(self) -> None:
+        self.lr_schedulers().step()
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)]
+
+
+def test_what_a_hook_changes_between_epochs_changes_for_all_workers() -> None:
+    module, _ = fit(Simulated(SPEEDS, local_steps=3), module=ByEpochs, max_steps=-1, max_epochs=4)
+    assert sorted(module.momenta) == [0, 1, 2, 3]
+    for epoch, seen in module.momenta.items():
+        assert set(seen) == {(0.1 * 0.5**epoch, 0.1 * epoch)}
+
+
+def test_a_schedule_that_a_callback_puts_in_another_ones_place_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"StochasticWeightAveraging.*WeightAveraging"):
+        fit(Simulated(SPEEDS), callbacks=[StochasticWeightAveraging(0.1)])
+
+
+def test_a_run_of_epochs_goes_on_with_other_workers(tmp_path: Path) -> None:
+    def run(workers: int, epochs: int, **options: Any) -> tuple[Model, L.Trainer]:
+        data = DataLoader(TensorDataset(torch.randn(64, 8), torch.randn(64, 1), torch.arange(64)), batch_size=1)
+        module = Single()
+        trainer = L.Trainer(
+            strategy=Simulated([0.1] * workers, local_steps=4), accelerator="cpu", max_epochs=epochs,
+            logger=False, enable_progress_bar=False, enable_model_summary=False,
+            callbacks=[ModelCheckpoint(tmp_path / f"{workers}-{epochs}", save_last=True)],
+        )  # fmt: skip
+        trainer.fit(module, data, ckpt_path=options.get("ckpt_path"))
+        return module, trainer
+
+    _, first = run(2, 2)
+    assert first.global_step == 64
+    for workers, left in ((2, 64), (4, 32), (1, 128)):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            module, trainer = run(workers, 4, ckpt_path=tmp_path / "2-2" / "last.ckpt")
+        assert len(module.seen) == 2 * 64
+        assert trainer.global_step == 64 + left, "what is left of the run, as it is now"
+        said = [str(one.message) for one in told if "in the epochs that are done" in str(one.message)]
+        assert len(said) == (0 if workers == 2 else 1)

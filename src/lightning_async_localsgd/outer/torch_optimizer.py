@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
@@ -61,6 +62,13 @@ class TorchOptimizer(OuterOptimizer):
         self._name = getattr(optimizer, "__name__", type(optimizer).__name__)
         self._replaces_model, self._momentum_name = self._try_out()
         self._optimizer: Optimizer | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TorchOptimizer:
+        # What makes the optimizer is the user's, and may know anything: that of a command line knows the trainer.
+        copied = object.__new__(type(self))
+        for name, value in self.__dict__.items():
+            setattr(copied, name, value if name == "_factory" else copy.deepcopy(value, memo))
+        return copied
 
     def __repr__(self) -> str:
         return f"TorchOptimizer({self._factory!r})"

@@ -218,8 +218,9 @@ class SimulatedData(TrainingData):
         if trainer.fit_loop.restarted_mid_epoch:
             self._batches = int(trainer.fit_loop.epoch_loop.batch_progress.current.ready)
 
-    def prepare(self) -> None:
-        """An epoch of Lightning's is about to begin."""
+    def prepare(self) -> bool:
+        """An epoch of Lightning's is about to begin. The data is that of the beginning."""
+        return False
 
     def next_batch(self) -> Any:
         """The next batch of the worker at turn.
@@ -252,10 +253,20 @@ class SimulatedData(TrainingData):
         """Whether a worker who has used all that it has taken can get more."""
         return self._stream_of(worker).ready()
 
-    @property
-    def out_of_data(self) -> bool:
-        """The batch that was given last was its worker's last."""
-        return self._current is not None and self._current.out
+    def out_of_data(self, look: bool) -> bool:
+        """Whether the batch that was given last was its worker's last.
+
+        Args:
+            look: for another one in the last epoch, if that has not been done yet. Its worker will have asked for it
+                in the same round.
+
+        """
+        stream = self._current
+        if stream is None:
+            return False
+        if look and self._in_last_epoch:
+            stream.ready()
+        return stream.out
 
     def begin_epoch(self) -> None:
         """An epoch of Lightning's begins."""
@@ -290,8 +301,11 @@ class SimulatedData(TrainingData):
             # The others are asked only when nothing is left that they could take from each other.
             live = self._phase.turns.live.values()
             return not any(self.has_data(other) for other in list(live) if other is not current)
-        final = self._end is not None and self._trainer.current_epoch + 1 >= self._end
-        return not final and self._batches >= self._epoch_batches
+        return not self._in_last_epoch and self._batches >= self._epoch_batches
+
+    @property
+    def _in_last_epoch(self) -> bool:
+        return self._end is not None and self._trainer.current_epoch + 1 >= self._end
 
     def _stream_of(self, worker: VirtualWorker) -> _Stream:
         session, stream = self._streams.get(worker.number, ("", None))

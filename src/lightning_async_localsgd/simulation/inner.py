@@ -60,6 +60,7 @@ class InnerStates:
         self._on_cpu = on_cpu
         self._states: dict[int, dict[str, Any]] = {}
         self._at_turn: int | None = None
+        self._marked: dict[str, Any] | None = None
         # What a worker begins with. Where this is a checkpoint's, each has a copy of its own.
         self._first = _copied({**self._present(), "buffers": list(buffers())})
         self._loaded = self._versions()
@@ -68,6 +69,7 @@ class InnerStates:
         """The turn of the worker that was loaded last is over."""
         if self._at_turn is None:
             return
+        self.spread()
         worker = self._at_turn
         state = self._present()
         before = self._states.get(worker, self._first)["buffers"]
@@ -101,6 +103,30 @@ class InnerStates:
                 if not torch.equal(buffer, kept):
                     buffer.copy_(kept)
         self._loaded = self._versions()
+
+    def mark(self) -> None:
+        """Hooks are about to be called that live workers would all call: what they change is changed for all."""
+        self._marked = self._rates()
+
+    def spread(self, last: bool = False) -> None:
+        """What has changed of parameter groups and schedulers since :meth:`mark` changes for all workers.
+
+        Args:
+            last: the hooks are over.
+
+        """
+        before, now = self._marked, self._rates() if self._marked is not None else None
+        if before is not None and now is not None:
+            for state in (self._first, *self._states.values()):
+                for (_, kept), groups, earlier in zip(
+                    state["optimizers"], now["groups"], before["groups"], strict=True
+                ):
+                    for values, new, old in zip(kept, groups, earlier, strict=False):
+                        values.update({name: copy.deepcopy(new[name]) for name in _changed(new, old)})
+                for index, (new, old) in enumerate(zip(now["schedulers"], before["schedulers"], strict=True)):
+                    if _changed(new, old):
+                        state["schedulers"][index] = copy.deepcopy(new)
+        self._marked = None if last else now
 
     def forget(self, workers: Iterable[int]) -> None:
         """These workers have no turn any more: what is kept of them is of no use."""
@@ -154,17 +180,22 @@ class InnerStates:
         return _COMMON | {"lr"} if id(optimizer) in self._common_rates else _COMMON
 
     def _present(self) -> dict[str, Any]:
+        rates = self._rates()
+        states = (dict(optimizer.state) for optimizer in self._optimizers)
         return {
-            "optimizers": [
-                (
-                    dict(optimizer.state),
-                    [_values(group, self._left_to_all(optimizer)) for group in optimizer.param_groups],
-                )
+            "optimizers": list(zip(states, rates["groups"], strict=True)),
+            "schedulers": rates["schedulers"],
+            "taken": list(self._progress.taken),
+            "precision": dict(self._precision.state_dict()),
+        }
+
+    def _rates(self) -> dict[str, Any]:
+        return {
+            "groups": [
+                [_values(group, self._left_to_all(optimizer)) for group in optimizer.param_groups]
                 for optimizer in self._optimizers
             ],
             "schedulers": [copy.deepcopy(scheduler.state_dict()) for scheduler in self._schedulers],
-            "taken": list(self._progress.taken),
-            "precision": dict(self._precision.state_dict()),
         }
 
 
@@ -185,6 +216,17 @@ def _values(group: dict[str, Any], left: frozenset[str]) -> dict[str, Any]:
     return {
         name: value.clone() if isinstance(value, Tensor) else value for name, value in group.items() if name not in left
     }
+
+
+def _changed(new: Mapping[str, Any], old: Mapping[str, Any]) -> list[str]:
+    """The names of the values that are not what they were."""
+
+    def same(one: Any, other: Any) -> bool:
+        if isinstance(one, Tensor) or isinstance(other, Tensor):
+            return isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)
+        return one is other or bool(one == other)
+
+    return [name for name, value in new.items() if name not in old or not same(value, old[name])]
 
 
 def _moved(state: tuple[dict[Any, Any], list[Any]], device: torch.device) -> tuple[dict[Any, Any], list[Any]]:

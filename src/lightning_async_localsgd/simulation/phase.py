@@ -55,11 +55,11 @@ class SimulatedPhase(Phase):
         layout = Layout.of(module, settings.frozen)
         super().__init__(settings, module, Binding(layout, module), script.initial, alone=True)
         if isinstance(script, Recording):
-            script.check(self.binding, settings.total)
+            script.check(self.binding, settings.budget.total)
         coordinator = build_coordinator(settings, layout, self.workers, script.incarnation)
-        self.binding.read(coordinator.model.theta)
+        coordinator.model.read(self.binding)
         if restored is not None:
-            coordinator.load_state_dict(rescaled(restored, self.workers, virtual=True))
+            coordinator.load_state_dict(rescaled(restored, settings.budget, self.workers, virtual=True))
         simulated = {} if restored is None else restored.get("simulation", {})
         self._started_at = script.start
         self._clock = clock = VirtualClock(simulated.get("seconds", script.start))
@@ -93,6 +93,11 @@ class SimulatedPhase(Phase):
     def keeps_weights(self) -> bool:
         """With every turn the module holds the weights of another worker."""
         return False
+
+    @property
+    def heard(self) -> float:
+        """Local steps of all workers that have been handed in."""
+        return self._server.view.progress
 
     @property
     def progress(self) -> float:

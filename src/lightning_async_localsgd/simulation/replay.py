@@ -282,6 +282,8 @@ class Replay(Turns):
             self._server.pause(content["worker"])
         elif event.kind == "resume":
             self._server.resume(content["worker"])
+        elif event.kind == "replan":
+            self._server.replan(content["total"], content["at_most"])
         elif event.kind == "stop":
             self._server.stop()
 

@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from lightning_async_localsgd.merging import MergeOptions
 from lightning_async_localsgd.outer import OuterOptimizer
-from lightning_async_localsgd.refusals import refuse_plugins
+from lightning_async_localsgd.refusals import refuse_callbacks_of_one_worker, refuse_plugins
 from lightning_async_localsgd.registration import register_simulated
 from lightning_async_localsgd.run_folder import prepare_fit
 from lightning_async_localsgd.simulation.data import SimulatedData
@@ -230,6 +230,8 @@ class SimulatedAsyncLocalSGDStrategy(AsyncLocalSGDStrategy):
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            refuse_callbacks_of_one_worker(trainer)
         super().setup(trainer)
         if self.worker_data is not None and trainer.state.fn == TrainerFn.FITTING:
             # All of them now: a number that the function does not know must not end a run that is under way.

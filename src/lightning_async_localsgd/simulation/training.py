@@ -77,11 +77,17 @@ class SimulatedTraining(AsyncTraining):
             self._inner.load_state_dict(self._workers)
         self._forget_the_gone()
         self._begin_turn()
+        self._inner.mark()  # Until its first batch: the first epoch begins.
 
     # ---------------------------------------------------------------- the loop
 
+    def end_epoch(self) -> None:
+        """An epoch of the trainer is over: what callbacks and the module do about it, live workers would all do."""
+        self._inner.mark()
+
     def before_batch(self) -> None:
         """A batch is about to be trained on; called before any callback sees it."""
+        self._inner.spread(last=True)
         super().before_batch()
         if not self._trainer.fit_loop._should_accumulate():
             worker = self.phase.worker
@@ -91,7 +97,9 @@ class SimulatedTraining(AsyncTraining):
         """An optimizer step has been taken, or skipped."""
         if self.phase.stopped:
             return
-        over, out = self.phase.end_step(), self._data.out_of_data
+        over = self.phase.end_step()
+        # Known before the loop goes on, so that the last validation is of the final model.
+        out = self._data.out_of_data(look=not over)
         self._follow()
         if over or out:
             self._turn(final=out)
