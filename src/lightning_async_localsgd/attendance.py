@@ -151,7 +151,7 @@ class Attendance:
         if worker == 0:
             self._leases.lead(0)
         if not self.finished:
-            _log.info("worker %d is back and goes on where it was", worker)
+            _log.warning("worker %d is back and goes on where it was", worker)
             if member.state == "computing":
                 self._budget.resume(worker, member.local_steps, now)
         self._count()
@@ -241,6 +241,8 @@ class Attendance:
         if worker == 0:
             self._leases.lead(0)
         self._records.of(worker).sessions += 1
+        if self.started:
+            _log.warning("worker %d has joined the run; %d take part", worker, len(self.live))
         self._count()
         self.wake()
 

@@ -14,6 +14,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from typing_extensions import override
 
 from lightning_async_localsgd.events import Event, fingerprint
+from lightning_async_localsgd.hyperparameters import switch
 from lightning_async_localsgd.ledger import Ledger
 from lightning_async_localsgd.records import FORMER
 
@@ -78,7 +79,7 @@ class AsyncLocalSGDCallback(Callback):
             raise ValueError(f"events must be the path of a file, or None for no log of events, got {events!r}")
         if ledger is not None and events is not None and Path(ledger).absolute() == Path(events).absolute():
             raise ValueError(f"ledger and events are both {str(ledger)!r}; give each a file of its own")
-        self.table = table
+        self.table = switch("table", table)
         self.ledger = None if ledger is None else Path(ledger)
         self.events = None if events is None else Path(events)
         self._bar: _GlobalProgress | None = None
@@ -237,6 +238,7 @@ def run_summary(phase: Phase) -> dict[str, Any]:
             for number, worker in sorted(totals.items())
         ],
         "steps": all_steps,
+        "steps_before": phase.steps_before,
         "budget": view.total,
         "version": view.version,
         "refused_pushes": view.refused_pushes,
@@ -278,12 +280,19 @@ def format_table(summary: dict[str, Any]) -> str:
     lines.insert(1, "-" * len(lines[0]))
     kinds = sorted(summary["refusals"].items())
     lines.append(
-        f"{summary['steps']} local steps of all workers in {summary['seconds']:.1f} s, "
+        f"{summary['steps']} local steps of all workers{_begun(summary)} in {summary['seconds']:.1f} "
+        f"{'virtual ' if summary['virtual'] else ''}s, "
         f"{summary['version']} pushes merged, {summary['refused_pushes']} refused"
         + (f" ({', '.join(f'{count} {kind}' for kind, count in kinds)})" if kinds else "")
     )
     lines += [text for worker in summary["workers"] if (text := _fate(worker, summary["lost"]))]
     return "\n".join(lines)
+
+
+def _begun(summary: dict[str, Any]) -> str:
+    """Of a run that has gone on from a checkpoint: how many steps the seconds are those of."""
+    before = summary["steps_before"]
+    return f", {summary['steps'] - before} of them since it went on," if before else ""
 
 
 def _fate(worker: dict[str, Any], lost: list[dict[str, Any]]) -> str:

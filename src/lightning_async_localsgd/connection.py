@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_async_localsgd.assembly import build_coordinator
 from lightning_async_localsgd.buffers import BufferPool
-from lightning_async_localsgd.limits import restored_done
 from lightning_async_localsgd.local_exchange import LocalExchange
+from lightning_async_localsgd.plan import restored_done
 from lightning_async_localsgd.rendezvous import RendezvousError
 from lightning_async_localsgd.restarts import JoinTicket
 from lightning_async_localsgd.server import About, Server
@@ -21,7 +21,7 @@ from lightning_async_localsgd.server import About, Server
 if TYPE_CHECKING:
     from lightning_async_localsgd.exchange import Exchange
     from lightning_async_localsgd.layout import Binding
-    from lightning_async_localsgd.limits import RunBudget
+    from lightning_async_localsgd.plan import RunBudget
     from lightning_async_localsgd.rendezvous import Rendezvous
     from lightning_async_localsgd.settings import PhaseSettings
     from lightning_async_localsgd.wire import WireServer
@@ -47,6 +47,7 @@ class Connection:
         server: on rank 0, the server.
         wire: on rank 0, the end that other processes dial; None if none can.
         endpoints: how processes on this machine reach the server; None where nobody does.
+        open_to: on rank 0, the address at which others may join; None where they cannot.
 
     """
 
@@ -54,6 +55,7 @@ class Connection:
         self.server: Server | None = None
         self.wire: WireServer | None = None
         self.endpoints: Endpoints | None = None
+        self.open_to: str | None = None
         self._settings = settings
         self._binding = binding
         self._workers = workers
@@ -186,7 +188,7 @@ class Connection:
         assert way is not None
         self.endpoints = replace(way, address=_nearby(way.address))
         if token is not None and network is not None:
-            _log.info("others may join at %s with this run's token", network.address)
+            self.open_to = network.address
         if rendezvous is not None:
             # The store cannot be relied on to keep a secret: what all ranks have been given is not told there.
             if distant and token is None:
@@ -220,7 +222,4 @@ def rescaled(state: dict[str, Any], budget: RunBudget, workers: int, virtual: bo
     """
     if ("simulation" in state) != virtual:
         state = {**state, "pacing": {"speeds": {}, "ratios": {}}}
-    before = int(state["initial_workers"])
-    if before != workers:
-        _log.info("the checkpoint was written with %d workers; going on with %d", before, workers)
     return {**state, "budget": {**state["budget"], "done": restored_done(state, budget, workers)}}

@@ -56,6 +56,9 @@ class EmulatedDevices(pl.Callback):
 
     def __init__(self, seconds_per_step: Sequence[float]) -> None:
         super().__init__()
+        given: object = seconds_per_step
+        if isinstance(given, str) or not isinstance(given, Sequence):
+            raise ValueError(f"seconds_per_step={seconds_per_step!r} must be a list: one number for each rank")
         if not seconds_per_step:
             raise ValueError("seconds_per_step=[] is empty: give one number of seconds for each rank")
         for rank, seconds in enumerate(seconds_per_step):

@@ -51,6 +51,9 @@ class FaultInjection(pl.Callback):
 
     def __init__(self, faults: list[Fault]) -> None:
         super().__init__()
+        given: object = faults
+        if not isinstance(given, (list, tuple)) or not all(isinstance(fault, Fault) for fault in given):
+            raise ValueError(f"faults={faults!r} must be a list of Fault objects")
         if not faults:
             raise ValueError("faults=[] is empty: name at least one Fault, or leave FaultInjection out")
         self.faults = list(faults)

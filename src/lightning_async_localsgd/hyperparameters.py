@@ -60,6 +60,30 @@ def count(owner: str, option: str, value: object, advice: str, least: int = 1) -
     return value
 
 
+def seconds(option: str, value: object) -> float:
+    """``value`` as a float, if it is a finite number of seconds > 0.
+
+    Raises:
+        ValueError: it is not.
+
+    """
+    if not (is_number(value) and 0.0 < value < math.inf):
+        raise ValueError(f"{option}={value!r} must be a positive number of seconds")
+    return float(value)
+
+
+def switch(option: str, value: object) -> bool:
+    """``value``, if it is True or False.
+
+    Raises:
+        ValueError: it is not.
+
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"{option}={value!r} must be True or False")
+    return value
+
+
 def is_number(value: object) -> TypeGuard[float]:
     """Whether ``value`` is an int or a float, and neither a bool nor not-a-number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)

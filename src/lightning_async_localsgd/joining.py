@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -99,7 +100,7 @@ def invitation(token: str | None, encrypt: bool | None) -> Invitation | None:
     if not address:
         return None
     secret = token_of(token)
-    if not address.startswith(("tcp://", "ipc://")) or (address.startswith("tcp://") and address.count(":") < 2):
+    if not re.fullmatch(r"ipc://.+|tcp://.+:[0-9]+", address):
         raise ValueError(f"{JOIN}={address!r} is no address of a server; it looks like tcp://host:port")
     if secret is None:
         raise ValueError(
@@ -141,7 +142,7 @@ def enter(invited: Invitation, timeout: float) -> Entry:
         )
         os.environ.setdefault(RUN, facts.folder)
         _entries[invited.address] = Entry(endpoints, facts, invited.stranger)
-        _log.info("joining the run at %s as worker %d", invited.address, facts.worker)
+        _log.warning("joining the run at %s as worker %d", invited.address, facts.worker)
     return _entries[invited.address]
 
 

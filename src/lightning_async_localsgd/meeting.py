@@ -6,7 +6,6 @@ There these are real: through the rendezvous store in ``fit``, in a process grou
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from typing_extensions import override
 
 from lightning_async_localsgd.children import ended_ranks, raise_if_process_ended
+from lightning_async_localsgd.hyperparameters import seconds
 from lightning_async_localsgd.joining import Entry, Invitation, begin_run, enter, invitation, takes_part, token_of
 from lightning_async_localsgd.options import ExchangeOptions
 from lightning_async_localsgd.rendezvous import Rendezvous, open_group_of_one
@@ -45,11 +45,9 @@ class MeetingStrategy(DDPStrategy):
         super().__init__(**lightning)
         if exchange is not None and not isinstance(exchange, ExchangeOptions):
             raise TypeError(f"exchange={exchange!r} must be an ExchangeOptions, or None for its defaults")
-        if not 0 < start_timeout < math.inf:
-            raise ValueError(f"start_timeout={start_timeout!r} must be a positive number of seconds")
         token_of(token)
         self.exchange = exchange if exchange is not None else ExchangeOptions()
-        self.start_timeout = float(start_timeout)
+        self.start_timeout = seconds("start_timeout", start_timeout)
         self._token = token
         self._rendezvous: Rendezvous | None = None
         self._entry: Entry | None = None

@@ -156,6 +156,11 @@ class AsyncPhase(Phase):
         """How a process of this rank's host joins."""
         return self._connection.ticket
 
+    @property
+    def open_to(self) -> str | None:
+        """On rank 0, the address at which others may join; None where they cannot."""
+        return self._connection.open_to
+
     def may_restart(self, worker: int) -> bool:
         """Whether a worker may come back, as far as this rank can tell."""
         return not self.stopped and (self.server is None or worker not in self.server.quarantined)

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lightning_async_localsgd.limits import Position
+from lightning_async_localsgd.plan import Position
 
 if TYPE_CHECKING:
     from lightning_async_localsgd.layout import Binding
     from lightning_async_localsgd.leases import LeaseStock
-    from lightning_async_localsgd.limits import RunBudget
+    from lightning_async_localsgd.plan import RunBudget
     from lightning_async_localsgd.records import WorkerTotals
     from lightning_async_localsgd.server import Server
     from lightning_async_localsgd.settings import PhaseSettings
@@ -294,6 +294,12 @@ class Phase(ABC):
             position = Position.of(state["budget"]["done"], self.budget)
             state["position"] = None if position is None else list(position)
         return state
+
+    @property
+    def steps_before(self) -> int:
+        """Rank 0: local steps of all workers that were taken before, in a run that goes on from a checkpoint."""
+        assert self.server is not None
+        return self.server.steps_before
 
     def totals(self) -> dict[int, WorkerTotals]:
         """Rank 0: what each worker has done so far."""

@@ -8,7 +8,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.imports import _IS_INTERACTIVE
 from lightning.pytorch.accelerators import MPSAccelerator
-from lightning.pytorch.callbacks import LearningRateFinder, ModelPruning, StochasticWeightAveraging
+from lightning.pytorch.callbacks import Callback, LearningRateFinder, ModelPruning, StochasticWeightAveraging
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision, FSDPPrecision, XLAPrecision
 
 from lightning_async_localsgd.merging import MergeOptions
@@ -57,7 +57,7 @@ def refuse_merging(
         raise ValueError(
             f"quorum={quorum!r} averages the pushes of a group, and outer_optimizer={rule!r} averages N pushes itself; "
             "use quorum=1 (warmup_steps gives it a synchronous beginning), or a rule that needs no N, such as "
-            "Nesterov(lr=0.7, momentum=0.9)"
+            "lightning_async_localsgd.outer.Nesterov(lr=0.7, momentum=0.9)"
         )
     if warmup_steps and quorum == "all":
         raise ValueError(
@@ -73,7 +73,7 @@ def refuse_merging(
         reason = f"outer_optimizer={rule!r} averages pushes itself" if rule.collects else "with quorum=1 there are none"
         raise ValueError(
             f"merge.average={merge.average!r} averages the pushes of a group, but {reason}; use quorum >= 2 and a rule "
-            "such as Nesterov(lr=0.7, momentum=0.9), or leave it out"
+            "such as lightning_async_localsgd.outer.Nesterov(lr=0.7, momentum=0.9), or leave it out"
         )
     if quorum == "all":
         _refuse_grace(grace, "quorum='all'")
@@ -209,6 +209,16 @@ def refuse_callbacks(trainer: pl.Trainer) -> None:
         ValueError: one of them cannot work.
 
     """
+    callbacks: list[object] = list(callbacks_of(trainer))
+    for callback in callbacks:
+        kind = type(callback)
+        if kind.__module__.startswith("lightning_async_localsgd") and not isinstance(callback, Callback):
+            mine = "lightning_async_localsgd"
+            path = mine if Callback.__module__.startswith("lightning.pytorch") else f"{mine}.pytorch_lightning"
+            raise ValueError(
+                f"{kind.__name__} is one of the callbacks of {kind.__module__}, which are not those of this Trainer's "
+                f"package and would do nothing; import {path}.{kind.__name__}"
+            )
     if any(isinstance(callback, ModelPruning) for callback in callbacks_of(trainer)):
         raise ValueError(
             "ModelPruning puts other parameters into the module while it trains, as each rank's local weights suggest, "

@@ -14,9 +14,9 @@ from lightning_async_localsgd.checkpoints import CHECKPOINT_KEY, SavedModel, fro
 from lightning_async_localsgd.companions import keep_beside, remove_beside
 from lightning_async_localsgd.inner_state import resume
 from lightning_async_localsgd.launcher import AsyncProcessLauncher
-from lightning_async_localsgd.limits import Position
 from lightning_async_localsgd.meeting import MeetingStrategy
 from lightning_async_localsgd.periodic import is_periodic, load_periodic
+from lightning_async_localsgd.plan import Position
 from lightning_async_localsgd.run_folder import folder_of
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     import lightning.pytorch as pl
 
-    from lightning_async_localsgd.limits import EpochSteps, RunBudget
+    from lightning_async_localsgd.plan import EpochSteps, RunBudget
 
 _NEVER = 2**62
 """A frequency at which Lightning never gets to step a scheduler itself."""

@@ -80,6 +80,7 @@ class Server:
 
     Attributes:
         about: as given; may be replaced while the run goes on.
+        steps_before: local steps of all workers that were taken before, in a run that goes on from a checkpoint.
         received_metrics: what workers have logged: their numbers and the texts of their pushes, in order of arrival.
         lost_workers: the last workers that were gone before training was over: their numbers, when, and why.
 
@@ -95,6 +96,7 @@ class Server:
     ) -> None:
         self.about = about if about is not None else About(1, 0, 1, "", "")
         self.incarnation = coordinator.incarnation
+        self.steps_before = sum(worker.steps for worker in coordinator.totals.values())
         self.buffers = buffers
         self.received_metrics: queue.Queue[tuple[int, str]] = queue.Queue(_MOST_METRICS)
         self.lost_workers: deque[tuple[int, float, str]] = deque(maxlen=_MOST_LOST)

@@ -9,9 +9,9 @@ from lightning_async_localsgd.merging import MergeOptions
 
 if TYPE_CHECKING:
     from lightning_async_localsgd.grace import GraceWindow
-    from lightning_async_localsgd.limits import RunBudget
     from lightning_async_localsgd.options import ExchangeOptions
     from lightning_async_localsgd.outer import OuterOptimizer
+    from lightning_async_localsgd.plan import RunBudget
     from lightning_async_localsgd.staleness import Staleness
 
 

@@ -7,7 +7,6 @@ alone validates, saves and logs, and the weights it does that with are the globa
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext, suppress
@@ -33,17 +32,19 @@ from lightning_async_localsgd.children import ended_ranks, raise_if_process_ende
 from lightning_async_localsgd.epochs import TrainingData
 from lightning_async_localsgd.grace import GraceWindow
 from lightning_async_localsgd.guard import UpdateGuard
+from lightning_async_localsgd.hyperparameters import seconds, switch
 from lightning_async_localsgd.interval import check_interval
 from lightning_async_localsgd.joining import token_of
 from lightning_async_localsgd.launcher import AsyncProcessLauncher, AsyncScriptLauncher
 from lightning_async_localsgd.layout import Layout
-from lightning_async_localsgd.limits import LiftedLimits, RunBudget, run_budget, steps_ahead, steps_of_an_optimizer
+from lightning_async_localsgd.limits import LiftedLimits, run_budget, steps_of_an_optimizer
 from lightning_async_localsgd.merging import MergeOptions
 from lightning_async_localsgd.options import ExchangeOptions
 from lightning_async_localsgd.outer import Nesterov, OuterOptimizer, resolve_outer_optimizer
 from lightning_async_localsgd.pacing import SpeedAwareSteps
 from lightning_async_localsgd.phase import AsyncPhase
 from lightning_async_localsgd.phase_base import Phase
+from lightning_async_localsgd.plan import RunBudget, steps_ahead
 from lightning_async_localsgd.refusals import (
     refuse_callbacks,
     refuse_merging,
@@ -74,6 +75,10 @@ if TYPE_CHECKING:
 _LAUNCHERS = (AsyncScriptLauncher, AsyncProcessLauncher)
 
 
+START_METHODS = ("popen", "spawn", "fork", "forkserver")
+"""How ranks may be started."""
+
+
 class AsyncLocalSGDStrategy(SavingStrategy):
     """Trains one model on ranks of unequal speed, none of which waits for another.
 
@@ -87,7 +92,7 @@ class AsyncLocalSGDStrategy(SavingStrategy):
         outer_optimizer: how a round's pseudo-gradient changes the global model: a rule from
             :mod:`lightning_async_localsgd.outer`, or a callable that makes a torch optimizer from parameters, which is
             then stepped once per push. ``None`` is ``DelayedNesterov(lr=0.7, momentum=0.9)``, and with a ``quorum``
-            other than 1 ``Nesterov(lr=0.7, momentum=0.9)``.
+            other than 1 ``outer.Nesterov(lr=0.7, momentum=0.9)``.
         dynamic_local_steps: whether slower workers take proportionally fewer local steps, so that all rounds take
             about the same time (DyLU, equation 6).
         grace: for how long, from the first arrival on, finished workers wait to be dispatched together: seconds, 0 for
@@ -178,28 +183,28 @@ class AsyncLocalSGDStrategy(SavingStrategy):
             start_method=start_method,
         )
         SpeedAwareSteps(local_steps, dynamic_local_steps)  # Checks them where the user can see it.
-        if not 0 < silence_timeout < math.inf:
-            raise ValueError(f"silence_timeout={silence_timeout!r} must be a positive number of seconds")
+        if start_method not in START_METHODS:
+            raise ValueError(f"start_method={start_method!r} is unknown; use one of {', '.join(START_METHODS)}")
         if type(max_restarts) is not int or max_restarts < 0:
             raise ValueError(f"max_restarts={max_restarts!r} must be a number of restarts of each worker, 0 or more")
         check_interval(checkpoint_every)
         UpdateGuard(max_update_norm)
         self.max_restarts = max_restarts
-        self.strict = strict
+        self.strict = switch("strict", strict)
         self.checkpoint_every = checkpoint_every
         self.max_update_norm = max_update_norm
         self.local_steps = local_steps
         if outer_optimizer is None and quorum != 1:
             outer_optimizer = Nesterov(lr=0.7, momentum=0.9)
         self.outer_optimizer = resolve_outer_optimizer(outer_optimizer)
-        self.dynamic_local_steps = dynamic_local_steps
+        self.dynamic_local_steps = switch("dynamic_local_steps", dynamic_local_steps)
         self.grace = GraceWindow(grace)
         self.merge = merge if merge is not None else MergeOptions()
         refuse_merging(quorum, warmup_steps, staleness, self.merge, self.outer_optimizer, self.grace)
         self.quorum = quorum
         self.warmup_steps = warmup_steps
         self.staleness = staleness
-        self.silence_timeout = float(silence_timeout)
+        self.silence_timeout = seconds("silence_timeout", silence_timeout)
         self._seed = 0
         self._limits: LiftedLimits | None = None
         self._data: TrainingData | None = None
@@ -337,6 +342,10 @@ class AsyncLocalSGDStrategy(SavingStrategy):
                 f"The checkpoint holds no state of an {self.strategy_name} run: the global model starts from its "
                 "weights, the outer optimizer from scratch."
             )
+        if restored is not None and restored["initial_workers"] != self._workers:
+            rank_zero_info(
+                f"the checkpoint was written with {restored['initial_workers']} workers; going on with {self._workers}"
+            )
         assert self._limits is not None
         assert self._data is not None
         if forgo_second_pass(trainer):
@@ -407,6 +416,8 @@ class AsyncLocalSGDStrategy(SavingStrategy):
             watch=raise_if_process_ended,
             entry=self._entry,
         )
+        if phase.open_to is not None:
+            rank_zero_info(f"others may join at {phase.open_to} with this run's token")
         alone = restored.get("alone") if restored is not None and phase.alone else None
         try:
             training = AsyncTraining(trainer, phase, self._data, self._limits, budget, alone, self._entry)

@@ -12,9 +12,10 @@ from lightning_async_localsgd.callback import AsyncLocalSGDCallback
 from lightning_async_localsgd.companions import AwaitedStates
 from lightning_async_localsgd.counts import GlobalCounts
 from lightning_async_localsgd.inner_state import InnerStates
-from lightning_async_localsgd.limits import RunBudget, epoch_steps
+from lightning_async_localsgd.limits import epoch_steps
 from lightning_async_localsgd.local_values import LocalValues
 from lightning_async_localsgd.periodic import PeriodicCheckpoints
+from lightning_async_localsgd.plan import RunBudget
 from lightning_async_localsgd.run_folder import folder_of
 from lightning_async_localsgd.schedules import ProgressSchedulers
 from lightning_async_localsgd.trainer_parts import (

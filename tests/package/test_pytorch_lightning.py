@@ -92,6 +92,16 @@ def test_a_trainer_finds_the_simulated_strategy_of_its_package(lightning: Any, p
     assert trainer.global_step == 4
 
 
+def test_a_callback_of_the_other_package_is_refused_with_the_right_one() -> None:
+    module = importlib.import_module("pytorch_lightning.demos.boring_classes").BoringModel()
+    trainer = pytorch_lightning.Trainer(
+        strategy="async_localsgd", callbacks=[ours.AsyncLocalSGDCallback(ledger="never.jsonl")], **QUIET
+    )
+    right = r"import lightning_async_localsgd\.pytorch_lightning\.AsyncLocalSGDCallback"
+    with pytest.raises(ValueError, match=right):
+        trainer.fit(module)
+
+
 def test_the_strategy_of_the_other_package_is_named_with_the_right_one() -> None:
     right = r"pytorch_lightning.Trainer there is lightning_async_localsgd\.pytorch_lightning\.AsyncLocalSGDStrategy"
     with pytest.raises(ValueError, match=rf"AsyncLocalSGDStrategy for lightning\.pytorch\.Trainer; for {right}"):

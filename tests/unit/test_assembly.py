@@ -11,9 +11,9 @@ from lightning_async_localsgd.assembly import build_coordinator
 from lightning_async_localsgd.coordinator import Coordinator
 from lightning_async_localsgd.grace import GraceWindow
 from lightning_async_localsgd.layout import Layout
-from lightning_async_localsgd.limits import RunBudget
 from lightning_async_localsgd.messages import PROTOCOL_VERSION, Hello, Push
 from lightning_async_localsgd.outer import SGD, OuterOptimizer
+from lightning_async_localsgd.plan import RunBudget
 from lightning_async_localsgd.settings import PhaseSettings
 from lightning_async_localsgd.staleness import Polynomial
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from lightning_async_localsgd.budget import Budget
 from lightning_async_localsgd.grace import GraceWindow, Pending
-from lightning_async_localsgd.limits import EpochSteps, Position, RunBudget, restored_done, steps_ahead
 from lightning_async_localsgd.pacing import SpeedAwareSteps
+from lightning_async_localsgd.plan import EpochSteps, Position, RunBudget, restored_done, steps_ahead
 
 NO_SPEEDS: dict[int, float | None] = {}
 

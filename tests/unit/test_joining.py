@@ -51,7 +51,7 @@ def test_an_address_without_a_token_names_the_variable(monkeypatch: pytest.Monke
         invitation(None, None)
 
 
-@pytest.mark.parametrize("address", ["host:29600", "tcp://host", "http://host:1", "29600"])
+@pytest.mark.parametrize("address", ["host:29600", "tcp://host", "tcp://host:http", "http://host:1", "29600"])
 def test_an_address_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
     monkeypatch.setenv(JOIN, address)
     with pytest.raises(ValueError, match=f"ASYNC_LOCALSGD_JOIN='{address}'"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import lightning as L
@@ -15,12 +16,17 @@ from lightning.pytorch.plugins.precision import DeepSpeedPrecision, FSDPPrecisio
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_async_localsgd import (
+    AsyncLocalSGDCallback,
     AsyncLocalSGDStrategy,
     DelayedNesterov,
+    EmulatedDevices,
     ExchangeOptions,
+    FaultInjection,
     MergeOptions,
+    SimulatedAsyncLocalSGDStrategy,
     TorchOptimizer,
 )
+from lightning_async_localsgd.faults import Fault, FaultKind
 
 
 @pytest.mark.parametrize(
@@ -42,6 +48,22 @@ from lightning_async_localsgd import (
         (lambda: AsyncLocalSGDStrategy(outer_optimizer=3), TypeError, "3"),
         (lambda: AsyncLocalSGDStrategy(start_timeout=0), ValueError, "start_timeout=0"),
         (lambda: AsyncLocalSGDStrategy(silence_timeout=-3), ValueError, "silence_timeout=-3"),
+        (
+            lambda: AsyncLocalSGDStrategy(silence_timeout=timedelta(minutes=1)),
+            ValueError,
+            "silence_timeout=.*timedelta",
+        ),
+        (lambda: AsyncLocalSGDStrategy(silence_timeout=None), ValueError, "silence_timeout=None"),
+        (lambda: AsyncLocalSGDStrategy(start_timeout="60"), ValueError, "start_timeout='60'"),
+        (lambda: AsyncLocalSGDStrategy(token=12345678901234567890), TypeError, "token is of type int"),
+        (lambda: AsyncLocalSGDStrategy(strict="yes"), ValueError, "strict='yes'.*True or False"),
+        (lambda: AsyncLocalSGDStrategy(dynamic_local_steps="yes"), ValueError, "dynamic_local_steps='yes'"),
+        (lambda: AsyncLocalSGDStrategy(start_method="popen2"), ValueError, "start_method='popen2'.*popen, spawn"),
+        (lambda: AsyncLocalSGDCallback(table="no"), ValueError, "table='no'.*True or False"),
+        (lambda: EmulatedDevices(0.1), ValueError, "seconds_per_step=0.1 must be a list"),
+        (lambda: EmulatedDevices("0.1"), ValueError, "seconds_per_step='0.1' must be a list"),
+        (lambda: FaultInjection(Fault(FaultKind.KILL, 1, 2)), ValueError, "must be a list of Fault objects"),
+        (lambda: SimulatedAsyncLocalSGDStrategy(replay="nope.jsonl"), ValueError, "replay='nope.jsonl' is no file"),
         (lambda: AsyncLocalSGDStrategy(exchange="tcp"), TypeError, "exchange='tcp'"),
         (lambda: ExchangeOptions(transport="pigeon"), ValueError, "exchange.transport='pigeon'"),
         (lambda: ExchangeOptions(port=70000), ValueError, "exchange.port=70000"),

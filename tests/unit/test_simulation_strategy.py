@@ -415,6 +415,23 @@ def test_who_is_not_known_to_be_slow_is_called_in_at_its_next_step(tmp_path: Pat
         assert (first["steps"], pytest.approx(first["seconds"])) == (steps, seconds)
 
 
+def test_the_clusters_seconds_are_there_after_the_fit(caplog: pytest.LogCaptureFixture) -> None:
+    strategy = Simulated(SPEEDS)
+    assert strategy.virtual_seconds is None
+    during: list[float | None] = []
+
+    class Look(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            during.append(strategy.virtual_seconds)
+
+    with caplog.at_level("INFO"):
+        fit(strategy, callbacks=[AsyncLocalSGDCallback(), Look()])
+    assert None not in during
+    assert strategy.virtual_seconds is not None
+    assert strategy.virtual_seconds >= during[-1] > 0.0
+    assert f"local steps of all workers in {strategy.virtual_seconds:.1f} virtual s" in caplog.text
+
+
 def test_a_slowdown_takes_time() -> None:
     watch = Watch()
     fit(Simulated([1.0], schedule=[Slowdown(0, 2.0, 4.0, 5.0)], local_steps=4), max_steps=4, callbacks=[watch])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -55,6 +56,10 @@ class Recording:
 
     def __init__(self, path: str | PathLike[str]) -> None:
         self.path = str(path)
+        if not Path(path).is_file():
+            raise ValueError(
+                f"replay={self.path!r} is no file; AsyncLocalSGDCallback(events=...) writes one while a run is trained"
+            )
         self.events = read_events(path)
         begin = self.events[0].content
         self.initial = int(begin["workers"])
@@ -327,7 +332,7 @@ class Replay(Turns):
         theta = torch.empty(self._binding.layout.numel, dtype=torch.float32)
         self._server.copy_model(theta)
         if fingerprint(theta) == end["theta"]:
-            _log.info("the global model is that of %s to the last bit", self._recording.path)
+            _log.warning("the global model is that of %s to the last bit", self._recording.path)
         else:
             _log.warning(
                 "every decision was that of %s, but the global model is not the same to the last bit: the module has "

@@ -33,7 +33,7 @@ from lightning_async_localsgd.strategy import AsyncLocalSGDStrategy
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
-    from lightning_async_localsgd.limits import RunBudget
+    from lightning_async_localsgd.plan import RunBudget
     from lightning_async_localsgd.settings import PhaseSettings
     from lightning_async_localsgd.training import AsyncTraining
 
@@ -183,6 +183,14 @@ class SimulatedAsyncLocalSGDStrategy(AsyncLocalSGDStrategy):
         self._given: dict[int, Any] = {}
         self.inner_states_on_cpu = inner_states_on_cpu
         self.seed = seed
+        self._virtual_seconds: float | None = None
+
+    @property
+    def virtual_seconds(self) -> float | None:
+        """Seconds that the cluster needs for the present ``fit``, so far, or has needed for the last one."""
+        if isinstance(self.phase, SimulatedPhase):
+            self._virtual_seconds = self.phase.virtual_seconds
+        return self._virtual_seconds
 
     # ------------------------------------------------------------ registration
 
@@ -227,6 +235,18 @@ class SimulatedAsyncLocalSGDStrategy(AsyncLocalSGDStrategy):
             if not source.is_defined():
                 # How long the epochs of workers are is what the first one's data says.
                 source.instance = self._data_of(0)
+
+    @override
+    def on_train_end(self) -> None:
+        phase = self.phase
+        super().on_train_end()
+        if phase is not None:
+            self._virtual_seconds = phase.virtual_seconds
+
+    @override
+    def teardown(self) -> None:
+        self._virtual_seconds = self.virtual_seconds  # Of a fit that was broken off.
+        super().teardown()
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:

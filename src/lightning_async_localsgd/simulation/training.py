@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from lightning.pytorch.utilities.types import LRSchedulerConfig
     from torch.optim import Optimizer
 
-    from lightning_async_localsgd.limits import LiftedLimits, RunBudget
+    from lightning_async_localsgd.limits import LiftedLimits
+    from lightning_async_localsgd.plan import RunBudget
     from lightning_async_localsgd.simulation.data import SimulatedData
     from lightning_async_localsgd.simulation.phase import SimulatedPhase
 

@@ -184,10 +184,13 @@ def checked_token(token: str, where: str) -> str:
         where: the option or environment variable that it comes from.
 
     Raises:
+        TypeError: it is no text.
         ValueError: it is too short, or has white space around it, which is said without showing it.
 
     """
     advice = 'take what `python -c "import secrets; print(secrets.token_hex(32))"` prints'
+    if not isinstance(token, str):
+        raise TypeError(f"{where} is of type {type(token).__name__} and must be a text: {advice}")
     if len(token) < SHORTEST_TOKEN:
         raise ValueError(
             f"{where} has {len(token)} characters; passwords and keys are made of it, so it needs at least "

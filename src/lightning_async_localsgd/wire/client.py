@@ -184,7 +184,7 @@ class WireExchange(Exchange):
             seconds = self._patience
             refused_seconds = min(GONE_SECONDS, seconds) if self._dispatched else seconds
             try:
-                self._link = retry(self._dial, seconds, refused_seconds, self._pause)
+                self._link = retry(self._dial, seconds, refused_seconds, self._pause, self.address)
             except LinkLost as lost:
                 waited = refused_seconds if lost.refused else seconds
                 raise ExchangeError(self._unreachable(str(lost), waited)) from lost

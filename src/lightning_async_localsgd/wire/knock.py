@@ -41,7 +41,7 @@ def knock(address: str, token: str, worker: int, *, encrypted: bool, timeout: fl
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     try:
         way = Endpoints.of(address, "", token, encrypted)
-        link = retry(lambda seconds: Link(context, way, timeout, seconds), timeout, timeout, time.sleep)
+        link = retry(lambda seconds: Link(context, way, timeout, seconds), timeout, timeout, time.sleep, address)
         try:
             facts = _ask(link, address, token, worker, until)
         finally:
@@ -49,8 +49,8 @@ def knock(address: str, token: str, worker: int, *, encrypted: bool, timeout: fl
     except LinkLost as lost:
         raise ExchangeError(
             f"the server at {address} could not be reached within {timeout:g} s: {lost}; see whether the training still"
-            f" runs, whether its port can be reached from here, and whether it is {'' if encrypted else 'un'}encrypted "
-            "there, too"
+            f" runs, whether its port can be reached from here, whether it is {'' if encrypted else 'un'}encrypted "
+            "there, too, and whether the token is the same"
         ) from lost
     except MessageError as error:
         raise ExchangeError(f"whoever listens at {address} answers nonsense: {error}") from error

@@ -7,6 +7,7 @@ does not: whoever uses it learns that it broke, and decides what to say over the
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import time
 from typing import TYPE_CHECKING, Protocol
@@ -22,6 +23,8 @@ from lightning_async_localsgd.wire.forks import close_in_children
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+_log = logging.getLogger(__name__)
+
 _ATTEMPT_SECONDS = 5.0
 """How long one attempt to dial may take: name look-up, connection and handshake."""
 
@@ -32,6 +35,9 @@ _ENDS = zmq.EVENT_CLOSED | zmq.EVENT_DISCONNECTED
 _EVENTS = zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | _HANDSHAKE_FAILED | _ENDS
 """After the handshake, any of them is the end of the link."""
 
+
+_QUIET_SECONDS = 5.0
+"""For so long nothing is said about attempts that fail: at the start processes come one after the other."""
 
 gates: list[Callable[[], None]] = []
 """Called before anything is dialled; may raise :class:`LinkLost`. Empty but in rehearsals, see :mod:`.injection`."""
@@ -170,7 +176,10 @@ class Link:
             detail = f"code {value:#x}"
             if value in errno.errorcode:
                 detail = "timed out" if value == errno.EAGAIN else os.strerror(value)
-            raise LinkLost(f"the handshake failed ({detail}); is it this run's server that listens there?")
+            raise LinkLost(
+                f"the handshake failed ({detail}): the token there is another one, or one side is encrypted and the "
+                "other is not, or it is not this run's server that listens there"
+            )
         # An attempt that has not connected is only closed where it failed at once; a slow one runs into the time-out.
         if self._connected:
             raise LinkLost("the connection was closed before the handshake")
@@ -256,15 +265,20 @@ class Link:
 
 
 def retry(
-    dial: Callable[[float], Link], seconds: float, refused_seconds: float, pause: Callable[[float], None]
+    dial: Callable[[float], Link],
+    seconds: float,
+    refused_seconds: float,
+    pause: Callable[[float], None],
+    address: str,
 ) -> Link:
-    """Dials until it works.
+    """Dials until it works, and says so if that takes long.
 
     Args:
         dial: one attempt, given the seconds that it may take.
         seconds: for all attempts together.
         refused_seconds: for attempts that are refused at once, because nobody listens there.
         pause: waits between two attempts; may raise to give up.
+        address: that is dialled.
 
     Raises:
         LinkLost: none worked in time; the reason is that of the last one.
@@ -273,6 +287,7 @@ def retry(
     """
     spent = 0.0
     wait = 0.05
+    told = False
     while True:
         began = time.monotonic()
         try:
@@ -280,8 +295,12 @@ def retry(
         except LinkLost as lost:
             # What took longer than an attempt can take was spent suspended.
             spent += min(time.monotonic() - began, 2 * _ATTEMPT_SECONDS)
-            if spent >= (refused_seconds if lost.refused else seconds):
+            limit = refused_seconds if lost.refused else seconds
+            if spent >= limit:
                 raise
+            if spent > _QUIET_SECONDS and not told:
+                told = True
+                _log.warning("no way to the server at %s yet: %s; it is tried for up to %g s", address, lost, limit)
         pause(wait)
         spent += wait
         wait = min(1.0, 2 * wait)
