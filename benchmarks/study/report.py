@@ -103,18 +103,19 @@ class Table:
 
     def of(self, rows: Iterable[Cell], *own: Column) -> str:
         """A row for each cell; cells without a run have empty fields."""
-        names = ["method", *(name for name, _ in own), "outer lr", "perplexity", "seeds", "time", "to sync's loss"]
-        names += ["staleness", "waiting"]
+        names = ["method", *(name for name, _ in own), "outer lr", "perplexity", "against sync", "seeds", "time"]
+        names += ["to sync's loss", "staleness", "waiting"]
         body = [[label(cell), *(show(cell) for _, show in own), *self._fields(cell)] for cell in rows]
         return markdown(names, body)
 
     def _fields(self, cell: Cell) -> list[str]:
         runs = self._results.all_of(cell)
         if not runs:
-            return [self._lr(cell)] + [MISSING] * 6
+            return [self._lr(cell)] + [MISSING] * 7
         return [
             self._lr(cell),
             spread([math.exp(run["final_loss"]) for run in runs]),
+            self._against_sync(cell, runs),
             str(len(runs)),
             f"{statistics.fmean(run['seconds'] for run in runs) * cell.slowdown():,.0f} s",
             self._to_sync(cell, runs),
@@ -128,6 +129,14 @@ class Table:
         except Untuned:
             return MISSING
         return "" if lr is None else f"{lr:g}"
+
+    def _against_sync(self, cell: Cell, runs: Sequence[dict[str, Any]]) -> str:
+        """The difference of each seed's perplexity to that of synchronous DiLoCo, from the same weights."""
+        if sync_of(cell).canonical() == replace(cell.canonical(), lr=None):
+            return ""
+        others = [(run, self._results.find(sync_of(cell), run["seed"])) for run in runs]
+        found = [math.exp(run["final_loss"]) - math.exp(one["final_loss"]) for run, one in others if one is not None]
+        return spread(found, sign="+") if found else MISSING
 
     def _to_sync(self, cell: Cell, runs: Sequence[dict[str, Any]]) -> str:
         sync = sync_of(cell)
@@ -185,9 +194,9 @@ def with_next(spans: Sequence[Sequence[float]]) -> list[tuple[int, float, float,
     return found[::-1]
 
 
-def spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation."""
-    mean = f"{statistics.fmean(values):.2f}"
+def spread(values: Sequence[float], sign: str = "-") -> str:
+    """Mean and standard deviation; with ``sign="+"`` the mean has its sign in any case."""
+    mean = f"{statistics.fmean(values):{sign}.2f}"
     return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
 
 
