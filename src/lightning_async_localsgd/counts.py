@@ -69,8 +69,12 @@ class GlobalCounts:
         self._factor = 1 if automatic else max(1, len(trainer.strategy.optimizers))
         self.steps = max(steps_of_an_optimizer(trainer), math.floor(phase.progress + HAIR))
         self._before = self.steps
-        # Batches of a rank, on the run's own clock: those of this rank for each of its steps, times the global ones.
-        self._batches = self._batches_before = float(self.steps * self._trainer.accumulate_grad_batches)
+        # Batches of a rank, on the run's own clock: those of this rank for each of its steps, times the global ones. A
+        # single rank's are its own.
+        self._single = phase.alone and phase.workers == 1
+        own = trainer.fit_loop.epoch_loop.batch_progress.total.completed
+        self._batches = float(own if self._single else self.steps * self._trainer.accumulate_grad_batches)
+        self._batches_before = self._batches
         self._own_batches = self._own_steps = 0
         self._log_interval: int = self._trainer.log_every_n_steps
         if self._log_interval:
@@ -86,8 +90,6 @@ class GlobalCounts:
 
     def before_epoch(self) -> None:
         """An epoch of this rank is about to begin; its data loaders may be new."""
-        if self._phase.alone and self._phase.workers == 1:
-            return  # Its own batches are the run's.
         interval = self._trainer.val_check_batch
         per_epoch = self._trainer.check_val_every_n_epoch is not None
         # Epochs of the rank's own have positions of its own.
@@ -111,9 +113,15 @@ class GlobalCounts:
         self._set_global_step(self.steps)
         self._batches_before = self._batches
         self._own_batches += 1
-        if self.steps > self._before and not self._trainer.fit_loop._should_accumulate():
+        if self._trainer.fit_loop._should_accumulate():
+            return  # Nothing happens in the midst of a step.
+        if self._single:
+            self._batches += self._own_batches
+        elif self.steps > self._before:
             self._batches += self._own_batches * (self.steps - self._before) / max(1, self._own_steps)
-            self._own_batches = self._own_steps = 0
+        else:
+            return
+        self._own_batches = self._own_steps = 0
 
     def count_step(self) -> None:
         """This rank has taken an optimizer step."""
