@@ -74,7 +74,7 @@ class ProgressSchedulers:
             self.replan(budget)
         # A restored scheduler has also seen rounds that had not been handed in when it was saved, and are lost.
         seen = [getattr(config.scheduler, "last_epoch", 0) if progress > 0 else 0 for config in self._configs]
-        due = [self._due(index, progress) for index in range(len(self._configs))]
+        due = [self._due(index, progress) if progress > 0 else 0 for index in range(len(self._configs))]
         self.taken = [max(one, n) for one, n in zip(due, seen, strict=True)]
         for config in self._configs:
             config.frequency = _NEVER

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 
+from lightning_async_localsgd.plan import EpochSteps, RunBudget
 from lightning_async_localsgd.schedules import ProgressSchedulers
 
 
@@ -87,3 +89,39 @@ def test_a_scheduler_that_a_callback_has_replaced_is_left_alone(monkeypatch: pyt
     assert scheduler.last_epoch == 2
     schedulers.release()
     assert entry.frequency == 1
+
+
+def test_epochs_are_as_long_as_the_budget_says_and_begin_where_the_run_went_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    budget = RunBudget.of_epochs([EpochSteps(20, 10), EpochSteps(20, 10), EpochSteps(8, 4)])
+    trainer, _, scheduler = build(monkeypatch, interval="epoch")
+    schedulers = ProgressSchedulers(trainer, 0.0, budget)
+    for progress, taken in ((9.9, 0), (10.0, 1), (19.0, 1), (20.0, 2), (24.0, 3)):
+        schedulers.advance(progress)
+        assert scheduler.last_epoch == taken, progress
+    # It goes on after two epochs, which were twice as long: the trainer has counted 40 steps, and the plan says 20.
+    trainer, _, scheduler = build(monkeypatch, interval="epoch")
+    scheduler.last_epoch = 2
+    schedulers = ProgressSchedulers(trainer, 40.0, budget, ahead=20)
+    for progress, taken in ((43.9, 2), (44.0, 3)):
+        schedulers.advance(progress)
+        assert scheduler.last_epoch == taken, progress
+    # A worker that joins then catches up; where epochs were shorter before, too.
+    for ahead, now in ((20, 40.0), (-15, 5.0)):
+        trainer, _, scheduler = build(monkeypatch, interval="epoch")
+        schedulers = ProgressSchedulers(trainer, 0.0, budget, ahead)
+        schedulers.advance(now)
+        assert scheduler.last_epoch == 2
+
+
+def test_while_a_scheduler_is_stepped_the_trainer_counts_the_step_that_it_is_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trainer, _, _ = build(monkeypatch, interval="step", frequency=2)
+    counted: list[int] = []
+
+    def counted_as(steps: int) -> Any:
+        counted.append(steps)
+        return nullcontext()
+
+    ProgressSchedulers(trainer, 0.0, counted_as=counted_as).advance(7.0)
+    assert counted == [2, 4, 6]
