@@ -452,8 +452,8 @@ def introduction(server: Server, worker: int) -> Facts:
 def test_whoever_comes_later_is_told_what_it_needs(servers: list[Server]) -> None:
     server = build(workers=2, total=10)
     servers.append(server)
-    server.about = About(workers=2, seed=7, fit=3, folder="run", unshared="hash", epoch=4)
-    expected = Facts("this", "", 2, 2, 7, 3, "run", "hash", 4, None)
+    server.about = About(workers=2, seed=7, fit=3, folder="run", unshared="hash", epoch=4, ahead=5)
+    expected = Facts("this", "", 2, 2, 7, 3, "run", "hash", 4, 5, None)
     assert introduction(server, -1) == expected
     assert introduction(server, -1).worker == 3
     assert introduction(server, 1).worker == 1

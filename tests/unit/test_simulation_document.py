@@ -37,6 +37,11 @@ def test_the_examples_run(number: int, capsys: pytest.CaptureFixture[str]) -> No
         return
     exec(compile(code, "simulation.md", "exec"), {"__name__": "example"})
     if number == 0:
-        printed = dict(re.findall(r"^(\w+): loss ([\d.]+)$", capsys.readouterr().out, re.MULTILINE))
+        form = r"^(\w+): loss ([\d.]+) after ([\d.]+) s of the cluster$"
+        printed = {
+            name: (float(loss), float(seconds))
+            for name, loss, seconds in re.findall(form, capsys.readouterr().out, re.MULTILINE)
+        }
         assert printed.keys() == {"synchronous", "asynchronous"}
-        assert all(0 < float(loss) < 1 for loss in printed.values())
+        assert all(0 < loss < 1 for loss, _ in printed.values())
+        assert printed["asynchronous"][1] < printed["synchronous"][1]

@@ -221,6 +221,13 @@ class RawWorker:
             if parts[0][:1] == kind:
                 return parts
 
+    def answered(self) -> bool:
+        """Whether the answer to a beat is among what has come."""
+        while self.socket.poll(0):
+            if self.socket.recv_multipart()[0][:1] == frames.ANSWER:
+                return True
+        return False
+
     def greet(self, layout: Layout, worker: int = 1, session: str = "life-1") -> None:
         self.say(frames.HELLO + hello(layout, worker, session).encode(), bytes(frames.NONCE_BYTES))
         self.hear(frames.WELCOME)

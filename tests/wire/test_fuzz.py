@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zmq
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -136,19 +137,30 @@ def run_conversations(wire: Wire, caplog: pytest.LogCaptureFixture, examples: in
     def search(seed: int) -> None:
         nonlocal said
         ends: dict[int, RawWorker] = {}
+
+        def told(connection: int, parts: list[bytes]) -> bool:
+            """Whether it could be said: a connection whose place another one of its session has taken is closed."""
+            end = ends[connection]
+            if not end.socket.poll(0, zmq.POLLOUT):
+                ends.pop(connection).close()
+                return False
+            end.socket.send_multipart(parts, zmq.NOBLOCK)
+            return True
+
         for connection, parts in Speaker(random.Random(seed), may_end_the_run=True).conversation():
             if parts is not None:
-                if connection not in ends:
+                if connection not in ends or not told(connection, parts):
                     ends[connection] = wire.raw(server.local_endpoints)
-                ends[connection].say(*parts)
+                    ends[connection].say(*parts)
                 said += 1
             elif connection in ends:
                 ends.pop(connection).close()
-        for end in ends.values():
+        for connection in list(ends):
             # When this is answered, everything has been read.
-            end.say(frames.BEAT + frames.Beat(0, "life-1", "00").encode())
-            end.hear(frames.ANSWER)
-            end.close()
+            if told(connection, [frames.BEAT + frames.Beat(0, "life-1", "00").encode()]):
+                end = ends.pop(connection)
+                wait_for(lambda end=end: end.answered() or not end.socket.poll(0, zmq.POLLOUT), "it is read")
+                end.close()
 
     with nothing_happens(caplog, fake, server):
         search()
