@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from lightning_async_localsgd.worker import Worker
 
 
+_BEFORE_THE_END = 1e-3
+"""So many steps are missing while it is not known that all are taken."""
+
+
 class Phase(ABC):
     """A phase of rounds; subclasses build its worker and its server.
 
@@ -344,4 +348,8 @@ class Phase(ABC):
         at_most = self.budget.at_most(self.workers)
         if at_most is None or self.heard <= at_most:  # Else there is more data than was expected.
             done = min(done, total)
+            if done == total and not (self.alone or self.stopped):
+                # What others have done is an estimate here, and only the server knows that it is the end: the last
+                # validation must not come before it.
+                return planned - _BEFORE_THE_END + self._settings.ahead
         return done / total * planned + self._settings.ahead
