@@ -140,12 +140,12 @@ class AsyncPhase(Phase):
 
         Where the run has an end this is a share of the steps that were planned for each worker, and all of them then.
         """
-        return self._per_worker(self._reply.progress + self.worker.round_steps * self._reply.pace)
+        return self._estimated(self._reply.progress + self.worker.round_steps * self._reply.pace)
 
     @property
     def next_progress(self) -> float:
         """What :attr:`progress` will be when this rank has taken one step more."""
-        return self._per_worker(self._reply.progress + (self.worker.round_steps + 1) * self._reply.pace)
+        return self._estimated(self._reply.progress + (self.worker.round_steps + 1) * self._reply.pace)
 
     def lease_stock(self, stream: str, items: int, unit: int, ordered: bool) -> LeaseStock:
         """This rank's share of a data loader's items, see :meth:`.LeaseDesk.stock`."""

@@ -348,8 +348,14 @@ class Phase(ABC):
         at_most = self.budget.at_most(self.workers)
         if at_most is None or self.heard <= at_most:  # Else there is more data than was expected.
             done = min(done, total)
-            if done == total and not (self.alone or self.stopped):
-                # What others have done is an estimate here, and only the server knows that it is the end: the last
-                # validation must not come before it.
-                return planned - _BEFORE_THE_END + self._settings.ahead
         return done / total * planned + self._settings.ahead
+
+    def _estimated(self, done: float) -> float:
+        """The same where it is an estimate of what others have done.
+
+        Only the server knows that it is the end: the last validation, say, must not come before it.
+        """
+        found, planned = self._per_worker(done), self.budget.planned
+        if planned is None or self.stopped or self.workers == 1 or found != planned + self._settings.ahead:
+            return found
+        return found - _BEFORE_THE_END

@@ -124,7 +124,7 @@ class SimulatedPhase(Phase):
     def _progress_of_worker(self, steps: int) -> float:
         reply = self.worker.reply
         assert reply is not None
-        return self._per_worker(reply.progress + steps * reply.pace)
+        return self._estimated(reply.progress + steps * reply.pace)
 
     @property
     def virtual_seconds(self) -> float:
