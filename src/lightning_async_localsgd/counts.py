@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
-from lightning_async_localsgd.limits import steps_of_an_optimizer
+from lightning_async_localsgd.limits import counted_optimizers, steps_of_an_optimizer
 from lightning_async_localsgd.trainer_parts import model_checkpoints_of
 
 if TYPE_CHECKING:
@@ -64,9 +64,8 @@ class GlobalCounts:
         self._trainer = cast("Any", trainer)  # Much of what is read of it is set by its connectors.
         self._phase = phase
         self._data = data
-        automatic = trainer.lightning_module.automatic_optimization
         # With manual optimization Lightning counts the steps of all optimizers.
-        self._factor = 1 if automatic else max(1, len(trainer.strategy.optimizers))
+        self._factor = counted_optimizers(trainer)
         self.steps = max(steps_of_an_optimizer(trainer), math.floor(phase.progress + HAIR))
         self._before = self.steps
         # Batches of a rank, on the run's own clock: those of this rank for each of its steps, times the global ones. A

@@ -35,12 +35,10 @@ def run_budget(trainer: pl.Trainer, workers: int, data: TrainingData | None = No
         ValueError: ``max_epochs`` is given and the length of an epoch is unknown.
 
     """
-    module = trainer.lightning_module
     by_steps: RunBudget | None = None
     by_epochs: RunBudget | None = None
     if trainer.max_steps != -1:
-        optimizers = 1 if module.automatic_optimization else max(1, len(trainer.strategy.optimizers))
-        planned = math.ceil(trainer.max_steps / optimizers)
+        planned = math.ceil(trainer.max_steps / counted_optimizers(trainer))
         by_steps = RunBudget(planned * workers, planned, "max_steps")
     epochs = trainer.fit_loop.max_epochs
     # The number of batches is not known before the data is there; setup asks, too, and gets what can be known by then.
@@ -80,8 +78,13 @@ def planned_steps(trainer: pl.Trainer, epoch: int) -> int:
 
 def steps_of_an_optimizer(trainer: pl.Trainer) -> int:
     """Optimizer steps that a trainer has counted; with manual optimization it counts those of all optimizers."""
+    return trainer.global_step // counted_optimizers(trainer)
+
+
+def counted_optimizers(trainer: pl.Trainer) -> int:
+    """How many of a trainer's counted steps are one step of each optimizer."""
     automatic = trainer.lightning_module.automatic_optimization
-    return trainer.global_step // (1 if automatic else max(1, len(trainer.strategy.optimizers)))
+    return 1 if automatic else max(1, len(trainer.strategy.optimizers))
 
 
 class _Unreached(int):

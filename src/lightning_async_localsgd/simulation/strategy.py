@@ -244,11 +244,6 @@ class SimulatedAsyncLocalSGDStrategy(AsyncLocalSGDStrategy):
             self._virtual_seconds = phase.virtual_seconds
 
     @override
-    def teardown(self) -> None:
-        self._virtual_seconds = self.virtual_seconds  # Of a fit that was broken off.
-        super().teardown()
-
-    @override
     def setup(self, trainer: pl.Trainer) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
             refuse_callbacks_of_one_worker(trainer)
