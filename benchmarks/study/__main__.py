@@ -16,6 +16,8 @@ import argparse
 import sys
 from pathlib import Path
 
+import torch
+
 from benchmarks.study import cells
 from benchmarks.study.cells import LEVELS, SEEDS, TABLES
 from benchmarks.study.report import IMAGES, PAGE, report
@@ -55,6 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--levels", nargs="+", choices=list(LEVELS), default=list(LEVELS), help="of table_a")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, each on one thread (default: 1)")
+    parser.add_argument("--accelerator", choices=["cpu", "gpu"], default="cpu", help="default: %(default)s")
     parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help="the text (default: %(default)s)")
     parser.add_argument(
         "--cache", type=Path, default=DEFAULT_CACHE, help="tokens and warm starts (default: %(default)s)"
@@ -75,12 +78,15 @@ def main(arguments: list[str] | None = None) -> int:
     if given.what == "report":
         report(results, given.page, given.images)
         return 0
+    if given.accelerator == "gpu" and not torch.cuda.is_available():
+        parser.error("--accelerator gpu: torch finds no CUDA device here")
     if not given.data.is_dir():
         parser.error(f"--data {given.data} is no folder: give the one that has c4_en, wikitext2 and domains")
     jobs = jobs_of(given.what, given.levels, given.seeds)
     if given.small:
         jobs = [job._replace(cell=cell) for job, cell in zip(jobs, cells.small(job.cell for job in jobs), strict=True)]
-    return 1 if work(Queue(jobs, results), results, Places(given.data, given.cache), given.jobs) else 0
+    places = Places(given.data, given.cache, given.accelerator)
+    return 1 if work(Queue(jobs, results), results, places, given.jobs) else 0
 
 
 if __name__ == "__main__":

@@ -214,12 +214,14 @@ def strategy_options(cell: Cell) -> dict[str, Any]:
 
 BEST = Cell("dn", dynamic=True, grace="auto")
 SYNC = Cell("sync")
+MLA = Cell("mla", dynamic=True, grace="auto")
+"""The best of the rules after the paper on shards that are alike: compared with DN wherever DN is."""
 NESTEROV = Cell("nesterov")
 AT_ONCE = [Cell(method) for method in ("nesterov", "sgd", "buffer", "poly", "polythres", "delay", "dn")]
 DYLU_ROUNDS = replace(SYNC, local_steps=11)
 """As many outer rounds as with DyLU at ``very``: rounds of 20, 15, 7 and 3 steps are 11.25 in the mean."""
 CONTROLS = [DYLU_ROUNDS, Cell("sync", dynamic=True)]
-TABLE_A = [Cell("single"), SYNC, *AT_ONCE, Cell("dn", dynamic=True), BEST]
+TABLE_A = [Cell("single"), SYNC, *AT_ONCE, Cell("dn", dynamic=True), BEST, MLA]
 LATER_RULES = ("dn", "mla", "heloco_mla", "heloco_dn", "cosine_dn", "quorum2", "quorum3")
 RULES = [cell for rule in LATER_RULES for cell in (Cell(rule), Cell(rule, dynamic=True, grace="auto"))]
 ROUND_SECONDS = 20 * 0.58
@@ -250,12 +252,12 @@ def outer_tuning(cell: Cell, lr: float) -> Cell:
 
 def table_b() -> list[Cell]:
     """Numbers of workers."""
-    return [replace(cell, workers=workers) for workers in (4, 8, 16) for cell in (SYNC, NESTEROV, BEST)]
+    return [replace(cell, workers=workers) for workers in (4, 8, 16) for cell in (SYNC, NESTEROV, BEST, MLA)]
 
 
 def table_c() -> list[Cell]:
     """Sizes of the model."""
-    return [replace(cell, size=size) for size in ("0.5m", "1.5m", "4m") for cell in (SYNC, NESTEROV, BEST)]
+    return [replace(cell, size=size) for size in ("0.5m", "1.5m", "4m") for cell in (SYNC, NESTEROV, BEST, MLA)]
 
 
 def table_d() -> list[Cell]:
@@ -268,7 +270,7 @@ def table_d() -> list[Cell]:
 
 def table_h() -> list[Cell]:
     """Longer rounds."""
-    return [replace(cell, local_steps=50, steps=5000) for cell in (SYNC, NESTEROV, Cell("dn", dynamic=True), BEST)]
+    return [replace(cell, local_steps=50, steps=5000) for cell in (SYNC, NESTEROV, Cell("dn", dynamic=True), BEST, MLA)]
 
 
 def table_e() -> list[Cell]:
@@ -283,7 +285,7 @@ def table_f() -> list[Cell]:
     return [replace(cell, processes=True) for cell in (SYNC, BEST)]
 
 
-ELSEWHERE = [SYNC, NESTEROV, Cell("sgd"), Cell("dn"), Cell("dn", dynamic=True), BEST]
+ELSEWHERE = [SYNC, NESTEROV, Cell("sgd"), Cell("dn"), Cell("dn", dynamic=True), BEST, MLA]
 """What is compared from scratch and on the second corpus."""
 
 

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -53,11 +53,13 @@ class Places:
     Args:
         data: the text, see :data:`.CORPORA`.
         cache: tokens and warm starts.
+        accelerator: what computes, ``"cpu"`` or ``"gpu"``; the real processes of table F are on the CPU in any case.
 
     """
 
     data: Path
     cache: Path
+    accelerator: Literal["cpu", "gpu"] = "cpu"
 
 
 def _commit() -> str:
@@ -94,9 +96,15 @@ def run(cell: Cell, seed: int, places: Places) -> dict[str, Any]:
     module = prepare(cell, start)
     curve = Curve(cell, corpus)
     with tempfile.TemporaryDirectory(prefix="async_localsgd_study_") as folder:
-        found = (_alone if cell.method == "single" else _simulated)(cell, module, corpus, curve, Path(folder))
+        train = _alone if cell.method == "single" else _simulated
+        found = train(cell, module, corpus, curve, Path(folder), trainer_options(places.accelerator))
     end = curve.finish(module, found["seconds"])
-    return {**header(cell, seed), **found, **end, "wall_seconds": round(time.perf_counter() - began, 1)}
+    return {
+        **header(cell, seed, places.accelerator),
+        **found,
+        **end,
+        "wall_seconds": round(time.perf_counter() - began, 1),
+    }
 
 
 def quiet() -> None:
@@ -140,20 +148,21 @@ def warm_start(cell: Cell, seed: int, places: Places) -> Path | None:
             return path
         pl.seed_everything(1000 + seed, verbose=False)
         module = LanguageModel(cell.size, cell.vocabulary, LENGTH, WARM_LR[cell.size], decay=False)
-        trainer = pl.Trainer(max_steps=cell.warm_steps, logger=False, **trainer_options())
+        trainer = pl.Trainer(max_steps=cell.warm_steps, logger=False, **trainer_options(places.accelerator))
         trainer.fit(module, text.loader(load(cell, places).mixture, WARM_BATCH))
         text.save(module.state_dict(), path)
     return path
 
 
-def header(cell: Cell, seed: int) -> dict[str, Any]:
+def header(cell: Cell, seed: int, accelerator: str = "cpu") -> dict[str, Any]:
     """What was run, of which version and where."""
+    device = f"{torch.cuda.get_device_name()}, " if accelerator == "gpu" else ""
     return {
         "cell": cell.as_dict(),
         "seed": seed,
         "batch": [BATCH, LENGTH],
         "commit": COMMIT,
-        "machine": f"{_processor()}, {os.cpu_count()} cores, torch {torch.__version__}, Python "
+        "machine": f"{device}{_processor()}, {os.cpu_count()} cores, torch {torch.__version__}, Python "
         f"{platform.python_version()}",
     }
 
@@ -255,7 +264,9 @@ class MemoryLogger(Logger):
 COSINE = "async/momentum_cosine"
 
 
-def _simulated(cell: Cell, module: LanguageModel, corpus: Corpus, curve: Curve, folder: Path) -> dict[str, Any]:
+def _simulated(
+    cell: Cell, module: LanguageModel, corpus: Corpus, curve: Curve, folder: Path, options: dict[str, Any]
+) -> dict[str, Any]:
     """Trains on the simulated cluster."""
     parts = [text.loader(part, BATCH) for part in corpus.train]
     strategy = SimulatedAsyncLocalSGDStrategy(
@@ -271,7 +282,7 @@ def _simulated(cell: Cell, module: LanguageModel, corpus: Corpus, curve: Curve, 
         val_check_interval=curve.interval,
         logger=logger,
         callbacks=[curve, callback],
-        **trainer_options(),
+        **options,
     )
     curve.begin(module, lambda: (strategy.phase and strategy.phase.virtual_seconds) or 0.0)
     trainer.fit(module, text.loader(corpus.mixture, BATCH) if cell.iid else None, curve.loader)
@@ -279,14 +290,16 @@ def _simulated(cell: Cell, module: LanguageModel, corpus: Corpus, curve: Curve, 
     return {**of_the_run(cell, folder), "cosine": cosine, "timeline": _timeline(cell, _pushes(folder))}
 
 
-def _alone(cell: Cell, module: LanguageModel, corpus: Corpus, curve: Curve, folder: Path) -> dict[str, Any]:
+def _alone(
+    cell: Cell, module: LanguageModel, corpus: Corpus, curve: Curve, folder: Path, options: dict[str, Any]
+) -> dict[str, Any]:
     """Trains one worker, on the fastest device, with batches as large as those of all workers together."""
     trainer = pl.Trainer(
         max_steps=cell.steps,
         val_check_interval=curve.interval,
         logger=False,
         callbacks=[curve],
-        **trainer_options(),
+        **options,
     )
     step_seconds = min(cell.seconds_per_step) * cell.workers
     curve.begin(module, lambda: trainer.global_step * step_seconds)
@@ -294,10 +307,10 @@ def _alone(cell: Cell, module: LanguageModel, corpus: Corpus, curve: Curve, fold
     return {"seconds": cell.steps * step_seconds}
 
 
-def trainer_options() -> dict[str, Any]:
+def trainer_options(accelerator: str = "cpu") -> dict[str, Any]:
     """What every trainer of the study is told."""
     return {
-        "accelerator": "cpu",
+        "accelerator": accelerator,
         "devices": 1,
         "check_val_every_n_epoch": None,
         "num_sanity_val_steps": 0,
