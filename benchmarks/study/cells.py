@@ -50,11 +50,8 @@ is worse."""
 STAGE_GRID: dict[str, tuple[float, ...]] = {"delay": (1.0, 30.0, 1000.0), "cosine_dn": (0.0, -0.2, -1.0)}
 """Of the staleness stages that have a value of their own to tune: the strength of delay compensation, and the cosine
 below which a push is dropped. The learning rate is tuned with the first one."""
-PER_PUSH = frozenset({"nesterov", "sgd", "poly", "polythres", "delay", "mla", "heloco_mla"})
-"""Methods whose learning rate is that of a single push: as many more pushes as there are workers move the model as many
-times as far, so that the rate which four workers have tuned is divided among more of them."""
-TUNED_WORKERS = 4
-"""In the runs that tune."""
+MOST_TUNED_WORKERS = 8
+"""Learning rates are tuned for so many workers at most, and used for more of them."""
 
 METHODS: dict[str, str] = {
     "single": "single worker, k-fold batch",
@@ -307,7 +304,8 @@ TABLES: dict[str, list[Cell]] = {
 }
 
 
-TUNED = list(dict.fromkeys([*TABLE_A, *CONTROLS, *RULES, *TABLES["scratch"]]))
+MORE_WORKERS = [cell for cell in table_b() if 4 < cell.workers <= MOST_TUNED_WORKERS]
+TUNED = list(dict.fromkeys([*TABLE_A, *CONTROLS, *RULES, *MORE_WORKERS, *TABLES["scratch"]]))
 """All that have learning rates of their own; what else there is uses theirs."""
 
 

@@ -254,8 +254,8 @@ def _tuning(results: Results) -> str:
     for cell in cells.TUNED:
         if cell.method != "single":
             losses = [_tuned(results, cells.outer_tuning(cell, lr)) for lr in OUTER_GRID]
-            rows.append([label(cell), _start(cell.warm_steps), *_best_in_bold(losses)])
-    return markdown(["method", "start", *(f"{value:g}" for value in OUTER_GRID)], rows)
+            rows.append([label(cell), str(cell.workers), _start(cell.warm_steps), *_best_in_bold(losses)])
+    return markdown(["method", "workers", "start", *(f"{value:g}" for value in OUTER_GRID)], rows)
 
 
 def _stages(results: Results) -> str:

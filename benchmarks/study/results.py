@@ -102,8 +102,6 @@ class Results:
                 tuned = replace(tuned, lr=self._best_lr(found))
             if found.stage is None and found.method in cells.STAGE_GRID:
                 tuned = replace(tuned, stage=self._best(stage_candidates(tuned), "stage"))
-            if found.lr is None and tuned.lr is not None and found.method in cells.PER_PUSH:
-                tuned = replace(tuned, lr=tuned.lr * cells.TUNED_WORKERS / found.workers)
             self._resolved[cell] = tuned
         return self._resolved[cell]
 
@@ -146,11 +144,12 @@ def stage_candidates(cell: Cell) -> list[Cell]:
 
 
 def _plain(cell: Cell) -> Cell:
-    """The cell whose runs tune this one's method: at ``very``, on C4.
+    """The cell whose runs tune this one's method: at ``very``, on C4, and with as many workers, up to eight.
 
     Random weights need larger steps than a warm start, and have runs of their own.
     """
-    plain = Cell(cell.method, cell.dynamic, "auto" if cell.grace else 0.0)
+    workers = min(cell.workers, cells.MOST_TUNED_WORKERS)
+    plain = Cell(cell.method, cell.dynamic, "auto" if cell.grace else 0.0, workers=workers)
     if cell.warm_steps == 0:
         plain = replace(plain, warm_steps=0)
     if cell.local_steps == cells.DYLU_ROUNDS.local_steps:
