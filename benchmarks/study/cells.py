@@ -50,8 +50,10 @@ is worse."""
 STAGE_GRID: dict[str, tuple[float, ...]] = {"delay": (1.0, 30.0, 1000.0), "cosine_dn": (0.0, -0.2, -1.0)}
 """Of the staleness stages that have a value of their own to tune: the strength of delay compensation, and the cosine
 below which a push is dropped. The learning rate is tuned with the first one."""
-MOST_TUNED_WORKERS = 8
-"""Learning rates are tuned for so many workers at most, and used for more of them."""
+MOST_TUNED_WORKERS = {"mla": 16}
+"""Learning rates are tuned for so many workers at most, and used for more of them; those that are not named for eight.
+MLA's rate for eight is far too large for sixteen."""
+
 
 METHODS: dict[str, str] = {
     "single": "single worker, k-fold batch",
@@ -147,6 +149,11 @@ class Cell:
     def as_dict(self) -> dict[str, Any]:
         """All fields."""
         return asdict(self)
+
+
+def tuned_workers(cell: Cell) -> int:
+    """The number of workers with which a cell's learning rate is tuned."""
+    return min(cell.workers, MOST_TUNED_WORKERS.get(cell.method, 8))
 
 
 def outer_optimizer(cell: Cell) -> OuterOptimizer:
@@ -304,7 +311,7 @@ TABLES: dict[str, list[Cell]] = {
 }
 
 
-MORE_WORKERS = [cell for cell in table_b() if 4 < cell.workers <= MOST_TUNED_WORKERS]
+MORE_WORKERS = [cell for cell in table_b() if 4 < cell.workers == tuned_workers(cell)]
 TUNED = list(dict.fromkeys([*TABLE_A, *CONTROLS, *RULES, *MORE_WORKERS, *TABLES["scratch"]]))
 """All that have learning rates of their own; what else there is uses theirs."""
 

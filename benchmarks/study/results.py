@@ -144,12 +144,11 @@ def stage_candidates(cell: Cell) -> list[Cell]:
 
 
 def _plain(cell: Cell) -> Cell:
-    """The cell whose runs tune this one's method: at ``very``, on C4, and with as many workers, up to eight.
+    """The cell whose runs tune this one's method: at ``very``, on C4, and with as many workers, up to a limit.
 
     Random weights need larger steps than a warm start, and have runs of their own.
     """
-    workers = min(cell.workers, cells.MOST_TUNED_WORKERS)
-    plain = Cell(cell.method, cell.dynamic, "auto" if cell.grace else 0.0, workers=workers)
+    plain = Cell(cell.method, cell.dynamic, "auto" if cell.grace else 0.0, workers=cells.tuned_workers(cell))
     if cell.warm_steps == 0:
         plain = replace(plain, warm_steps=0)
     if cell.local_steps == cells.DYLU_ROUNDS.local_steps:

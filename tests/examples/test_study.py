@@ -158,6 +158,8 @@ def test_the_outer_rate_is_found_by_a_walk_over_the_grid(tmp_path: Path, best: f
     asked = tuned(results, Cell("nesterov", workers=8), loss=loss)
     assert [(cell.lr, cell.workers) for cell in asked] == [(lr, 8) for lr in tried]
     assert results.resolved(Cell("nesterov", workers=16)).lr == best
+    # But for MLA, where sixteen have theirs, too.
+    assert [cells.tuned_workers(replace(cells.MLA, workers=count)) for count in (4, 8, 16)] == [4, 8, 16]
     # What diverges is worse than anything.
     asked = tuned(results, Cell("sgd"), loss=lambda cell: math.nan if cell.lr != 0.07 else 4.0)
     assert [cell.lr for cell in asked] == [0.07, 0.2, 0.02]
