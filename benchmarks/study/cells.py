@@ -54,7 +54,6 @@ MOST_TUNED_WORKERS = {"mla": 16}
 """Learning rates are tuned for so many workers at most, and used for more of them; those that are not named for eight.
 MLA's rate for eight is far too large for sixteen."""
 
-
 METHODS: dict[str, str] = {
     "single": "single worker, k-fold batch",
     "sync": "sync DiLoCo",
@@ -219,7 +218,7 @@ def strategy_options(cell: Cell) -> dict[str, Any]:
 BEST = Cell("dn", dynamic=True, grace="auto")
 SYNC = Cell("sync")
 MLA = Cell("mla", dynamic=True, grace="auto")
-"""The best of the rules after the paper on shards that are alike: compared with DN wherever DN is."""
+"""The one of the rules after the paper that is compared with DN in the other tables, too."""
 NESTEROV = Cell("nesterov")
 AT_ONCE = [Cell(method) for method in ("nesterov", "sgd", "buffer", "poly", "polythres", "delay", "dn")]
 DYLU_ROUNDS = replace(SYNC, local_steps=11)
