@@ -87,6 +87,11 @@ class Jobs:
         return [process for process in psutil.process_iter() if _mark(process) == str(self._folder)]
 
 
+def python_path(folder: Path) -> dict[str, str]:
+    """The variable by which a job finds what is in ``folder``, and what this process finds, too."""
+    return {"PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])}
+
+
 @contextmanager
 def jobs() -> Iterator[Jobs]:
     """For starting jobs; afterwards no process and no file of theirs may be left."""

@@ -16,7 +16,7 @@ import pytest
 from benchmarks.step_notes import Life, read_notes
 from tests.faults.conftest import ROOT, command
 from tests.faults.runs import Run
-from tests.processes import Jobs
+from tests.processes import Jobs, python_path
 
 pytestmark = pytest.mark.slow
 
@@ -46,7 +46,7 @@ class Host:
         self.out = out
         self.started = started
         self.words = command(out, ranks=ranks, held=True, exchange={"port": port}, **options)
-        self.environment = {"PYTHONPATH": str(ROOT), "ASYNC_LOCALSGD_TOKEN": TOKEN}
+        self.environment = {"ASYNC_LOCALSGD_TOKEN": TOKEN, **python_path(ROOT)}
         self.joining = {**self.environment, "ASYNC_LOCALSGD_JOIN": f"tcp://127.0.0.1:{port}"}
         self.run = started.start(self.words, **self.environment)
         _await(lambda: all((rank, 0) in read_notes(out) for rank in range(ranks)), self.run)

@@ -18,7 +18,7 @@ import pytest
 from tests.faults.conftest import ROOT, command
 from tests.faults.runs import Run
 from tests.hosts import two_hosts
-from tests.processes import Jobs
+from tests.processes import Jobs, python_path
 from tests.proxy import Proxy
 
 pytestmark = pytest.mark.slow
@@ -111,7 +111,7 @@ def test_the_cable_between_two_hosts_is_pulled(started: Jobs, tmp_path: Path, no
     out = tmp_path / "out"
     words = command(out, ranks=1, nodes=2, width=512, until={"1_0": 10}, strategy={"silence_timeout": 12.0})
     with two_hosts() as hosts:
-        meeting = {"MASTER_ADDR": hosts.address, "MASTER_PORT": "29500", "PYTHONPATH": str(ROOT)}
+        meeting = {"MASTER_ADDR": hosts.address, "MASTER_PORT": "29500", **python_path(ROOT)}
         first, second = (started.start([*hosts.enter[n], *words], NODE_RANK=str(n), **meeting) for n in (0, 1))
         job = Behind(out, first, hosts)
         job.await_rounds(3)

@@ -23,7 +23,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 
 from lightning_async_localsgd import AsyncLocalSGDStrategy
 from tests.hosts import two_hosts
-from tests.processes import Jobs, jobs
+from tests.processes import Jobs, jobs, python_path
 
 pytestmark = pytest.mark.slow
 
@@ -297,11 +297,10 @@ def test_lightning_cli(started: Jobs, out: Path) -> None:
     common += ["--trainer.max_steps=100", f"--trainer.default_root_dir={out}", "--trainer.enable_progress_bar=false"]
     common += [f"--trainer.callbacks+={JOB.stem}.Notes", f"--trainer.callbacks.out={out}"]
     saving = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.save_last=true"]
-    path = {"PYTHONPATH": os.pathsep.join([str(JOB.parent), os.environ.get("PYTHONPATH", "")])}
     for call in ("fit", "validate", "test", "predict"):
         extra = saving if call == "fit" else [f"--ckpt_path={checkpoint}"]
         line = command(out, cli=[call, *common, *extra])
-        succeed(started, started.start(line, **path))
+        succeed(started, started.start(line, **python_path(JOB.parent)))
     seen = assert_trained(out)
     assert_synchronous(seen)
     state = hashlib.sha256()
@@ -322,8 +321,8 @@ def test_the_supervisor_with_lightning_cli(started: Jobs, out: Path) -> None:
     arguments += [f"--trainer.callbacks+={JOB.stem}.Notes", f"--trainer.callbacks.out={out}"]
     arguments += ['--trainer.callbacks.fail={"kill": 0, "step": 60}']
     line = command(out, cli=arguments)
-    path = os.pathsep.join([str(JOB.parent), os.environ.get("PYTHONPATH", "")])
-    text = succeed(started, started.start([line[0], "-m", "lightning_async_localsgd", *line[1:]], PYTHONPATH=path))
+    line[1:1] = ["-m", "lightning_async_localsgd"]
+    text = succeed(started, started.start(line, **python_path(JOB.parent)))
     assert "the job was ended by signal 9 (SIGKILL); it is started again" in text
     assert_went_on(out, text)
     assert len(list(out.glob("lightning_logs/version_*/config.yaml"))) == 2

@@ -222,7 +222,7 @@ def test_a_model_on_the_meta_device_is_refused_by_name() -> None:
 
 def test_averaging_by_epochs_that_are_each_ranks_own_is_refused_by_name() -> None:
     trainer = quiet(
-        AsyncLocalSGDStrategy(start_method="fork", start_timeout=60.0), devices=2, use_distributed_sampler=False,
+        AsyncLocalSGDStrategy(start_method="spawn", start_timeout=60.0), devices=2, use_distributed_sampler=False,
         callbacks=[StochasticWeightAveraging(swa_lrs=0.01)], max_steps=-1, max_epochs=2,
     )  # fmt: skip
     with pytest.raises(Exception, match=r"StochasticWeightAveraging averages at the ends of epochs.*WeightAveraging"):

@@ -15,7 +15,7 @@ import pytest
 
 from lightning_async_localsgd import supervisor
 from lightning_async_localsgd.supervisor import main
-from tests.processes import Jobs, jobs
+from tests.processes import Jobs, jobs, python_path
 
 # It has a child, as rank 0 has; what it is told is written down, once for each time that the script is started.
 SCRIPT = """
@@ -85,7 +85,7 @@ def test_a_killed_script_is_started_again_and_told_to_go_on(started: Jobs, scrip
 def test_a_module_and_a_run_with_a_name(started: Jobs, script: Path) -> None:
     out = script.parent
     line = command("--max-restarts", 0, "-m", "script", out, "[7]")
-    code, _ = started.finish(started.start(line, PYTHONPATH=str(out), ASYNC_LOCALSGD_RUN="mine"), 60)
+    code, _ = started.finish(started.start(line, ASYNC_LOCALSGD_RUN="mine", **python_path(out)), 60)
     assert code == 7, "an error of the script is final"
     [life] = lives(out)
     assert life["ASYNC_LOCALSGD_RUN"] == "mine"
