@@ -152,7 +152,12 @@ class TrainingData:
         return True
 
     def _connected(self, loader: CombinedLoader, open_stock: OpenStock) -> dict[str, LeasedSampler]:
-        """Connects the leased loaders in ``loader`` with their stocks; their samplers by the names of these."""
+        """Connects the leased loaders in ``loader`` with their stocks; their samplers by the names of these.
+
+        Raises:
+            ValueError: an epoch is too short to be shared.
+
+        """
         bound = self._bound_sampler(loader)
         reloads = bool(self._trainer.reload_dataloaders_every_n_epochs)
         samplers: dict[str, LeasedSampler] = {}
@@ -166,8 +171,11 @@ class TrainingData:
             # Whole windows of accumulated batches, so that steps are whole; not where their length is to change.
             changing = any(isinstance(one, GradientAccumulationScheduler) for one in callbacks_of(self._trainer))
             unit = 1 if changing or not sampler.bound else accumulated_batches(self._trainer, 0)
+            items = self._items(loader, sampler)
+            if sampler is bound and self._ranks > 1 and 0 < items <= unit:
+                raise ValueError(_too_short(items, unit, self._ranks))
             ordered = self._alone or not sampler.order.shuffled
-            sampler.start(open_stock(name, self._items(loader, sampler), unit, ordered))
+            sampler.start(open_stock(name, items, unit, ordered))
             samplers[name] = sampler
         return samplers
 
@@ -232,3 +240,17 @@ class TrainingData:
             fetcher.prefetch_batches = max(1, fetcher.prefetch_batches)
         progress = loop.epoch_loop.batch_progress
         loop.epoch_loop._num_ready_batches_reached = lambda: progress.is_last_batch
+
+
+def _too_short(batches: int, unit: int, ranks: int) -> str:
+    """An epoch that is one local step: rank 0, which validates, would have to take it, and the others none ever."""
+    has, and_windows, smaller = f"{batches} batches", "", "a smaller batch_size"
+    if batches == 1:
+        has = "one batch"
+    if unit > 1:
+        and_windows = f", which is one local step with accumulate_grad_batches={unit}"
+        smaller += " or accumulate_grad_batches"
+    return (
+        f"{ranks} ranks cannot share the training data: an epoch of it has only {has} for all of them together"
+        f"{and_windows}; take {smaller}, more data, or devices=1"
+    )

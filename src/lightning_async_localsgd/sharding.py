@@ -170,12 +170,10 @@ class _Stream:
         self.give_back([(self.epoch, 0, self.items)])
 
     def hold(self) -> None:
-        """Of the epoch that has just been opened, the last unit is not for everybody."""
+        """Of the epoch that has just been opened, the last unit is not for everybody, unless it is the only one."""
         start = (self.items - 1) // self.unit * self.unit
-        if start >= 0:
+        if start > 0:
             self._held[self.epoch] = self._free[self.epoch].take(self.items, start, self.items)
-            if self._free[self.epoch].size == 0:
-                del self._free[self.epoch]
 
     def let_go(self, least: int, most: int) -> None:
         """What is held of the epochs from ``least`` to ``most`` is free."""
@@ -243,7 +241,7 @@ class DataLeases:
         """From now on every epoch keeps its last unit for ``worker``, until that worker has had a part of the epoch.
 
         Who validates and logs at the end of each epoch must train on something of it, however slow it is and however
-        short the epoch.
+        short the epoch. One that is a single unit is for everybody all the same: nobody else would ever train.
         """
         self._lead = worker
 

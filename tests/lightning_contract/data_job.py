@@ -196,10 +196,14 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "streamed": (Streamed, {"max_steps": 20}),
     "reloaded": (Module, {"max_epochs": 3, "reload_dataloaders_every_n_epochs": 1}),
 }
+REFUSED: dict[str, tuple[Any, dict[str, Any]]] = {
+    "one_batch": (lambda: DataLoader(Numbers(4), batch_size=4), {"max_steps": 30}),
+    "one_step": (lambda: DataLoader(Numbers(10), batch_size=4), {"max_steps": 30, "accumulate_grad_batches": 3}),
+}
 
 
 def run(case: str, out: Path, dies_at: int = 0, ckpt_path: str | None = None, devices: int = 2) -> None:
-    make, options = CASES[case]
+    make, options = (CASES | REFUSED)[case]
     L.seed_everything(7, verbose=False)
     trainer = L.Trainer(
         strategy=AsyncLocalSGDStrategy(local_steps=4, max_restarts=0),

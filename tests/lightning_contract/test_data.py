@@ -76,6 +76,24 @@ def test_what_a_dead_worker_had_leased_goes_to_the_others(tmp_path: Path) -> Non
     assert sorted(chain.from_iterable(counted)) == sorted(list(range(103)) * 6)
 
 
+@pytest.mark.parametrize(
+    ("case", "named"),
+    [
+        ("one_batch", "2 ranks cannot share the training data: an epoch of it has only one batch"),
+        (
+            "one_step",
+            "has only 3 batches for all of them together, which is one local step with accumulate_grad_batches=3",
+        ),
+    ],
+)
+def test_an_epoch_of_one_local_step_is_refused_by_name(tmp_path: Path, case: str, named: str) -> None:
+    with jobs() as started:
+        code, text = started.finish(started.start([sys.executable, JOB, tmp_path, json.dumps({"cases": [case]})]))
+    assert code == 1
+    assert named in text
+    assert "take a smaller batch_size" in text
+
+
 @pytest.mark.parametrize("workers", [2, 3])
 def test_a_run_goes_on_in_the_middle_of_an_epoch(seen: dict[str, Ranks], tmp_path: Path, workers: int) -> None:
     """With as many workers as before, or more; what had been handed in is not trained on again."""
