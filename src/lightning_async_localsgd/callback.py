@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.callbacks import Callback, ProgressBar
-from lightning_utilities.core.rank_zero import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_async_localsgd.events import Event, fingerprint
@@ -169,6 +169,8 @@ class AsyncLocalSGDCallback(Callback):
             path.write_text(json.dumps(summary, indent=2) + "\n")
         if self.table:
             rank_zero_info("\n" + format_table(summary))
+        if summary["held_back"]:
+            rank_zero_warn(_held_back(summary))
 
     def _close_files(self) -> None:
         for file in (self._open_ledger, self._open_events):
@@ -243,6 +245,7 @@ def run_summary(phase: Phase) -> dict[str, Any]:
         "version": view.version,
         "refused_pushes": view.refused_pushes,
         "refusals": dict(view.refusals),
+        "held_back": view.held_back,
         "lost": [{"worker": worker, "seconds": when, "reason": why} for worker, when, why in phase.lost_workers],
         "seconds": phase.seconds,
         "virtual": phase.virtual_seconds is not None,
@@ -287,6 +290,16 @@ def format_table(summary: dict[str, Any]) -> str:
     )
     lines += [text for worker in summary["workers"] if (text := _fate(worker, summary["lost"]))]
     return "\n".join(lines)
+
+
+def _held_back(summary: dict[str, Any]) -> str:
+    """Of a run whose outer optimizer waits for more pushes than came."""
+    held, version = summary["held_back"], summary["version"]
+    nothing = "; no push has ever been applied, and the model is the one that training began with"
+    return (
+        f"{held} of {version} pushes are not in the model: the outer optimizer was still collecting a period's when "
+        f"training ended{nothing if held >= version else ''}. A shorter period wastes fewer"
+    )
 
 
 def _begun(summary: dict[str, Any]) -> str:

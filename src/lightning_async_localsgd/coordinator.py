@@ -362,7 +362,10 @@ class Coordinator:
 
     def view(self) -> View:
         """The run at a glance."""
-        return self._records.view(self.model.version, self.budget, len(self._members), self.attendance.quarantined)
+        held_back = self.model.rule.held_back
+        return self._records.view(
+            self.model.version, self.budget, len(self._members), self.attendance.quarantined, held_back
+        )
 
     @property
     def totals(self) -> dict[int, WorkerTotals]:

@@ -74,6 +74,7 @@ class View:
     Attributes:
         refusals: pushes refused, by the kind of their :class:`.Objection`.
         quarantined: workers that are refused for the rest of the run.
+        held_back: pushes that the outer optimizer has taken in and not applied yet.
 
     """
 
@@ -86,6 +87,7 @@ class View:
     momentum_cosine: float | None = None
     refusals: Mapping[str, int] = field(default_factory=dict)
     quarantined: frozenset[int] = frozenset()
+    held_back: int = 0
     workers: Mapping[int, WorkerView] = field(default_factory=dict)
 
     @property
@@ -193,7 +195,7 @@ class Records:
         for worker in workers:
             self.of(FORMER).add(self.totals.pop(worker))
 
-    def view(self, version: int, budget: Budget, live: int, quarantined: Iterable[int]) -> View:
+    def view(self, version: int, budget: Budget, live: int, quarantined: Iterable[int], held_back: int) -> View:
         """The run at a glance.
 
         Args:
@@ -201,6 +203,7 @@ class Records:
             budget: of the run.
             live: live workers.
             quarantined: workers in quarantine.
+            held_back: pushes that wait in the outer optimizer.
 
         """
         return View(
@@ -213,6 +216,7 @@ class Records:
             momentum_cosine=None if self._latest is None else self._latest.momentum_cosine,
             refusals=dict(self.refusals),
             quarantined=frozenset(quarantined),
+            held_back=held_back,
             workers=dict(self.views),
         )
 

@@ -30,8 +30,18 @@ def refuse_merging(
     merge: MergeOptions,
     rule: OuterOptimizer,
     grace: GraceWindow,
+    largest: float | Literal["auto"] | None,
 ) -> None:
     """Looks at how pushes are to be merged, as far as that can be told without the number of workers.
+
+    Args:
+        quorum: see :class:`.AsyncLocalSGDStrategy`, as the others.
+        warmup_steps: likewise.
+        staleness: likewise.
+        merge: likewise.
+        rule: its ``outer_optimizer``.
+        grace: likewise.
+        largest: its ``max_update_norm``.
 
     Raises:
         ValueError: an option is outside its range, does nothing, or does not go together with another one.
@@ -75,6 +85,13 @@ def refuse_merging(
             f"merge.average={merge.average!r} averages the pushes of a group, but {reason}; use quorum >= 2 and a rule "
             "such as lightning_async_localsgd.outer.Nesterov(lr=0.7, momentum=0.9), or leave it out"
         )
+    # Weights and stages may lengthen a push; what is as it was formed and that long is refused.
+    as_formed = merge.weights == "equal" and staleness is None
+    if merge.clip_norm is not None and isinstance(largest, float | int) and as_formed and merge.clip_norm >= largest:
+        raise ValueError(
+            f"merge.clip_norm={merge.clip_norm:g} shortens longer pushes, which max_update_norm={largest:g} refuses "
+            "before; use a smaller clip_norm, or a larger max_update_norm"
+        )
     if quorum == "all":
         _refuse_grace(grace, "quorum='all'")
     if quorum == "all" and merge.quorum_seconds is None:
@@ -109,10 +126,10 @@ def refuse_workers(
     """
     # Tried on a model of one parameter.
     rule.setup(torch.zeros(1), {"": torch.zeros(1)}, workers)
-    if staleness is not None and staleness.needs_momentum and rule.momentum_buffer is None:
+    if staleness is not None and staleness.needs_momentum and not _has_momentum(rule):
         raise ValueError(
             f"staleness={staleness!r} compares pushes with the outer momentum, and outer_optimizer={rule!r} has "
-            "none; use a rule with a momentum, such as DelayedNesterov(momentum=0.9), or another stage"
+            "none; use a rule with a momentum > 0, such as DelayedNesterov(momentum=0.9), or another stage"
         )
     if quorum != "all" and quorum > workers:
         raise ValueError(
@@ -135,6 +152,15 @@ def refuse_workers(
         _refuse_grace(grace, f"quorum={quorum} of {workers} workers")
     if quorum == workers and merge.quorum_seconds is None and not joinable:
         _refuse_staleness(staleness, f"with quorum={quorum} of {workers} worker(s) and no merge.quorum_seconds")
+
+
+def _has_momentum(rule: OuterOptimizer) -> bool:
+    """Whether a rule that has been set up, and is of no use afterwards, uses a momentum."""
+    try:
+        rule.restart_momentum()
+    except ValueError:
+        return False
+    return rule.momentum_buffer is not None
 
 
 def _refuse_grace(grace: GraceWindow, quorum: str) -> None:

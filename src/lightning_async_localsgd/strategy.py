@@ -200,7 +200,7 @@ class AsyncLocalSGDStrategy(SavingStrategy):
         self.dynamic_local_steps = switch("dynamic_local_steps", dynamic_local_steps)
         self.grace = GraceWindow(grace)
         self.merge = merge if merge is not None else MergeOptions()
-        refuse_merging(quorum, warmup_steps, staleness, self.merge, self.outer_optimizer, self.grace)
+        refuse_merging(quorum, warmup_steps, staleness, self.merge, self.outer_optimizer, self.grace, max_update_norm)
         self.quorum = quorum
         self.warmup_steps = warmup_steps
         self.staleness = staleness

@@ -61,6 +61,10 @@ def test_values_outside_their_range(make: Callable[[], object], error: type[Exce
         ({"merge": MergeOptions(average="rda"), "warmup_steps": 5}, ["merge.average='rda'", "DelayedNesterov"]),
         ({"quorum": "all", "grace": 2.0}, ["grace=2.0", "quorum='all'"]),
         ({"quorum": "all", "staleness": Polynomial()}, ["staleness=Polynomial", "quorum='all'", "leave it out"]),
+        (
+            {"merge": MergeOptions(clip_norm=3.0), "max_update_norm": 3},
+            ["merge.clip_norm=3", "max_update_norm=3", "smaller clip_norm"],
+        ),
     ],
 )
 def test_options_that_make_no_sense_together(options: dict[str, Any], words: list[str]) -> None:
@@ -83,6 +87,8 @@ def test_options_that_make_no_sense_together(options: dict[str, Any], words: lis
         {"warmup_steps": 100, "outer_optimizer": Nesterov(lr=0.1), "merge": MergeOptions(average="rda")},
         {"quorum": 2, "warmup_steps": 100, "staleness": ExponentialCosine(0.1, 0.0), "grace": 3.0},
         {"merge": MergeOptions(weights="samples", clip_norm=1.0), "staleness": Polynomial()},
+        {"merge": MergeOptions(weights="samples", clip_norm=3.0), "max_update_norm": 2.0},
+        {"merge": MergeOptions(clip_norm=1.0), "max_update_norm": 2.0},
     ],
 )
 def test_options_that_do(options: dict[str, Any]) -> None:
@@ -112,6 +118,11 @@ def test_with_a_quorum_the_outer_optimizer_is_nesterov_unless_another_is_given()
             3,
             {"staleness": ExponentialCosine(0.1, 0.0), "outer_optimizer": torch.optim.SGD},
             ["staleness=ExponentialCosine", "outer_optimizer=", "momentum"],
+        ),
+        (
+            3,
+            {"staleness": ExponentialCosine(0.1, 0.0), "outer_optimizer": DelayedNesterov(momentum=0.0)},
+            ["staleness=ExponentialCosine", "DelayedNesterov(lr=0.7, momentum=0.0", "momentum > 0"],
         ),
     ],
 )

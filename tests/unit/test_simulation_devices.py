@@ -35,7 +35,9 @@ def test_a_link_has_latency_and_bandwidth() -> None:
 
 
 def test_numbers_are_taken_in_the_place_of_objects() -> None:
-    cluster = Cluster([1, StepSeconds(2.0, 0.1)], exchange_seconds=[0.5, Link(1.0, 1e6)], schedule=[Arrival(9.0, 3.0)])
+    cluster = Cluster(
+        [1, StepSeconds(2.0, 0.1)], exchange_seconds=[0.5, Link(1.0, 1e6)], schedule=[Arrival(9.0, 3.0, 0)]
+    )
     assert [device.seconds for device in cluster.devices] == [1.0, 2.0, 3.0]
     assert [link.latency for link in cluster.links] == [0.5, 1.0, 0.0]
     assert cluster.initial == 2
@@ -47,8 +49,10 @@ def test_steps_are_slower_in_a_slowdown_and_not_after_it() -> None:
     assert cluster.factor(0, 10.0) == 1.0
 
 
-def test_one_link_is_that_of_all() -> None:
+def test_one_link_is_that_of_all_who_ever_take_part() -> None:
     assert Cluster([1.0, 1.0, 1.0], Link(0.1, 1e3)).links == [Link(0.1, 1e3)] * 3
+    arrivals = [Arrival(5.0, 1.0), Arrival(6.0, 1.0, 0.5), Arrival(7.0, 1.0, 0)]
+    assert [link.latency for link in Cluster([1.0], 2.0, arrivals).links] == [2.0, 2.0, 0.5, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -72,6 +76,9 @@ def test_one_link_is_that_of_all() -> None:
         (([1.0], 0.0, [Death(0, 1.0), Death(0, 2.0)]), ["at=2.0", "there is no worker 0 then"]),
         (([1.0], 0.0, [Death(0, 1.0, 3.0), Death(0, 2.0)]), ["at=2.0", "there is no worker 0 then"]),
         (([1.0], 0.0, [Death(1, 1.0), Arrival(2.0, 1.0)]), ["worker 1 arrives later"]),
+        (([1.0], [0.5], [Arrival(2.0, 1.0)]), ["schedule has Arrival(at=2.0", "Arrival(exchange_seconds=...)"]),
+        (([1.0], 0.0, [Slowdown(1, 0.0, 2.0, 3.0), Arrival(2.0, 1.0)]), ["schedule has Slowdown", "arrives at 2 only"]),
+        (([1.0], 0.0, [Slowdown(0, 5.0, 6.0, 3.0), Death(0, 5.0)]), ["schedule has Slowdown", "dies for good at 5"]),
         (([1.0], 0.0, ["Death"]), ["'Death'", "Slowdown, Death and Arrival"]),
     ],
 )

@@ -30,7 +30,7 @@ from lightning_async_localsgd import (
 )
 from lightning_async_localsgd import SimulatedAsyncLocalSGDStrategy as Simulated
 from lightning_async_localsgd.events import read_events
-from lightning_async_localsgd.outer import SGD
+from lightning_async_localsgd.outer import SGD, Buffer, MomentumRestart
 
 SPEEDS = [0.1, 0.13, 0.3]
 
@@ -171,7 +171,7 @@ def test_the_same_seed_gives_the_same_bits() -> None:
 def test_a_seed_gives_the_same_order_of_events_on_every_machine(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
     speeds = [StepSeconds(one, jitter=0.4) for one in SPEEDS]
-    schedule = [Slowdown(0, 2.0, 3.0, 2.5), Death(1, 1.7, back_at=2.9), Arrival(2.2, StepSeconds(0.15, 0.2))]
+    schedule = [Slowdown(0, 2.0, 3.0, 2.5), Death(1, 1.7, back_at=2.9), Arrival(2.2, StepSeconds(0.15, 0.2), 0.0)]
     strategy = Simulated(speeds, Link(0.01, 1e6), schedule, seed=11, local_steps=6, max_update_norm=None)
     fit(strategy, module=Fixed, callbacks=[AsyncLocalSGDCallback(table=False, ledger=path)])
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -559,7 +559,8 @@ def test_data_that_a_worker_has_not_is_found_out_before_training() -> None:
     assert not module.seen
     shards.append(loader(6, seed=3))
     asked.clear()
-    fit(Simulated([0.1, 0.2], **options), module=lambda: module, max_steps=40)
+    with pytest.warns(UserWarning, match=r"own training data the length of an epoch alone is used"):
+        fit(Simulated([0.1, 0.2], **options), module=lambda: module, max_steps=40)
     assert asked == [0, 1, 2, 3]
     assert sorted(module.rates) == [0, 1, 2, 3]
 
@@ -617,6 +618,21 @@ def test_metrics_summary_and_evaluation_afterwards(tmp_path: Path) -> None:
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     assert trainer.test(module, loader(4, 9), verbose=False)[0]["val_loss"] > 0
     assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
+
+
+def test_pushes_that_a_buffer_has_kept_to_the_end_are_told(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    L.seed_everything(5, verbose=False)
+    begun = Model()
+    with pytest.warns(UserWarning, match=r"6 of 6 pushes are not in the model.*no push has ever been applied"):
+        module, _ = fit(Simulated([0.1] * 2, local_steps=10, outer_optimizer=Buffer(period=7)), logger=logger)
+    assert torch.equal(module.net[0].weight, begun.net[0].weight)
+    summary = json.loads(Path(logger.log_dir, "async_localsgd_summary.json").read_text())
+    assert (summary["version"], summary["held_back"]) == (6, 6)
+
+    rule = MomentumRestart(Buffer(period=4), every=1)
+    with pytest.warns(UserWarning, match=r"2 of 6 pushes are not in the model[^;]*$"):
+        fit(Simulated([0.1] * 2, local_steps=10, outer_optimizer=rule))
 
 
 def test_a_run_goes_on_from_its_checkpoint_with_every_workers_own_state(tmp_path: Path) -> None:
@@ -757,6 +773,8 @@ def test_what_cannot_work_is_refused_by_name() -> None:
         fit(Simulated([0.1, 0.2], worker_data=lambda n: loader(5) if n == 0 else []))
     with pytest.raises(ValueError, match=r"worker_data\(0\) returned None"):
         fit(Simulated([0.1, 0.2], worker_data=lambda n: None))
+    with pytest.raises(TypeError, match=r"worker_data\(1\) returned 7 where a loader must be"):
+        fit(Simulated([0.1, 0.2], worker_data=lambda n: {"a": loader(5), "b": loader(5) if n == 0 else 7}))
     for seed in ("a", -1, 1.5, True):
         with pytest.raises(ValueError, match=rf"seed={seed!r} must be an integer"):
             Simulated([0.1, 0.2], seed=seed)  # type: ignore[arg-type]

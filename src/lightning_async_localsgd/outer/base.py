@@ -76,6 +76,11 @@ class OuterOptimizer(ABC):
         return False
 
     @property
+    def held_back(self) -> int:
+        """Pushes that were taken in and have not moved ``theta`` yet. Meaningful after :meth:`setup`."""
+        return 0
+
+    @property
     def replaces_model(self) -> bool:
         """Whether every step is exactly ``theta - gradient``. Meaningful after :meth:`setup`.
 

@@ -24,7 +24,7 @@ class Buffer(OuterOptimizer):
 
     With N = k pushes from one model this is a round of synchronous DiLoCo, bit for bit. What sets it apart from
     :class:`.DelayedNesterov` is that a push that has arrived is not in the model yet when its worker is dispatched
-    again. Pushes that are left at the end of training, fewer than N, are never applied.
+    again. Pushes that are left at the end of training, fewer than N, are never applied, and a warning says how many.
 
     With ``period="auto"`` N follows the number of live workers; when it falls to what has been collected, the step is
     taken at once, on the mean of what is there.
@@ -109,6 +109,12 @@ class Buffer(OuterOptimizer):
     def in_period(self) -> bool:
         self._ready()
         return self._collected > 0
+
+    @property
+    @override
+    def held_back(self) -> int:
+        self._ready()
+        return self._collected
 
     @property
     @override

@@ -60,6 +60,11 @@ class Wrapper(OuterOptimizer):
     def in_period(self) -> bool:
         return self.rule.in_period
 
+    @property
+    @override
+    def held_back(self) -> int:
+        return self.rule.held_back
+
     @override
     def state_dict(self) -> dict[str, Any]:
         return {"name": type(self.rule).__name__, "rule": self.rule.state_dict()}

@@ -171,7 +171,7 @@ class Arrival:
     Args:
         at: when.
         seconds_per_step: as the strategy's, for this machine.
-        exchange_seconds: likewise.
+        exchange_seconds: likewise; None is the strategy's, where that is one for all.
 
     Raises:
         ValueError: a value is outside its range.
@@ -180,12 +180,13 @@ class Arrival:
 
     at: float
     seconds_per_step: float | StepSeconds
-    exchange_seconds: float | Link = 0.0
+    exchange_seconds: float | Link | None = None
 
     def __post_init__(self) -> None:
         _check("Arrival.at", self.at)
         as_step_seconds("Arrival.seconds_per_step", self.seconds_per_step)
-        as_link("Arrival.exchange_seconds", self.exchange_seconds)
+        if self.exchange_seconds is not None:
+            as_link("Arrival.exchange_seconds", self.exchange_seconds)
 
 
 def as_step_seconds(name: str, value: object) -> StepSeconds:
@@ -270,7 +271,7 @@ class Cluster:
         self._slowdowns: list[list[Slowdown]] = [[] for _ in range(self.initial + len(self.arrivals))]
         for one in self.arrivals:
             self.devices.append(as_step_seconds("Arrival.seconds_per_step", one.seconds_per_step))
-            self.links.append(as_link("Arrival.exchange_seconds", one.exchange_seconds))
+            self.links.append(_link_of(one, exchange_seconds))
         self.numbers = range(len(self.devices))
         for entry in schedule:
             if not isinstance(entry, Arrival) and entry.worker >= len(self.devices):
@@ -294,12 +295,24 @@ class Cluster:
         times += [(one.at, one) for one in self.arrivals]
         return [one for at, one in sorted(times, key=lambda entry: entry[0]) if at > now]
 
+    def _check_lives(self) -> None:
+        """Looks for slowdowns that would slow nobody down."""
+        begin = {self.initial + n: arrival.at for n, arrival in enumerate(self.arrivals)}
+        end = {death.worker: death.at for death in self.deaths if death.back_at is None}
+        for worker, entries in enumerate(self._slowdowns):
+            for one in entries:
+                if one.end <= begin.get(worker, 0.0):
+                    raise ValueError(f"schedule has {one}, but worker {worker} arrives at {begin[worker]:g} only")
+                if one.start >= end.get(worker, math.inf):
+                    raise ValueError(f"schedule has {one}, but worker {worker} dies for good at {end[worker]:g}")
+
     def _check_times(self) -> None:
         for entries in self._slowdowns:
             entries.sort(key=lambda one: one.start)
             for first, second in itertools.pairwise(entries):
                 if second.start < first.end:
                     raise ValueError(f"schedule has {first} and {second}, which overlap; join them into one")
+        self._check_lives()
         gone: dict[int, Death] = {}
         for death in self.deaths:
             before = gone.get(death.worker)
@@ -308,6 +321,18 @@ class Cluster:
             if death.worker >= self.initial and self.arrivals[death.worker - self.initial].at > death.at:
                 raise ValueError(f"schedule has {death}, but worker {death.worker} arrives later than that")
             gone[death.worker] = death
+
+
+def _link_of(arrival: Arrival, given: float | Link | Sequence[float | Link]) -> Link:
+    """The link of a machine that arrives, in a cluster that was given ``exchange_seconds``."""
+    if arrival.exchange_seconds is not None:
+        return as_link("Arrival.exchange_seconds", arrival.exchange_seconds)
+    if isinstance(given, Sequence):
+        raise ValueError(
+            f"schedule has {arrival}, and exchange_seconds has an entry for each worker of the beginning only; give "
+            "Arrival(exchange_seconds=...) too, or one exchange_seconds for all"
+        )
+    return as_link("exchange_seconds", given)
 
 
 def _links(given: float | Link | Sequence[float | Link], workers: int) -> list[Link]:

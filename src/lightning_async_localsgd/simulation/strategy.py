@@ -13,6 +13,8 @@ from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies.launchers.launcher import _Launcher
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -78,8 +80,8 @@ class SimulatedAsyncLocalSGDStrategy(AsyncLocalSGDStrategy):
         schedule: what happens to machines: :class:`.Slowdown`, :class:`.Death` and :class:`.Arrival` objects.
         worker_data: gives a worker's number its own training data, for unequal shards: a loader, which is iterated
             again whenever it ends. It is called once for each worker of a fit, before training, with the number of
-            each one that arrives later, too. None leases the trainer's training data to all workers, as a live run
-            does.
+            each one that arrives later, too. If the trainer has training data all the same, that only says how long an
+            epoch is. None leases the trainer's training data to all workers, as a live run does.
         inner_states_on_cpu: whether the inner optimizers' states of workers that are not at turn are kept in the host's
             memory; otherwise the device needs room for one a worker.
         seed: of the jitter of step times, an integer >= 0.
@@ -235,6 +237,11 @@ class SimulatedAsyncLocalSGDStrategy(AsyncLocalSGDStrategy):
             if not source.is_defined():
                 # How long the epochs of workers are is what the first one's data says.
                 source.instance = self._data_of(0)
+            else:
+                rank_zero_warn(
+                    "workers train on what worker_data gives them; of the trainer's own training data the length of an "
+                    "epoch alone is used"
+                )
 
     @override
     def on_train_end(self) -> None:
@@ -267,6 +274,13 @@ class SimulatedAsyncLocalSGDStrategy(AsyncLocalSGDStrategy):
                 ) from error
             if data is None:
                 raise ValueError(f"worker_data({worker}) returned None; it must return the loader of worker {worker}")
+            loaders = data if isinstance(data, CombinedLoader) else CombinedLoader(data)
+            odd = next((one for one in loaders.flattened if not hasattr(one, "__iter__")), None)
+            if odd is not None:
+                raise TypeError(
+                    f"worker_data({worker}) returned {odd!r} where a loader must be, which cannot be iterated over; it "
+                    f"must return the loader of worker {worker}, or loaders in a list or a dictionary"
+                )
             self._given[worker] = data
         return self._given[worker]
 
