@@ -106,10 +106,13 @@ def timeline(runs: dict[Cell, list[dict[str, Any]]]) -> Figure:
     for axes, (cell, spans) in zip(panels, shown.items(), strict=False):
         for worker, start, end, goes_on in with_next(spans):
             axes.barh(worker, end - start, left=start, height=0.7, color=SHOWN[cell][0], alpha=0.6, linewidth=0)
-            axes.barh(worker, goes_on - end, left=end, height=0.7, color=SHOWN[cell][0], alpha=0.15, linewidth=0)
+            # Where the next round begins after what was kept, so does all that happens until then.
+            until = max(end, TIMELINE[1]) if goes_on is None else goes_on
+            axes.barh(worker, until - end, left=end, height=0.7, color=SHOWN[cell][0], alpha=0.15, linewidth=0)
             # Exchanges take no time: what waits for all others is merged when the next round begins.
             merged = goes_on if strategy_quorum(cell) != 1 else end
-            axes.plot([merged, merged], [worker - 0.35, worker + 0.35], color=INK, linewidth=1.0)
+            if merged is not None:
+                axes.plot([merged, merged], [worker - 0.35, worker + 0.35], color=INK, linewidth=1.0)
         axes.set_yticks(range(cell.workers), [f"{seconds:.2f}" for seconds in cell.seconds_per_step])
         axes.invert_yaxis()
         axes.set_xlim(*TIMELINE)

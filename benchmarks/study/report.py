@@ -172,24 +172,23 @@ def sync_of(cell: Cell) -> Cell:
 
 
 def time_to(curve: Sequence[Sequence[float]], loss: float) -> float | None:
-    """When a curve of ``[updates, seconds, loss]`` is first at or below a loss, between two points along a line."""
-    before: Sequence[float] | None = None
-    for point in curve:
-        if point[2] <= loss:
-            if before is None:
-                return point[1]
-            share = (before[2] - loss) / (before[2] - point[2])
-            return before[1] + share * (point[1] - before[1])
-        before = point
-    return None
+    """From when a curve of ``[updates, seconds, loss]`` on stays at or below a loss, between two points along a line."""
+    above = next((at for at in reversed(range(len(curve))) if curve[at][2] > loss), None)
+    if above is None:
+        return curve[0][1]
+    if above + 1 == len(curve):
+        return None
+    before, point = curve[above : above + 2]
+    share = (before[2] - loss) / (before[2] - point[2])
+    return before[1] + share * (point[1] - before[1])
 
 
-def with_next(spans: Sequence[Sequence[float]]) -> list[tuple[int, float, float, float]]:
-    """Worker, begin and end of each round, and when that worker begins the next one (the end where none is known)."""
-    found: list[tuple[int, float, float, float]] = []
+def with_next(spans: Sequence[Sequence[float]]) -> list[tuple[int, float, float, float | None]]:
+    """Worker, begin and end of each round, and when that worker begins the next one; None where that is not known."""
+    found: list[tuple[int, float, float, float | None]] = []
     following: dict[int, float] = {}
     for worker, start, end in sorted(spans, key=lambda span: span[1], reverse=True):
-        found.append((int(worker), start, end, following.get(int(worker), end)))
+        found.append((int(worker), start, end, following.get(int(worker))))
         following[int(worker)] = start
     return found[::-1]
 

@@ -184,7 +184,7 @@ def test_what_a_stage_has_of_its_own_is_tuned_with_the_rate_that_was_found(tmp_p
 
 def test_a_worker_waits_until_its_next_round() -> None:
     spans = [[0, 0.0, 5.0], [1, 0.0, 8.0], [0, 8.0, 13.0], [1, 8.0, 16.0]]
-    assert with_next(spans) == [(1, 0.0, 8.0, 8.0), (0, 0.0, 5.0, 8.0), (1, 8.0, 16.0, 16.0), (0, 8.0, 13.0, 13.0)]
+    assert with_next(spans) == [(1, 0.0, 8.0, 8.0), (0, 0.0, 5.0, 8.0), (1, 8.0, 16.0, None), (0, 8.0, 13.0, None)]
 
 
 def test_what_has_to_be_tuned_comes_first(tmp_path: Path) -> None:
@@ -264,6 +264,8 @@ def test_time_to_a_loss_lies_between_two_points() -> None:
     assert time_to(curve, 3.5) == pytest.approx(15.0)
     assert time_to(curve, 5.0) == 0.0
     assert time_to(curve, 2.9) is None
+    # What is not kept does not count.
+    assert time_to([[0, 0.0, 3.0], *curve], 3.5) == pytest.approx(15.0)
 
 
 def test_the_page_is_made_of_the_results(tmp_path: Path) -> None:
