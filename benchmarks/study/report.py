@@ -172,7 +172,7 @@ def sync_of(cell: Cell) -> Cell:
 
 
 def time_to(curve: Sequence[Sequence[float]], loss: float) -> float | None:
-    """From when a curve of ``[updates, seconds, loss]`` on stays at or below a loss, between two points along a line."""
+    """From when a curve of ``[updates, seconds, loss]`` on stays at or below a loss, on a line between two points."""
     above = next((at for at in reversed(range(len(curve))) if curve[at][2] > loss), None)
     if above is None:
         return curve[0][1]

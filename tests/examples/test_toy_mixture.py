@@ -13,6 +13,8 @@ import torch
 from compare import METHODS, SECONDS_PER_STEP, Run, Settings, main, table
 from mixture import Mixture, MixtureData
 
+README = Path(compare.__file__).with_name("README.md")
+
 
 def made_up(method: str, seed: int, final_loss: float, outer_lr: float = 0.7) -> Run:
     curve = [(400, 100.0, 1.0), (800, 200.0, final_loss)]
@@ -81,6 +83,14 @@ def test_mixtures_that_cannot_be_are_refused() -> None:
 def trained(names: Sequence[str], seed: int, settings: Settings) -> dict[str, Run]:
     """What :func:`compare.train` gives for each method, two at a time."""
     return {run.method: run for run in compare.compare(names, [seed], settings, None, jobs=2)}
+
+
+@pytest.mark.slow
+def test_times_and_ages_are_those_of_the_readme() -> None:
+    """They are the same on every machine, and whatever the network."""
+    row = next(line for line in README.read_text().splitlines() if "(DyLU) and grace" in line)
+    run = compare.train("DN+DyLU+grace", 0.7, 0, Settings(width=1, validations=1))
+    assert row.endswith(f"| {run.staleness:.2f} | {run.virtual_seconds:.0f} |")
 
 
 @pytest.mark.slow
