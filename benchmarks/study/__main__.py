@@ -33,7 +33,7 @@ ORDER = ("table_d", "none", "moderate", "slight", "table_e", "table_h", "wikitex
 def jobs_of(table: str, levels: list[str], seeds: list[int]) -> list[Job]:
     """The runs of a table, or of the whole study in order of importance."""
     if table == TUNING:
-        return [Job(TUNING, cell, TUNING_SEED) for cell in [*cells.inner_tuning(), *cells.TUNED]]
+        return [Job(TUNING, cell, TUNING_SEED) for cell in [*cells.inner_tuning(), *cells.TUNED, *cells.CHECKED]]
     if table in LEVELS:
         return jobs_of("table_a", [table] if table in levels else [], seeds)
     if table != "all":
@@ -45,7 +45,8 @@ def jobs_of(table: str, levels: list[str], seeds: list[int]) -> list[Job]:
         ]
     jobs = [Job("table_a", cell, seed) for seed in seeds for cell in (cells.SYNC, cells.BEST) if cell.level in levels]
     jobs += [*jobs_of("very", levels, seeds), *jobs_of("table_f", levels, seeds)]
-    return jobs + [job for seed in seeds for part in ORDER for job in jobs_of(part, levels, [seed])]
+    jobs += [job for seed in seeds for part in ORDER for job in jobs_of(part, levels, [seed])]
+    return jobs + [Job(TUNING, cell, TUNING_SEED) for cell in cells.CHECKED]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -283,9 +283,7 @@ def table_e() -> list[Cell]:
     """The rules after the paper, on shards that are alike and on one domain a worker."""
     mixed = [replace(cell, corpus="domains") for cell in (SYNC, BEST)]
     apart = [replace(cell, corpus="domains", iid=False) for cell in (SYNC, *RULES)]
-    # What was tuned on shards that are alike is large for these.
-    slower = [replace(cell, corpus="domains", iid=False, lr=0.07) for cell in (SYNC, BEST, MLA)]
-    return [*RULES, *mixed, *apart, *slower]
+    return [*RULES, *mixed, *apart]
 
 
 def table_f() -> list[Cell]:
@@ -318,6 +316,10 @@ TABLES: dict[str, list[Cell]] = {
 MORE_WORKERS = [cell for cell in table_b() if cell.lr is None and 4 < cell.workers == tuned_workers(cell)]
 TUNED = list(dict.fromkeys([*TABLE_A, *CONTROLS, *RULES, *MORE_WORKERS, *TABLES["scratch"]]))
 """All that have learning rates of their own; what else there is uses theirs."""
+APART = [replace(cell, corpus="domains", iid=False) for cell in (SYNC, BEST, MLA)]
+"""Of what uses others' learning rates, the furthest from those that they were tuned for."""
+CHECKED = [outer_tuning(cell, lr) for cell in APART for lr in (0.07, 0.7)]
+"""Whether the rates on both sides, too, are worse for them."""
 
 
 def small(cells: Iterable[Cell]) -> list[Cell]:

@@ -250,10 +250,11 @@ def _inner(results: Results) -> str:
 
 def _tuning(results: Results) -> str:
     rows = []
-    for cell in cells.TUNED:
+    for cell in [*cells.TUNED, *cells.APART]:
         if cell.method != "single":
             losses = [_tuned(results, cells.outer_tuning(cell, lr)) for lr in OUTER_GRID]
-            rows.append([label(cell), str(cell.workers), _start(cell.warm_steps), *_best_in_bold(losses)])
+            start = _start(cell.warm_steps) + ("" if cell.iid else ", one domain each")
+            rows.append([label(cell), str(cell.workers), start, *_best_in_bold(losses)])
     return markdown(["method", "workers", "start", *(f"{value:g}" for value in OUTER_GRID)], rows)
 
 
