@@ -16,6 +16,7 @@ the session may come back. A push that is sent again is answered again, and chan
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lightning_async_localsgd.attendance import Attendance
@@ -104,6 +105,7 @@ class Coordinator:
         self.shared = ""
         self.asked = 0
         self.stopping = False
+        self._asked_to_stop = False
         self._pacing = pacing
         self._guard = guard if guard is not None else UpdateGuard()
         self._merging = merging if merging is not None else Merging(model, cohort)
@@ -191,6 +193,11 @@ class Coordinator:
         held = self._merging.held.get(worker)
         if held is None or held.push is not push:
             self._settle(push, objection, now, member.staleness)
+        if push.asks:
+            self._asked_to_stop = True
+            host = self._members.get(_HOST)
+            if host is not None and host.state == "computing":
+                host.called_in = True  # To decide it has to know what has been taken, and who goes on.
         if push.stop:
             self._stop()
         offences = self._conduct.note(worker, objection is not None and objection.offence)
@@ -362,10 +369,8 @@ class Coordinator:
 
     def view(self) -> View:
         """The run at a glance."""
-        held_back = self.model.rule.held_back
-        return self._records.view(
-            self.model.version, self.budget, len(self._members), self.attendance.quarantined, held_back
-        )
+        records = self._records.view(self.model.version, self.budget, len(self._members), self.attendance.quarantined)
+        return replace(records, held_back=self.model.rule.held_back, asked_to_stop=self._asked_to_stop)
 
     @property
     def totals(self) -> dict[int, WorkerTotals]:
@@ -477,8 +482,9 @@ class Coordinator:
         waited = now - member.arrived_at
         if member.sequence > 0:
             self._records.totals[worker].wait_seconds += waited
-        speed, total = self._pacing.speed(worker), self._pacing.total_speed(self._members)
-        pace = total / speed if speed and total else float(len(self._members))
+        going = [other for other, one in self._members.items() if not one.final]
+        speed, total = self._pacing.speed(worker), self._pacing.total_speed(going)
+        pace = total / speed if speed and total else float(len(going))
         if self._gathering.lock_step and not stop:
             # In the time of this round, whatever the speeds, the others take those of theirs and no more.
             computing = [other.local_steps for other in self._members.values() if other.state == "computing"]

@@ -75,6 +75,11 @@ class GlobalCounts:
         self._batches = float(own if self._single else self.steps * self._trainer.accumulate_grad_batches)
         self._batches_before = self._batches
         self._own_batches = self._own_steps = 0
+        self._epoch: int = trainer.current_epoch
+        # Where on that clock the epoch begins, for a resumed run in the midst of it.
+        self._epoch_length = self._batches_of_epoch()
+        begin = self._epoch * self._epoch_length
+        self._epoch_begun_at = begin if begin <= self._batches < begin + self._epoch_length else self._batches
         self._log_interval: int = self._trainer.log_every_n_steps
         if self._log_interval:
             self._trainer.log_every_n_steps = _Interval(self._log_interval, self._remainder_of_steps)
@@ -89,6 +94,13 @@ class GlobalCounts:
 
     def before_epoch(self) -> None:
         """An epoch of this rank is about to begin; its data loaders may be new."""
+        if self._trainer.current_epoch != self._epoch:
+            self._epoch = self._trainer.current_epoch
+            begin = self._epoch_begun_at + self._epoch_length
+            # This rank may be far behind the run; then the epoch begins when it begins here.
+            here = abs(begin - self._batches) > max(1.0, self._epoch_length / 2)
+            self._epoch_begun_at = self._batches if here else begin
+            self._epoch_length = self._batches_of_epoch()
         interval = self._trainer.val_check_batch
         per_epoch = self._trainer.check_val_every_n_epoch is not None
         # Epochs of the rank's own have positions of its own.
@@ -162,6 +174,11 @@ class GlobalCounts:
             return loop.automatic_optimization.optim_progress.optimizer.step.total
         return loop.manual_optimization.optim_step_progress.total
 
+    def _batches_of_epoch(self) -> float:
+        """An epoch on the run's clock: no whole number where ranks share one batch more or less."""
+        items = self._data.items_of_epoch
+        return 0.0 if items is None else items / self._phase.budget.total_per_planned_step(self._phase.workers)
+
     def _set_global_step(self, steps: int) -> None:
         progress = self._progress
         progress.ready = progress.completed = steps * self._factor
@@ -184,13 +201,13 @@ class GlobalCounts:
         return 0 if now // n > before // n else max(1, count % n)
 
     def _remainder_of_batches(self, count: int, n: int) -> int:
-        before, now = math.floor(self._batches_before + HAIR), math.floor(self._batches + HAIR)
+        counts = self._batches_before, self._batches
+        before, now = (math.floor(count + HAIR) for count in counts)
         if self._trainer.check_val_every_n_epoch is not None:
             length = int(self._trainer.num_training_batches)
-            begin = self._trainer.current_epoch * length
+            before, now = (math.floor(count - self._epoch_begun_at + HAIR) for count in counts)
             # The estimate must not pass the epoch's end before its last batch, nor stay behind it then.
-            before = min(max(before - begin, 0), length - 1)
-            now = min(max(now - begin, 0), length - 1)
+            before, now = min(max(before, 0), length - 1), min(max(now, 0), length - 1)
             if self._trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
                 now = length
         return 0 if now // n > before // n else max(1, count % n)

@@ -87,6 +87,11 @@ def counted_optimizers(trainer: pl.Trainer) -> int:
     return 1 if automatic else max(1, len(trainer.strategy.optimizers))
 
 
+def has_minimum(trainer: pl.Trainer) -> bool:
+    """Whether a trainer is to go on for a while, whoever asks it to stop."""
+    return bool(trainer.fit_loop.min_epochs or trainer.fit_loop.epoch_loop.min_steps)
+
+
 class _Unreached(int):
     """A limit as the user wrote it, which Lightning's loops never find reached.
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 _M = TypeVar("_M", bound="Message")
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 """Raised whenever a peer of the version before would misread a message."""
 
 ALREADY_APPLIED = "already applied"
@@ -134,6 +134,7 @@ class Push(Message):
         inner: name of the file in which this worker has last saved its inner optimizers' states, which holds the
             content's hash; "" if there is none.
         tokens: taken in the round, see :func:`.batch_tokens`.
+        asks: this worker would have training end for everybody, as soon as rank 0 finds a minimum reached.
 
     """
 
@@ -153,6 +154,7 @@ class Push(Message):
     metrics: str = ""
     inner: str = ""
     tokens: int = 0
+    asks: bool = False
 
 
 @dataclass(frozen=True)

@@ -212,6 +212,16 @@ class AsyncPhase(Phase):
         if not self.stopped:
             self._end_round(final=True, stop=stop)
 
+    def finish_and_ask(self) -> None:
+        """The same, and rank 0 is to end training for everybody as soon as it finds a minimum reached."""
+        if not self.stopped:
+            self._end_round(final=True, asks=True)
+
+    @property
+    def asked_to_stop(self) -> bool:
+        """See :attr:`.phase_base.Phase.asked_to_stop`."""
+        return self.server is not None and self.server.view.asked_to_stop
+
     def leave(self) -> None:
         """Hands in what there is and has no more part in the training, which goes on."""
         if not self.stopped and self.worker.round_steps > 0:
@@ -291,8 +301,8 @@ class AsyncPhase(Phase):
         assert self.worker.reply is not None
         return self.worker.reply
 
-    def _end_round(self, final: bool = False, stop: bool = False) -> None:
-        self.worker.end_round(final=final, stop=stop)
+    def _end_round(self, final: bool = False, stop: bool = False, asks: bool = False) -> None:
+        self.worker.end_round(final=final, stop=stop, asks=asks)
         if self.stopped:
             self._ended_at = time.monotonic()
 

@@ -189,6 +189,15 @@ class Phase(ABC):
         if self.server is not None:
             self.server.replan(budget.total, budget.at_most(self.workers))
 
+    @property
+    def asked_to_stop(self) -> bool:
+        """Rank 0: whether another rank would have training end once a minimum is reached."""
+        return False
+
+    def finish_and_ask(self) -> None:
+        """This rank leaves its loop for good; where another one decides when training ends, that is asked to."""
+        self.finish(stop=True)
+
     def request_stop(self) -> None:
         """Rank 0 has decided to stop: everybody is told now, and handed the final model at their next step."""
         if self.server is not None:

@@ -75,6 +75,7 @@ class View:
         refusals: pushes refused, by the kind of their :class:`.Objection`.
         quarantined: workers that are refused for the rest of the run.
         held_back: pushes that the outer optimizer has taken in and not applied yet.
+        asked_to_stop: a worker would have training end once the trainer's minimum is reached.
 
     """
 
@@ -88,6 +89,7 @@ class View:
     refusals: Mapping[str, int] = field(default_factory=dict)
     quarantined: frozenset[int] = frozenset()
     held_back: int = 0
+    asked_to_stop: bool = False
     workers: Mapping[int, WorkerView] = field(default_factory=dict)
 
     @property
@@ -195,7 +197,7 @@ class Records:
         for worker in workers:
             self.of(FORMER).add(self.totals.pop(worker))
 
-    def view(self, version: int, budget: Budget, live: int, quarantined: Iterable[int], held_back: int) -> View:
+    def view(self, version: int, budget: Budget, live: int, quarantined: Iterable[int]) -> View:
         """The run at a glance.
 
         Args:
@@ -203,7 +205,6 @@ class Records:
             budget: of the run.
             live: live workers.
             quarantined: workers in quarantine.
-            held_back: pushes that wait in the outer optimizer.
 
         """
         return View(
@@ -216,7 +217,6 @@ class Records:
             momentum_cosine=None if self._latest is None else self._latest.momentum_cosine,
             refusals=dict(self.refusals),
             quarantined=frozenset(quarantined),
-            held_back=held_back,
             workers=dict(self.views),
         )
 

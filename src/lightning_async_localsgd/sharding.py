@@ -171,9 +171,21 @@ class _Stream:
 
     def hold(self) -> None:
         """Of the epoch that has just been opened, the last unit is not for everybody, unless it is the only one."""
-        start = (self.items - 1) // self.unit * self.unit
-        if start > 0:
-            self._held[self.epoch] = self._free[self.epoch].take(self.items, start, self.items)
+        if self.items > self.unit:
+            self._hold_last(self.epoch)
+
+    def hold_what_is_left(self) -> None:
+        """The same of all epochs that have been restored, of which a single unit may be left."""
+        for epoch in list(self._free):
+            self._hold_last(epoch)
+
+    def _hold_last(self, epoch: int) -> None:
+        free = self._free[epoch]
+        first, stop = free.spans[-1]
+        start = max(first, (stop - 1) // self.unit * self.unit)
+        self._held[epoch] = free.take(stop - start, start, stop)
+        if free.size == 0:
+            del self._free[epoch]
 
     def let_go(self, least: int, most: int) -> None:
         """What is held of the epochs from ``least`` to ``most`` is free."""
@@ -397,6 +409,8 @@ class DataLeases:
                 return None, refused
             stream = _Stream.begin(request.items, request.unit, request.epoch, self._shards_of(request))
             self._hold_some(stream, request)
+        elif name in self._restored and self._holds_for(request):
+            stream.hold_what_is_left()
         self._streams[name] = stream
         self._restored.discard(name)
         return stream, ""
@@ -437,9 +451,12 @@ class DataLeases:
         return 1 if request.ordered else self._shard_count
 
     def _hold_some(self, stream: _Stream, request: LeaseRequest) -> None:
-        # A stream whose epochs are not the run's owes nobody a part of each.
-        if self._lead is not None and not request.any_later:
+        if self._holds_for(request):
             stream.hold()
+
+    def _holds_for(self, request: LeaseRequest) -> bool:
+        # A stream whose epochs are not the run's owes nobody a part of each.
+        return self._lead is not None and not request.any_later
 
     def _no_lead(self, worker: int) -> None:
         if worker == self._lead:

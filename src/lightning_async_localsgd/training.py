@@ -12,7 +12,7 @@ from lightning_async_localsgd.callback import AsyncLocalSGDCallback
 from lightning_async_localsgd.companions import AwaitedStates
 from lightning_async_localsgd.counts import GlobalCounts
 from lightning_async_localsgd.inner_state import InnerStates
-from lightning_async_localsgd.limits import epoch_steps
+from lightning_async_localsgd.limits import epoch_steps, has_minimum
 from lightning_async_localsgd.local_values import LocalValues
 from lightning_async_localsgd.periodic import PeriodicCheckpoints
 from lightning_async_localsgd.plan import RunBudget
@@ -182,6 +182,8 @@ class AsyncTraining:
     def after_batch(self) -> None:
         """A batch has been trained on; called before any callback sees it."""
         self._counts.after_batch()
+        if self.phase.asked_to_stop:
+            self._trainer.should_stop = True  # From here on this loop sees to it that a minimum is reached.
 
     def settle(self) -> None:
         """The global model is about to be shown or saved: a single worker hands in what it has learned so far."""
@@ -208,7 +210,11 @@ class AsyncTraining:
             if self._entry is not None and self._entry.stranger and not self._data_ended:
                 self.phase.leave()  # The others need not stop for that.
             else:
-                self.phase.finish(stop=not self._data_ended)
+                # What the others have taken is an estimate on this rank, and its epochs may be ahead of rank 0's.
+                if not (self._data_ended or self._trainer.is_global_zero) and has_minimum(self._trainer):
+                    self.phase.finish_and_ask()
+                else:
+                    self.phase.finish(stop=not self._data_ended)
             self._follow()
 
     # ------------------------------------------------------------- inner states

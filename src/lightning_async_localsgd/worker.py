@@ -144,12 +144,13 @@ class Worker:
             return False
         return self.round_steps >= self.reply.local_steps or self.exchange.wanted_version == self.reply.version
 
-    def end_round(self, *, final: bool = False, stop: bool = False) -> Reply:
+    def end_round(self, *, final: bool = False, stop: bool = False, asks: bool = False) -> Reply:
         """Hands the round in and adopts the global model that comes back.
 
         Args:
             final: this worker takes no more steps; the call returns with the final model when everybody is done.
             stop: asks the same of everybody.
+            asks: the same, once rank 0 finds a minimum reached.
 
         Returns:
             The new dispatch.
@@ -158,17 +159,18 @@ class Worker:
             ExchangeError: the server cannot be reached any more, or has put this worker in quarantine.
 
         """
-        push = self.hand_in(final=final, stop=stop)
+        push = self.hand_in(final=final, stop=stop, asks=asks)
         reply = self.exchange.push(push, self._gradient, self._model)
         self.adopt(reply)
         return reply
 
-    def hand_in(self, *, final: bool = False, stop: bool = False) -> Push:
+    def hand_in(self, *, final: bool = False, stop: bool = False, asks: bool = False) -> Push:
         """Ends the round: its pseudo-gradient is in :attr:`gradient` if the push has steps.
 
         Args:
             final: see :meth:`end_round`.
             stop: likewise.
+            asks: likewise.
 
         Returns:
             The push, which no other call will give again.
@@ -202,6 +204,7 @@ class Worker:
             metrics=self.metrics(),
             inner=self.inner(),
             tokens=self._tokens,
+            asks=asks,
         )
 
     def adopt(self, reply: Reply) -> None:

@@ -103,6 +103,20 @@ CASES: dict[str, dict[str, Any]] = {
     "stopped_elsewhere": {"stop_at": 3, "stopper": 1, "trainer": {"max_epochs": 5}},
     "min_steps": {"stop_at": 6, "trainer": {"max_steps": 60, "min_steps": 30}},
     "min_epochs": {"stop_at": 6, "trainer": {"max_epochs": 4, "min_epochs": 2}},
+    # Rounds that nobody comes to the end of: what other ranks take is an estimate for long.
+    "min_steps_elsewhere": {
+        "stop_at": 6,
+        "stopper": 1,
+        "slow_rank": 0,
+        "local_steps": 1000,
+        "trainer": {"max_steps": 60, "min_steps": 30},
+    },
+    "min_epochs_elsewhere": {
+        "stop_at": 6,
+        "stopper": 1,
+        "slow_rank": 0,
+        "trainer": {"max_epochs": 4, "min_epochs": 2},
+    },
     "limited_validation": {"trainer": {"max_epochs": 1, "limit_val_batches": 1, "num_sanity_val_steps": 0}},
     "anomaly": {"trainer": {"max_epochs": 1, "detect_anomaly": True}},
     "one_cycle": {"schedule": "one_cycle", "trainer": {"max_steps": 50}},
@@ -121,7 +135,7 @@ def run(name: str, out: Path) -> None:
         dirpath=out / f"{name}_checkpoints", filename="{step}", every_n_train_steps=10, save_top_k=-1
     )
     trainer = L.Trainer(
-        strategy=AsyncLocalSGDStrategy(local_steps=5),
+        strategy=AsyncLocalSGDStrategy(local_steps=case.get("local_steps", 5)),
         accelerator="cpu",
         devices=2,
         logger=CSVLogger(out, name="", version=name),

@@ -143,6 +143,15 @@ def test_minima_are_of_all_workers(cases: dict[str, Case]) -> None:
     assert cases["min_epochs"].ranks[0]["epochs"] >= 2
 
 
+def test_minima_hold_whoever_asks_to_stop(cases: dict[str, Case]) -> None:
+    ranks = cases["min_steps_elsewhere"].ranks
+    assert 30 <= sum(len(rank["shown"]) for rank in ranks) / 2 < 60
+    assert 30 <= ranks[0]["global_step"] < 60
+    assert 2 <= cases["min_epochs_elsewhere"].ranks[0]["epochs"] < 4
+    for name in ("min_steps_elsewhere", "min_epochs_elsewhere"):
+        assert [rank["should_stop"] for rank in cases[name].ranks] == [True] * 2
+
+
 def test_the_trainer_gets_its_intervals_back(cases: dict[str, Case]) -> None:
     assert cases["steps"].ranks[0]["intervals"] == [5, 40, -1]
     assert cases["epochs"].ranks[1]["intervals"] == [5, -1, 3]

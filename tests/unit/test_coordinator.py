@@ -415,6 +415,23 @@ def test_a_worker_of_unknown_speed_is_called_in_when_others_have_finished() -> N
     assert set(coordinator.wanted()) == {0, 1, 2}
 
 
+def test_who_asks_to_stop_leaves_it_to_the_host_which_learns_at_once_who_goes_on() -> None:
+    coordinator = make(workers=3)
+    player = Player(coordinator)
+    player.join_all(3)
+    player.push(2, 1.0, timed_steps=10, compute_seconds=0.1)
+    player.flush(1.0)
+    player.push(1, 2.0, final=True, asks=True)
+    assert player.flush(2.0) == {}
+    assert coordinator.view().asked_to_stop
+    assert not coordinator.stopping
+    assert 0 in coordinator.wanted()
+    player.push(0, 2.5, timed_steps=10, compute_seconds=1.0)
+    reply = player.flush(2.5)[0]
+    assert not reply.stop
+    assert reply.pace == pytest.approx(1.0 + 10.0), "of itself, and of worker 2, which is ten times as fast"
+
+
 def test_equal_workers_are_never_called_in() -> None:
     coordinator = make(workers=2, grace="auto")
     player = Player(coordinator)

@@ -538,6 +538,40 @@ def test_of_an_epoch_of_one_unit_nothing_is_kept_for_the_lead() -> None:
     assert sorted(other.held) == [(0, 0), (0, 1), (0, 2)]
 
 
+def test_of_restored_epochs_the_last_unit_that_is_left_is_the_leads() -> None:
+    """Also where another worker had opened one more when the checkpoint was written, and where it is the only one."""
+    before = DataLeases(3)
+    before.lead(0)
+    takers = [Taker(before, worker, items=10, unit=2) for worker in range(3)]
+    while takers[1].epoch == 0:
+        lease = takers[1].request()
+        takers[1].train(1000)
+        takers[1].push()
+        takers[1].epoch += lease.start == lease.stop
+    takers[1].request()
+    takers[1].train(1000)
+    takers[1].push()
+    saved = before.state_dict()
+    assert {epoch for epoch, _, _ in saved["0"]["free"]} == {0, 1}
+
+    after = DataLeases(3)
+    after.load_state_dict(saved)
+    after.lead(0)
+    first, *others = (Taker(after, worker, items=10, unit=2) for worker in range(3))
+    for taker in others:
+        lease = taker.request()
+        assert lease.start == lease.stop, "what is left of the first epoch is the lead's"
+        taker.epoch = 1
+        while (lease := taker.request()).start < lease.stop:
+            pass
+    for epoch in range(2):
+        first.epoch = epoch
+        assert first.request().epoch == epoch
+    assert {epoch for epoch, _ in first.held} == {0, 1}
+    left = sum(stop - start for _, start, stop in saved["0"]["free"])
+    assert len(first.held) + sum(len(taker.held) for taker in others) == left
+
+
 def test_a_stream_that_does_not_end_epochs_keeps_nothing_for_the_lead() -> None:
     leases = DataLeases(2)
     leases.lead(0)

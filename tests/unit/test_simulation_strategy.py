@@ -8,6 +8,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -618,6 +619,14 @@ def test_metrics_summary_and_evaluation_afterwards(tmp_path: Path) -> None:
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     assert trainer.test(module, loader(4, 9), verbose=False)[0]["val_loss"] > 0
     assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
+
+
+def test_every_epoch_is_validated_within_also_where_ranks_share_it_unequally() -> None:
+    """Ten batches for three workers are 3.33 for each: the run's epochs begin at no multiple of four."""
+    module, _ = fit(Simulated([0.1] * 3, local_steps=4), data=loader(10), max_steps=60, val_check_interval=2)
+    steps = [step for step, _ in module.validated]
+    assert len(steps) == 2 * 18
+    assert max(after - before for before, after in pairwise([0, *steps, 60])) <= 3
 
 
 def test_pushes_that_a_buffer_has_kept_to_the_end_are_told(tmp_path: Path) -> None:
