@@ -16,7 +16,6 @@ the session may come back. A push that is sent again is answered again, and chan
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lightning_async_localsgd.attendance import Attendance
@@ -369,8 +368,9 @@ class Coordinator:
 
     def view(self) -> View:
         """The run at a glance."""
-        records = self._records.view(self.model.version, self.budget, len(self._members), self.attendance.quarantined)
-        return replace(records, held_back=self.model.rule.held_back, asked_to_stop=self._asked_to_stop)
+        return self._records.view(
+            self.model, self.budget, len(self._members), self.attendance.quarantined, self._asked_to_stop
+        )
 
     @property
     def totals(self) -> dict[int, WorkerTotals]:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from lightning_async_localsgd.budget import Budget
-    from lightning_async_localsgd.global_model import PushNorm
+    from lightning_async_localsgd.global_model import GlobalModel, PushNorm
     from lightning_async_localsgd.messages import Push
     from lightning_async_localsgd.objections import Objection
 
@@ -197,18 +197,21 @@ class Records:
         for worker in workers:
             self.of(FORMER).add(self.totals.pop(worker))
 
-    def view(self, version: int, budget: Budget, live: int, quarantined: Iterable[int]) -> View:
+    def view(
+        self, model: GlobalModel, budget: Budget, live: int, quarantined: Iterable[int], asked_to_stop: bool
+    ) -> View:
         """The run at a glance.
 
         Args:
-            version: of the global model.
+            model: the global model.
             budget: of the run.
             live: live workers.
             quarantined: workers in quarantine.
+            asked_to_stop: see :class:`View`.
 
         """
         return View(
-            version=version,
+            version=model.version,
             progress=budget.done,
             total=budget.total,
             alive_workers=live,
@@ -217,6 +220,8 @@ class Records:
             momentum_cosine=None if self._latest is None else self._latest.momentum_cosine,
             refusals=dict(self.refusals),
             quarantined=frozenset(quarantined),
+            held_back=model.rule.held_back,
+            asked_to_stop=asked_to_stop,
             workers=dict(self.views),
         )
 

@@ -333,10 +333,7 @@ class SimulatedData(TrainingData):
     def _own_loader(self, number: int) -> CombinedLoader:
         if number not in self._own:
             assert self._worker_data is not None
-            given = self._worker_data(number)
-            if not isinstance(given, CombinedLoader):
-                given = CombinedLoader(given, "max_size_cycle")
-            self._own[number] = given
+            self._own[number] = combined(self._worker_data(number))
         return self._own[number]
 
     def _hold(self, fetcher: _DataFetcher) -> None:
@@ -353,6 +350,11 @@ class SimulatedData(TrainingData):
         zeroing = optimization._make_zero_grad_fn
         # Lightning begins a window with every so many batches of the epoch, whosever they are.
         optimization._make_zero_grad_fn = lambda index, optimizer: zeroing(0 if self._window_begins else 1, optimizer)
+
+
+def combined(data: Any) -> CombinedLoader:
+    """What a user gives as training data, as Lightning takes it."""
+    return data if isinstance(data, CombinedLoader) else CombinedLoader(data, "max_size_cycle")
 
 
 class _Played(_DataFetcher):

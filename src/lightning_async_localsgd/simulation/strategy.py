@@ -13,7 +13,6 @@ from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies.launchers.launcher import _Launcher
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -23,7 +22,7 @@ from lightning_async_localsgd.outer import OuterOptimizer
 from lightning_async_localsgd.refusals import refuse_callbacks_of_one_worker, refuse_plugins
 from lightning_async_localsgd.registration import register_simulated
 from lightning_async_localsgd.run_folder import prepare_fit
-from lightning_async_localsgd.simulation.data import SimulatedData
+from lightning_async_localsgd.simulation.data import SimulatedData, combined
 from lightning_async_localsgd.simulation.devices import Arrival, Cluster, Death, Link, Slowdown, StepSeconds
 from lightning_async_localsgd.simulation.phase import SimulatedPhase
 from lightning_async_localsgd.simulation.replay import Recording
@@ -274,8 +273,7 @@ class SimulatedAsyncLocalSGDStrategy(AsyncLocalSGDStrategy):
                 ) from error
             if data is None:
                 raise ValueError(f"worker_data({worker}) returned None; it must return the loader of worker {worker}")
-            loaders = data if isinstance(data, CombinedLoader) else CombinedLoader(data)
-            odd = next((one for one in loaders.flattened if not hasattr(one, "__iter__")), None)
+            odd = next((one for one in combined(data).flattened if not hasattr(one, "__iter__")), None)
             if odd is not None:
                 raise TypeError(
                     f"worker_data({worker}) returned {odd!r} where a loader must be, which cannot be iterated over; it "
