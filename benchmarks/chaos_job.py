@@ -1,7 +1,7 @@
-"""The training that benchmarks/chaos.py has fail: ``python chaos_job.py DIRECTORY JSON``.
+"""The training in which ``benchmarks/chaos.py`` injects faults: ``python chaos_job.py DIRECTORY JSON``.
 
-Every rank trains a small regression at the speed of an emulated device, until there is a file ``stop`` in the
-directory. See ``main`` for the options.
+Every rank trains a small regression model at the speed of an emulated device, until the directory contains a file
+``stop``. See ``main`` for the options.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from step_notes import StepNotes
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_async_localsgd import AsyncLocalSGDCallback, AsyncLocalSGDStrategy, EmulatedDevices
+from lightning_async_localsgd import AsyncLocalSGDCallback, AsyncLocalSGDStrategy, EmulatedDevices, ExchangeOptions
 
 
 class Regression(L.LightningModule):
@@ -34,8 +34,8 @@ class Regression(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
 
-class End(L.Callback):
-    """Stops the run when it is asked to, and notes the final model's digest."""
+class StopFile(L.Callback):
+    """Stops the run when the file ``stop`` exists, and writes a digest of the final model."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -53,12 +53,12 @@ class End(L.Callback):
 
 
 def main(directory: Path, options: dict[str, Any]) -> None:
-    """Trains.
+    """Train until the file ``stop`` exists.
 
     Args:
         directory: for notes, the ledger and logs.
-        options: ``seconds_per_step`` of each rank, ``local_steps``, ``width`` of the model, ``silence_timeout`` and
-            ``max_restarts`` of the strategy.
+        options: ``seconds_per_step`` of each rank, ``width`` of the model, and the strategy's ``local_steps``,
+            ``silence_timeout`` and ``max_restarts``.
 
     """
     logging.basicConfig(format="%(message)s")
@@ -68,7 +68,7 @@ def main(directory: Path, options: dict[str, Any]) -> None:
     trainer = L.Trainer(
         strategy=AsyncLocalSGDStrategy(
             local_steps=options["local_steps"],
-            silence_timeout=options["silence_timeout"],
+            exchange=ExchangeOptions(silence_timeout=options["silence_timeout"]),
             max_restarts=options["max_restarts"],
         ),
         accelerator="cpu",
@@ -76,7 +76,7 @@ def main(directory: Path, options: dict[str, Any]) -> None:
         callbacks=[
             EmulatedDevices(seconds),
             StepNotes(directory),
-            End(directory),
+            StopFile(directory),
             AsyncLocalSGDCallback(ledger=directory / "ledger.jsonl"),
         ],
         logger=False,

@@ -1,6 +1,6 @@
-"""A callback that notes what a process does the moment it does it, so that it is known however the process ends.
+"""A callback that writes each event of a process to a file at once, so that the events of killed processes are kept.
 
-Times are those of ``time.monotonic``, which the processes of one machine share.
+Times are those of ``time.monotonic``, which is the same clock for all processes of a machine.
 """
 
 from __future__ import annotations
@@ -17,21 +17,22 @@ from typing import Any, TextIO
 import lightning.pytorch as pl
 from typing_extensions import override
 
-from lightning_async_localsgd.faults import life_number
+from lightning_async_localsgd.lightning.fault_injection import life_number
 
 
 @dataclass
 class Life:
-    """One process's part in training.
+    """The notes of one worker process. A worker that is restarted has several lives.
 
     Attributes:
-        worker: its number.
-        number: how often the worker had been restarted before.
-        session: its session.
-        pid: of the process.
-        steps: the ends of its local steps.
-        answers: of its pushes: moment, sequence number, version that came back, reason of a refusal.
-        log: what the package has logged in this process.
+        worker: the worker's number.
+        number: how often the worker was restarted before this process.
+        session: the session of the process.
+        pid: process ID.
+        steps: end time of each local step.
+        answers: for each answered push: time, sequence number, version of the dispatched model, and why the push was
+            refused (None if it was merged).
+        log: time and text of the package's log messages in this process.
 
     """
 
@@ -45,19 +46,19 @@ class Life:
 
     @property
     def gaps(self) -> list[tuple[float, float]]:
-        """Begin and end of what lies between its steps."""
+        """Begin and end of each interval between two steps."""
         return list(pairwise(self.steps))
 
     def steps_within(self, begin: float, end: float) -> int:
-        """How many of its steps ended in that time."""
+        """Return the number of steps that ended between ``begin`` and ``end``."""
         return sum(begin < step < end for step in self.steps)
 
 
 class StepNotes(pl.Callback):
-    """Appends to ``notes_<worker>_<life>.txt``, line by line.
+    """Appends each event to ``notes_<worker>_<life>.txt``.
 
     Args:
-        directory: where the files go; it must exist.
+        directory: existing directory for the files.
 
     """
 
@@ -66,20 +67,21 @@ class StepNotes(pl.Callback):
         self.directory = Path(directory)
         self._file: TextIO | None = None
         self._handler: logging.Handler | None = None
-        self._round = 1
+        self._answered = 0
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        worker = trainer.strategy.training.phase.worker  # type: ignore[attr-defined]
+        worker = trainer.strategy.controller.runtime.worker  # type: ignore[attr-defined]
         if self._file is None:
             self._file = (self.directory / f"notes_{worker.number}_{life_number()}.txt").open("a", buffering=1)
             self._note("start", worker.session, os.getpid())
             self._handler = _Handler(self)
             logging.getLogger("lightning_async_localsgd").addHandler(self._handler)
-        # The answer came within the step, so it stands before it.
-        if worker.round > self._round:
-            self._note("answer", worker.round - 1, worker.reply.version, json.dumps(worker.reply.refused))
-            self._round = worker.round
+        # The answer was adopted during the step, so write it before the step. A later push may be in flight by now.
+        reply = worker.reply
+        if reply.sequence > self._answered:
+            self._note("answer", reply.sequence, reply.version, json.dumps(reply.refused))
+            self._answered = reply.sequence
         self._note("step")
 
     @override
@@ -89,12 +91,12 @@ class StepNotes(pl.Callback):
             self._handler = None
 
     def note_log(self, text: str) -> None:
-        """Notes a line of the log."""
+        """Append a log message."""
         self._note("log", json.dumps(text))
 
     def _note(self, kind: str, *words: Any) -> None:
         assert self._file is not None
-        # In one go, for several threads log.
+        # One write, because several threads log.
         self._file.write(" ".join(map(str, (kind, time.monotonic(), *words))) + "\n")
 
 
@@ -108,14 +110,14 @@ class _Handler(logging.Handler):
 
 
 def read_notes(directory: Path) -> dict[tuple[int, int], Life]:
-    """All notes so far, by worker and life."""
-    found = {}
+    """Read all notes so far, by worker and life."""
+    lives = {}
     for path in sorted(directory.glob("notes_*.txt")):
         worker, number = map(int, path.stem.split("_")[1:])
-        life = found[worker, number] = Life(worker, number)
+        life = lives[worker, number] = Life(worker, number)
         for line in path.read_text().splitlines(keepends=True):
             if not line.endswith("\n"):
-                continue  # The last line of a process that was killed.
+                continue  # The incomplete last line of a killed process.
             kind, moment, *rest = line.rstrip("\n").split(" ", maxsplit=2)
             if kind == "start":
                 session, pid = rest[0].split()
@@ -127,4 +129,4 @@ def read_notes(directory: Path) -> dict[tuple[int, int], Life]:
                 life.answers.append((float(moment), int(sequence), int(version), json.loads(refused)))
             else:
                 life.log.append((float(moment), json.loads(rest[0])))
-    return found
+    return lives

@@ -1,7 +1,8 @@
-"""A callback that writes down when each rank updated its weights and what each validation found.
+"""A callback that records when each rank updated its weights, and the loss of each validation.
 
-It looks at the torch optimizer alone and so judges every strategy in the same way, whatever that strategy reports of
-itself. Times are those of ``time.monotonic``, which the processes of one machine share.
+Only the torch optimizer is observed. The figures of all strategies are therefore measured in the same way and do not
+depend on what a strategy reports about itself. Times are those of ``time.monotonic``, which is the same clock for all
+processes of a machine.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ if TYPE_CHECKING:
 class StepTimeline(pl.Callback):
     """Writes ``rank_<i>.json`` at the end of ``fit``, and again with the final loss after a ``validate``.
 
-    Place it after :class:`~lightning_async_localsgd.emulation.EmulatedDevices`, so that an emulated step is recorded at
-    its end.
+    Place the callback after :class:`~lightning_async_localsgd.emulation.EmulatedDevices`, so that an emulated step is
+    recorded at its end.
 
     Args:
-        directory: where the files go; it must exist.
+        directory: existing directory for the files.
 
     """
 

@@ -28,7 +28,7 @@ class Hosts:
     device: str = "eth0"
 
     def cut(self) -> None:
-        """Pulls the cable: what is on its way is lost, and nobody is told."""
+        """Pull the cable: all packets on their way are lost, without any notice."""
         self._set("down")
 
     def restore(self) -> None:

@@ -219,7 +219,7 @@ class Proxy:
             await self._sleep_until(due)
             await self._flowing.wait()
             if not data:
-                # The other direction ends as well: nobody here uses half of a connection.
+                # The other direction ends as well: no peer here uses half of a connection.
                 sink.close()
                 await sink.wait_closed()
                 raise EOFError

@@ -1,1 +1,1 @@
-"""The study in docs/study.md: asynchronous against synchronous local SGD on real text, on a simulated cluster."""
+"""The study of docs/study.md: asynchronous and synchronous local SGD on real text, on a simulated cluster."""

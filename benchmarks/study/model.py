@@ -1,7 +1,7 @@
-"""The study's language model: small, and lean enough that two cores train thousands of steps in a minute.
+"""The language model of the study. It is small, so that two cores can train thousands of steps per minute.
 
-A decoder-only transformer like that of ``examples/language_model``, with learned positions instead of rotary ones, and
-without metrics or logged values in its training step.
+A decoder-only transformer like that of ``examples/language_model``, but with learned positions instead of rotary
+embeddings, and without metrics or logging in the training step.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ SIZES: dict[str, tuple[int, int, int]] = {
     "1.5m": (3, 176, 4),
     "4m": (4, 272, 4),
 }
-"""Layers, width and heads. With a vocabulary of 2,048 there are 0.53, 1.48 and 4.1 million parameters."""
+"""Layers, width and heads.
+
+With 2,048 tokens the last three sizes have 0.53, 1.48 and 4.1 million parameters.
+"""
 
 WARMUP_SHARE = 0.05
 FINAL_LR_SHARE = 0.1
@@ -72,12 +75,12 @@ class Transformer(nn.Module):
         self.norm = nn.LayerNorm(width, bias=False)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
-                # Each layer adds two terms to the residual stream; this keeps its variance independent of the depth.
+                # Each layer adds two terms to the residual stream. This keeps its variance independent of the depth.
                 residual = name.endswith(("attention.output.weight", "contract.weight"))
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * layers) if residual else 0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Returns the logits ``[batch, time, vocabulary]`` of the token that follows each of ``tokens``."""
+        """Return the logits ``[batch, time, vocabulary]`` of the token after each of ``tokens``."""
         x = self.embedding(tokens) + self.positions[: tokens.size(1)]
         for block in self.blocks:
             x = block(x)
@@ -85,14 +88,14 @@ class Transformer(nn.Module):
 
 
 class LanguageModel(pl.LightningModule):
-    """Trains a :class:`Transformer` to predict the next token, with AdamW, warm-up and a cosine.
+    """Trains a :class:`Transformer` to predict the next token with AdamW, after a linear warm-up.
 
     Args:
         size: one of :data:`SIZES`.
         vocabulary: number of tokens.
         length: tokens to predict in a sequence.
-        lr: peak of AdamW's learning rate.
-        decay: whether it falls after the warm-up, along a cosine down to a tenth; else it stays.
+        lr: peak learning rate of AdamW.
+        decay: whether the learning rate falls to a tenth along a cosine after the warm-up. Otherwise it is constant.
 
     Attributes:
         validation_loss: mean cross-entropy of the last validation.
@@ -118,7 +121,7 @@ class LanguageModel(pl.LightningModule):
         self._losses.clear()
 
     def loss(self, batch: Tensor) -> Tensor:
-        """Mean cross-entropy of windows ``[batch, length + 1]``."""
+        """Compute the mean cross-entropy of windows ``[batch, length + 1]``."""
         return F.cross_entropy(self.transformer(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:

@@ -1,4 +1,4 @@
-"""One run: a cell with a seed, from its warm start to what is known of it at the end."""
+"""Run one cell with one seed: warm start, training and the result."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader
 
 from benchmarks.study import text
 from benchmarks.study.cells import Cell, strategy_options, strategy_quorum
+from benchmarks.study.equal_time import steps_in
 from benchmarks.study.model import LanguageModel
 from benchmarks.study.text import Corpus, Windows
 from lightning_async_localsgd import AsyncLocalSGDCallback, SimulatedAsyncLocalSGDStrategy
@@ -37,23 +38,23 @@ BATCH = 4
 WARM_BATCH = 16
 CURVE_POINTS = 20
 CURVE_STEPS = 100
-"""Steps between two points of a curve, at least."""
+"""Minimum number of steps between two points of a curve."""
 CURVE_WINDOWS = 256
 FINAL_WINDOWS = 2048
 WARM_LR = {"smoke": 1e-2, "0.5m": 2e-3, "1.5m": 2e-3, "4m": 1.5e-3}
 GRADIENT_CLIP = 1.0
 TIMELINE = (400.0, 480.0)
-"""Seconds of a run of which it is kept who computed when."""
+"""The part of a run, in seconds, for which the result contains the start and end of each round."""
 
 
 @dataclass(frozen=True)
-class Places:
-    """Where things are.
+class RunContext:
+    """Folders and device of a run.
 
     Args:
-        data: the text, see :data:`.CORPORA`.
-        cache: tokens and warm starts.
-        accelerator: what computes, ``"cpu"`` or ``"gpu"``; the real processes of table F are on the CPU in any case.
+        data: folder with the text, see :data:`.CORPORA`.
+        cache: folder for tokens and warm starts.
+        accelerator: ``"cpu"`` or ``"gpu"``. The real processes of table F always use the CPU.
 
     """
 
@@ -63,7 +64,7 @@ class Places:
 
 
 def _commit() -> str:
-    """Of the repository, with a plus where files of the package or of the study differ from it."""
+    """Return the current commit, with a plus sign if files of the package or of the study are modified."""
     git = ["git", "-C", str(text.ROOT)]
     try:
         commit = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True)
@@ -76,53 +77,57 @@ def _commit() -> str:
 
 
 COMMIT = _commit()
-"""Read when the code is, for a process may run for hours."""
+"""Read at import, because the repository may change while a process runs for hours."""
 
 
-def run(cell: Cell, seed: int, places: Places) -> dict[str, Any]:
-    """Runs a cell whose learning rates are known.
+def run(cell: Cell, seed: int, context: RunContext) -> dict[str, Any]:
+    """Run a cell whose learning rates are known.
 
     Returns:
-        The line of JSON, without the name of the table.
+        The result for the line of JSON, without the name of the table.
 
     """
-    quiet()
+    configure_process()
     if cell.processes:
-        return _processes(cell, seed, places)
-    start = warm_start(cell, seed, places)
-    corpus = load(cell, places)
+        return _train_in_processes(cell, seed, context)
+    planned = cell
+    if cell.seconds is not None:
+        cell = replace(cell, steps=steps_in(cell))
+    start = make_warm_start(cell, seed, context)
+    corpus = load_corpus(cell, context)
     began = time.perf_counter()
     pl.seed_everything(seed, verbose=False)
-    module = prepare(cell, start)
-    curve = Curve(cell, corpus)
+    module = make_module(cell, start)
+    curve = LossCurve(cell, corpus)
     with tempfile.TemporaryDirectory(prefix="async_localsgd_study_") as folder:
-        train = _alone if cell.method == "single" else _simulated
-        found = train(cell, module, corpus, curve, Path(folder), trainer_options(places.accelerator))
-    end = curve.finish(module, found["seconds"])
+        train = _train_simulated if cell.workers_apart else _train_single
+        result = train(cell, module, corpus, curve, Path(folder), trainer_options(context.accelerator))
+    losses = curve.finish(module, result["seconds"])
     return {
-        **header(cell, seed, places.accelerator),
-        **found,
-        **end,
+        **describe_run(planned, seed, context.accelerator),
+        **({} if planned.seconds is None else {"steps": cell.steps}),
+        **result,
+        **losses,
         "wall_seconds": round(time.perf_counter() - began, 1),
     }
 
 
-def quiet() -> None:
-    """One thread, and nothing on the screen."""
+def configure_process() -> None:
+    """Use one thread, and print neither log messages nor warnings of Lightning."""
     torch.set_num_threads(1)
-    # Optimizer states of rare tokens fade to numbers that the processor handles slowly.
+    # The optimizer states of rare tokens decay to denormal numbers, which are slow to process.
     torch.set_flush_denormal(True)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
 
 
-def load(cell: Cell, places: Places) -> Corpus:
-    """The text of a cell."""
-    return text.load(cell.corpus, places.data, places.cache, cell.vocabulary, LENGTH)
+def load_corpus(cell: Cell, context: RunContext) -> Corpus:
+    """Load the text of a cell."""
+    return text.load_corpus(cell.corpus, context.data, context.cache, cell.vocabulary, LENGTH)
 
 
-def prepare(cell: Cell, start: Path | None) -> LanguageModel:
-    """The module, with the weights of its warm start."""
+def make_module(cell: Cell, start: Path | None) -> LanguageModel:
+    """Create the module, and load the weights of the warm start."""
     assert cell.inner_lr is not None
     module = LanguageModel(cell.size, cell.vocabulary, LENGTH, cell.inner_lr)
     if start is not None:
@@ -130,32 +135,36 @@ def prepare(cell: Cell, start: Path | None) -> LanguageModel:
     return module
 
 
-def warm_start(cell: Cell, seed: int, places: Places) -> Path | None:
-    """The file with the weights that a cell starts from; makes it if it is not there yet.
+def make_warm_start(cell: Cell, seed: int, context: RunContext) -> Path | None:
+    """Return the file with the initial weights of a cell, and train them if the file does not exist.
 
-    They were trained synchronously, with batches of four workers' size and a learning rate that is constant after its
-    warm-up.
+    The weights are trained synchronously, with batches as large as those of four workers together and a learning rate
+    that is constant after its warm-up.
+
+    Returns:
+        The file, or None if the cell starts from random weights.
+
     """
     if cell.warm_steps == 0:
         return None
-    made = (cell.corpus, cell.vocabulary, cell.size, WARM_BATCH, LENGTH, cell.warm_steps, WARM_LR[cell.size], seed)
-    path = places.cache / "warm" / f"{'-'.join(map(str, made))}.pt"
+    key = (cell.corpus, cell.vocabulary, cell.size, WARM_BATCH, LENGTH, cell.warm_steps, WARM_LR[cell.size], seed)
+    path = context.cache / "warm" / f"{'-'.join(map(str, key))}.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("w") as lock:
-        # Whoever else needs it waits for it.
+        # Other processes that need the same file wait for it.
         fcntl.flock(lock, fcntl.LOCK_EX)
         if path.exists():
             return path
         pl.seed_everything(1000 + seed, verbose=False)
         module = LanguageModel(cell.size, cell.vocabulary, LENGTH, WARM_LR[cell.size], decay=False)
-        trainer = pl.Trainer(max_steps=cell.warm_steps, logger=False, **trainer_options(places.accelerator))
-        trainer.fit(module, text.loader(load(cell, places).mixture, WARM_BATCH))
-        text.save(module.state_dict(), path)
+        trainer = pl.Trainer(max_steps=cell.warm_steps, logger=False, **trainer_options(context.accelerator))
+        trainer.fit(module, text.make_loader(load_corpus(cell, context).mixture, WARM_BATCH))
+        text.save_atomically(module.state_dict(), path)
     return path
 
 
-def header(cell: Cell, seed: int, accelerator: str = "cpu") -> dict[str, Any]:
-    """What was run, of which version and where."""
+def describe_run(cell: Cell, seed: int, accelerator: str = "cpu") -> dict[str, Any]:
+    """Return cell, seed, commit and machine of a run."""
     device = f"{torch.cuda.get_device_name()}, " if accelerator == "gpu" else ""
     return {
         "cell": cell.as_dict(),
@@ -168,7 +177,7 @@ def header(cell: Cell, seed: int, accelerator: str = "cpu") -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """Its architecture, and its name where the system tells it."""
+    """Return the architecture of the processor, and its name if the system provides it."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -176,12 +185,12 @@ def _processor() -> str:
     return platform.machine()
 
 
-class Curve(pl.Callback):
-    """The validation loss along a run, over local updates of all workers and over the run's own time.
+class LossCurve(pl.Callback):
+    """Records the validation loss of a run, over local updates of all workers and over the time of the devices.
 
     Args:
-        cell: what is run.
-        corpus: its text.
+        cell: the cell that is run.
+        corpus: the text of the cell.
 
     """
 
@@ -194,45 +203,63 @@ class Curve(pl.Callback):
 
     @property
     def loader(self) -> DataLoader[Tensor]:
-        """For the trainer's validations."""
-        return DataLoader(Windows(self.windows), 64, collate_fn=text.as_it_is)
+        """The data loader for the trainer's validations."""
+        return DataLoader(Windows(self.windows), 64, collate_fn=text.keep_batch)
 
     @property
     def interval(self) -> int:
-        """Steps of the trainer between two validations."""
+        """The number of the trainer's steps between two validations."""
         return min(self._cell.steps, max(CURVE_STEPS, self._cell.steps // CURVE_POINTS))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, LanguageModel)
-        done = trainer.global_step * self._cell.workers
-        self._points.append((done, self._seconds(), pl_module.validation_loss))
+        updates = trainer.global_step * self._cell.batches_per_step
+        self._points.append((updates, self._seconds(), pl_module.validation_loss))
 
     def begin(self, module: LanguageModel, seconds: Callable[[], float]) -> None:
-        """The curve's first point is the loss before training; ``seconds`` tells the run's time from then on."""
+        """Start the curve with the loss before training.
+
+        Args:
+            module: the module before training.
+            seconds: returns the time of the devices since the start of training.
+
+        """
         self._points = [(0, 0.0, evaluate(module, self.windows))]
         self._seconds = seconds
 
     def finish(self, module: LanguageModel, seconds: float) -> dict[str, Any]:
-        """The curve, which ends with the final model after so many seconds, and its loss on more of the text."""
-        end = self._cell.steps * self._cell.workers
+        """End the curve with the final model, and return the curve and the loss of the final model on more text.
+
+        Args:
+            module: the module after training.
+            seconds: time of the devices at the end of training.
+
+        """
+        end = self._cell.steps * self._cell.batches_per_step
         points = [point for point in self._points if point[0] < end]
         points.append((end, seconds, evaluate(module, self.windows)))
         return {
             "final_loss": round(evaluate(module, self._corpus.validation_windows(FINAL_WINDOWS)), 5),
-            "curve": [[done, round(at, 2), round(loss, 4)] for done, at, loss in points],
+            "curve": [[updates, round(at, 2), round(loss, 4)] for updates, at, loss in points],
         }
 
 
 @torch.no_grad()
 def evaluate(module: LanguageModel, windows: Tensor) -> float:
-    """Mean cross-entropy of a module on windows."""
+    """Compute the mean cross-entropy of a module on windows."""
     module.eval()
     losses = [float(module.loss(batch.long())) * len(batch) for batch in torch.split(windows, 64)]
     return sum(losses) / len(windows)
 
 
 class MemoryLogger(Logger):
-    """Keeps what is logged under some names; the folder is where the run's summary is written."""
+    """Keeps the values logged under some names in memory.
+
+    Args:
+        folder: where the strategy writes the summary of the run.
+        names: of the values to keep.
+
+    """
 
     def __init__(self, folder: Path, names: tuple[str, ...]) -> None:
         super().__init__()
@@ -258,19 +285,20 @@ class MemoryLogger(Logger):
                 self.logged[name].append((step or 0, float(metrics[name])))
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing is done with them."""
+        """Ignore hyperparameters."""
 
 
 COSINE = "async/momentum_cosine"
 
 
-def _simulated(
-    cell: Cell, module: LanguageModel, corpus: Corpus, curve: Curve, folder: Path, options: dict[str, Any]
+def _train_simulated(
+    cell: Cell, module: LanguageModel, corpus: Corpus, curve: LossCurve, folder: Path, options: dict[str, Any]
 ) -> dict[str, Any]:
-    """Trains on the simulated cluster."""
-    parts = [text.loader(part, BATCH) for part in corpus.train]
+    """Train on the simulated cluster."""
+    parts = [text.make_loader(part, BATCH) for part in corpus.train]
     strategy = SimulatedAsyncLocalSGDStrategy(
         seconds_per_step=cell.seconds_per_step,
+        exchange_seconds=cell.exchange_seconds,
         worker_data=None if cell.iid else parts.__getitem__,
         **strategy_options(cell),
     )
@@ -284,16 +312,16 @@ def _simulated(
         callbacks=[curve, callback],
         **options,
     )
-    curve.begin(module, lambda: (strategy.phase and strategy.phase.virtual_seconds) or 0.0)
-    trainer.fit(module, text.loader(corpus.mixture, BATCH) if cell.iid else None, curve.loader)
+    curve.begin(module, lambda: (strategy.runtime and strategy.runtime.virtual_seconds) or 0.0)
+    trainer.fit(module, text.make_loader(corpus.mixture, BATCH) if cell.iid else None, curve.loader)
     cosine = [[step * cell.workers, round(value, 4)] for step, value in logger.logged[COSINE]]
-    return {**of_the_run(cell, folder), "cosine": cosine, "timeline": _timeline(cell, _pushes(folder))}
+    return {**read_run_files(cell, folder), "cosine": cosine, "timeline": _timeline(cell, _read_ledger(folder))}
 
 
-def _alone(
-    cell: Cell, module: LanguageModel, corpus: Corpus, curve: Curve, folder: Path, options: dict[str, Any]
+def _train_single(
+    cell: Cell, module: LanguageModel, corpus: Corpus, curve: LossCurve, folder: Path, options: dict[str, Any]
 ) -> dict[str, Any]:
-    """Trains one worker, on the fastest device, with batches as large as those of all workers together."""
+    """Train a single model: on the fastest device, with batches of one worker or of all of them, or as DDP does."""
     trainer = pl.Trainer(
         max_steps=cell.steps,
         val_check_interval=curve.interval,
@@ -301,14 +329,17 @@ def _alone(
         callbacks=[curve],
         **options,
     )
-    step_seconds = min(cell.seconds_per_step) * cell.workers
+    if cell.method == "ddp":
+        step_seconds = max(cell.seconds_per_step) + 2.0 * cell.exchange_seconds
+    else:
+        step_seconds = min(cell.seconds_per_step) * cell.batches_per_step
     curve.begin(module, lambda: trainer.global_step * step_seconds)
-    trainer.fit(module, text.loader(corpus.mixture, BATCH * cell.workers), curve.loader)
+    trainer.fit(module, text.make_loader(corpus.mixture, BATCH * cell.batches_per_step), curve.loader)
     return {"seconds": cell.steps * step_seconds}
 
 
 def trainer_options(accelerator: str = "cpu") -> dict[str, Any]:
-    """What every trainer of the study is told."""
+    """Return the options that all trainers of the study have in common."""
     return {
         "accelerator": accelerator,
         "devices": 1,
@@ -322,58 +353,58 @@ def trainer_options(accelerator: str = "cpu") -> dict[str, Any]:
     }
 
 
-def of_the_run(cell: Cell, folder: Path, time_scale: float = 1.0) -> dict[str, Any]:
-    """What the run's own files say of it: its time, the age of its pushes and how long workers waited.
+def read_run_files(cell: Cell, folder: Path, time_scale: float = 1.0) -> dict[str, Any]:
+    """Read the time of a run, the staleness of its pushes and the waiting time of workers from the files of the run.
 
     Args:
-        cell: what was run.
-        folder: with the summary and the ledger.
-        time_scale: seconds in them for a second of the devices.
+        cell: the cell that was run.
+        folder: contains the summary and the ledger.
+        time_scale: seconds in these files per second of the devices.
 
     """
     summary = json.loads((folder / "async_localsgd_summary.json").read_text())
-    ages = [push["staleness"] for push in _pushes(folder) if push["refused"] is None]
+    staleness = [push["staleness"] for push in _read_ledger(folder) if push["refused"] is None]
     waited = sum(worker["wait_seconds"] for worker in summary["workers"])
     return {
         "seconds": round(summary["seconds"] / time_scale, 2),
-        "pushes": len(ages),
+        "pushes": len(staleness),
         "refused": summary["refusals"],
         "staleness": {
-            "mean": round(statistics.fmean(ages), 3),
-            "max": max(ages),
-            "histogram": {str(age): count for age, count in sorted(Counter(ages).items())},
+            "mean": round(statistics.fmean(staleness), 3),
+            "max": max(staleness),
+            "histogram": {str(versions): count for versions, count in sorted(Counter(staleness).items())},
         },
         "waiting_share": round(waited / (cell.workers * summary["seconds"]), 4),
         "steps_by_worker": [worker["steps"] for worker in summary["workers"]],
     }
 
 
-def _pushes(folder: Path) -> list[dict[str, Any]]:
+def _read_ledger(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
 
 
 def _timeline(cell: Cell, pushes: list[dict[str, Any]]) -> list[list[float]]:
-    """Who computed when: worker, begin and end of its rounds."""
+    """Return worker, start and end of each round in the part :data:`TIMELINE` of the run."""
     merged_at = dict.fromkeys(range(cell.workers), 0.0)
     spans = []
     for push in pushes:
         worker, seconds = push["worker"], push["steps"] * cell.seconds_per_step[push["worker"]]
-        # What waits for others is merged, and the next round begun, when the last one has come.
-        alone = strategy_quorum(cell) == 1
-        begin = push["seconds"] - seconds if alone else merged_at[worker]
+        # With a quorum, a push is merged when the last push of the group arrives. Then the next round starts.
+        merged_at_once = strategy_quorum(cell) == 1
+        begin = push["seconds"] - seconds if merged_at_once else merged_at[worker]
         merged_at[worker] = push["seconds"]
         if begin < TIMELINE[1] and begin + seconds > TIMELINE[0]:
             spans.append([worker, round(begin, 2), round(begin + seconds, 2)])
     return spans
 
 
-def _processes(cell: Cell, seed: int, places: Places) -> dict[str, Any]:
-    """Trains in real processes, one for each worker, which a script of their own starts."""
-    warm_start(cell, seed, places)
+def _train_in_processes(cell: Cell, seed: int, context: RunContext) -> dict[str, Any]:
+    """Train in real processes, one for each worker. The script ``live.py`` starts them."""
+    make_warm_start(cell, seed, context)
     with tempfile.TemporaryDirectory(prefix="async_localsgd_study_") as folder:
         output = Path(folder) / "run.json"
         command = [sys.executable, "-m", "benchmarks.study.live", json.dumps(cell.as_dict()), "--seed", str(seed)]
-        command += ["--data", str(places.data), "--cache", str(places.cache), "--output", str(output)]
+        command += ["--data", str(context.data), "--cache", str(context.cache), "--output", str(output)]
         subprocess.run(command, cwd=text.ROOT, check=True)
-        found: dict[str, Any] = json.loads(output.read_text())
-    return found
+        result: dict[str, Any] = json.loads(output.read_text())
+    return result

@@ -1,4 +1,4 @@
-"""Which run comes next, and running several at once."""
+"""The order of runs, and running several of them at the same time."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from typing import Any, NamedTuple
 
 from benchmarks.study.cells import Cell
-from benchmarks.study.results import TUNING, TUNING_SEED, Results, Untuned
-from benchmarks.study.running import Places, run
+from benchmarks.study.results import TUNING, TUNING_SEED, NotTunedError, Results
+from benchmarks.study.running import RunContext, run
 
 
-class Job(NamedTuple):
-    """A run that a table wants."""
+class PlannedRun(NamedTuple):
+    """A run that a table needs."""
 
     table: str
     cell: Cell
@@ -26,82 +26,87 @@ class Job(NamedTuple):
 
 
 class Queue:
-    """Hands out runs in the order in which they are wanted, what they need tuned before them, and none twice.
+    """Returns planned runs one by one. The runs that tune their learning rates come first, and no run is repeated.
 
     Args:
-        jobs: the wanted runs, the most important first.
-        results: what is known already.
+        planned: the runs, the most important first.
+        results: the results so far.
 
     """
 
-    def __init__(self, jobs: Iterable[Job], results: Results) -> None:
-        self._jobs = list(jobs)
+    def __init__(self, planned: Iterable[PlannedRun], results: Results) -> None:
+        self._planned = list(planned)
         self._results = results
-        self._begun: set[tuple[Cell, int]] = set()
+        self._started: set[tuple[Cell, int]] = set()
 
-    def next(self) -> Job | None:
-        """The next run, with all its learning rates; None if there is none, or none before another one has ended."""
-        return self._next(self._jobs)
+    def next(self) -> PlannedRun | None:
+        """Return the next run with all learning rates, or None if no run can start now.
 
-    def _next(self, jobs: Iterable[Job]) -> Job | None:
-        for table, cell, seed in jobs:
+        No run can start if all have started, or if all others need the result of a run that has not ended.
+        """
+        return self._next(self._planned)
+
+    def _next(self, planned: Iterable[PlannedRun]) -> PlannedRun | None:
+        for table, cell, seed in planned:
             try:
                 resolved = self._results.resolved(cell)
-            except Untuned as untuned:
-                found = self._next(Job(TUNING, missing, TUNING_SEED) for missing in untuned.missing)
-                if found is not None:
-                    return found
+            except NotTunedError as error:
+                tuning_run = self._next(PlannedRun(TUNING, missing, TUNING_SEED) for missing in error.missing)
+                if tuning_run is not None:
+                    return tuning_run
                 continue
-            if (resolved, seed) not in self._begun and self._results.find(resolved, seed) is None:
-                self._begun.add((resolved, seed))
-                return Job(table, resolved, seed)
+            if (resolved, seed) not in self._started and self._results.find(resolved, seed) is None:
+                self._started.add((resolved, seed))
+                return PlannedRun(table, resolved, seed)
         return None
 
 
-def work(
+def run_queue(
     queue: Queue,
     results: Results,
-    places: Places,
-    at_once: int,
-    play: Callable[[Cell, int, Places], dict[str, Any]] = run,
-) -> list[Job]:
-    """Runs all that is in a queue, each in one of so many processes.
+    context: RunContext,
+    max_processes: int,
+    run_cell: Callable[[Cell, int, RunContext], dict[str, Any]] = run,
+) -> list[PlannedRun]:
+    """Run everything in a queue, each run in a process of a pool.
 
     Args:
-        queue: what to run.
-        results: where each run is added as soon as it has ended.
-        places: where text and caches are.
-        at_once: processes.
-        play: what a run is.
+        queue: the runs.
+        results: where each run is added when it ends.
+        context: folders and device of the runs.
+        max_processes: largest number of runs at the same time.
+        run_cell: makes one run.
 
     Returns:
-        The runs that have failed; the others went on.
+        The runs that failed. A failed run does not stop the others.
 
     """
-    failed: list[Job] = []
-    running: dict[Future[dict[str, Any]], Job] = {}
+    failed: list[PlannedRun] = []
+    running: dict[Future[dict[str, Any]], PlannedRun] = {}
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(at_once, mp_context=spawn, initializer=_end_with_the_parent) as pool:
+    with ProcessPoolExecutor(max_processes, mp_context=spawn, initializer=_exit_with_parent) as pool:
         while True:
-            while len(running) < at_once and (job := queue.next()) is not None:
-                running[pool.submit(play, job.cell, job.seed, places)] = job
+            while len(running) < max_processes and (planned := queue.next()) is not None:
+                running[pool.submit(run_cell, planned.cell, planned.seed, context)] = planned
             if not running:
                 return failed
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                job = running.pop(future)
+                planned = running.pop(future)
                 error = future.exception()
                 if error is not None:
-                    failed.append(job)
-                    _say(f"FAILED {_name(job)}: {type(error).__name__}: {error}")
+                    failed.append(planned)
+                    _log(f"FAILED {_describe(planned)}: {type(error).__name__}: {error}")
                     continue
-                record = {"table": job.table, **future.result()}
-                results.append(job.table, record)
-                _say(f"{_name(job)}: loss {record['final_loss']:.4f} in {record['seconds']:.0f} s of the devices, "
-                     f"{record['wall_seconds']:.0f} s here")  # fmt: skip
+                record = {"table": planned.table, **future.result()}
+                results.append(planned.table, record)
+                _log(
+                    f"{_describe(planned)}: loss {record['final_loss']:.4f}, {record['seconds']:.0f} s of the devices, "
+                    f"{record['wall_seconds']:.0f} s on this machine"
+                )
 
 
-def _end_with_the_parent() -> None:
-    """A process does not outlive the one that has started it, however that ends."""
+def _exit_with_parent() -> None:
+    """Exit this process when its parent process ends, even if the parent is killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     sentinel = parent.sentinel
@@ -113,13 +118,13 @@ def _end_with_the_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _name(job: Job) -> str:
-    cell = job.cell
+def _describe(planned: PlannedRun) -> str:
+    cell = planned.cell
     default = Cell(cell.method)
     fields = {name: value for name, value in cell.as_dict().items() if value != getattr(default, name)}
     fields.pop("method", None)
-    return f"{job.table} {cell.label} {fields} seed {job.seed}"
+    return f"{planned.table} {cell.label} {fields} seed {planned.seed}"
 
 
-def _say(line: str) -> None:
+def _log(line: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""The study's text: real excerpts as token windows, encoded once and kept in a cache folder."""
+"""The text of the study: token windows of real text, encoded once and cached."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 ROOT = Path(__file__).resolve().parents[2]
-# The example's byte pair encoding.
+# For the byte pair encoding of the example.
 sys.path.append(str(ROOT / "examples" / "language_model"))
 
 from data import default_cache_directory, encode_documents, train_tokenizer  # noqa: E402
 
 DEFAULT_DATA = ROOT.parent / "shared" / "data"
 DEFAULT_CACHE = default_cache_directory() / "study"
-# Raise it when the same files give other tokens.
+# Part of the cache key. Increase it when the same files give different tokens.
 _FORMAT = 2
-# Each domain's end is kept for validation: one of them is two books, so that documents cannot be divided.
+# The end of each domain is used for validation. Splitting by document is not possible: one domain is only two books.
 _DOMAIN_VALIDATION = 0.05
 
 DOMAINS = ("books_pg", "github_code", "stackexchange_apple", "bible_ukr")
-"""One for each of four workers: books, source code, questions and answers, and a text in Ukrainian."""
+"""One domain for each of four workers: books, source code, questions and answers, and a text in Ukrainian."""
 
 CORPORA: dict[str, str] = {
     "c4": "c4_en/{split}.jsonl.gz",
@@ -42,11 +42,11 @@ CORPORA: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Corpus:
-    """Token windows of one corpus.
+    """The token windows of one corpus.
 
     Args:
-        train: windows ``[n, length + 1]`` of each part: one part, or one for each domain.
-        validation: likewise; every part counts equally.
+        train: training windows ``[n, length + 1]`` of each part. A corpus has one part, or one for each domain.
+        validation: validation windows of each part, in the same shape. All parts have the same weight.
 
     """
 
@@ -55,49 +55,54 @@ class Corpus:
 
     @property
     def mixture(self) -> Tensor:
-        """All training windows."""
+        """The training windows of all parts."""
         return self.train[0] if len(self.train) == 1 else torch.cat(self.train)
 
-    def validation_windows(self, at_most: int) -> Tensor:
-        """Windows spread evenly over the validation text, equally many of each part."""
-        share = max(1, at_most // len(self.validation))
-        return torch.cat([_spread(part, share) for part in self.validation])
+    def validation_windows(self, upper_bound: int) -> Tensor:
+        """Return windows at even distances in the validation text, the same number from each part.
+
+        Args:
+            upper_bound: the largest number of windows.
+
+        """
+        share = max(1, upper_bound // len(self.validation))
+        return torch.cat([_select_evenly(part, share) for part in self.validation])
 
 
-def load(name: str, data: Path, cache: Path, vocabulary: int, length: int) -> Corpus:
-    """Returns a corpus, encoded with a byte pair encoding that was trained on its own training text.
+def load_corpus(name: str, data: Path, cache: Path, vocabulary: int, length: int) -> Corpus:
+    """Load a corpus, encoded with a byte pair encoding that was trained on its training text.
 
     Args:
         name: one of :data:`CORPORA`.
-        data: folder with the files that :data:`CORPORA` names.
-        cache: folder in which the tokens are kept.
-        vocabulary: tokens of the encoding.
+        data: folder that contains the files listed in :data:`CORPORA`.
+        cache: folder for the encoded text.
+        vocabulary: number of tokens of the encoding.
         length: tokens to predict in each window.
 
     Raises:
-        FileNotFoundError: a file is not there.
+        FileNotFoundError: a file does not exist.
         ValueError: a split has fewer tokens than a window.
 
     """
     files = _files(name, data)
     for file in files:
         if not file.is_file():
-            raise FileNotFoundError(f"the corpus {name} needs {file}: give the folder that has it with --data")
+            raise FileNotFoundError(f"{file} does not exist, but the corpus {name} needs it: check --data")
     stamps = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     key = hashlib.sha256(json.dumps([_FORMAT, vocabulary, stamps]).encode()).hexdigest()
     path = cache / f"{name}-{vocabulary}-{key[:16]}.pt"
     if not path.exists():
-        save(_encode(name, files, vocabulary), path)
+        save_atomically(_encode(name, files, vocabulary), path)
     tokens: dict[str, list[Tensor]] = torch.load(path, weights_only=True)
     for split, parts in tokens.items():
         for part in parts:
             if len(part) <= length:
-                raise ValueError(f"the {split} split of {name} has {len(part)} tokens, fewer than a window of {length}")
+                raise ValueError(f"The {split} split of {name} has {len(part)} tokens, fewer than a window of {length}")
     return Corpus(**{split: [_windows(part, length) for part in parts] for split, parts in tokens.items()})
 
 
-def save(value: object, path: Path) -> None:
-    """Writes a file that is there completely or not at all, also when two processes write it at once."""
+def save_atomically(value: object, path: Path) -> None:
+    """Save to a file that is never incomplete, even if two processes save it at the same time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     os.close(handle)
@@ -109,7 +114,7 @@ def save(value: object, path: Path) -> None:
 
 
 class Windows(Dataset[Tensor]):
-    """Training windows, fetched a batch at a time."""
+    """A dataset of token windows that returns whole batches."""
 
     def __init__(self, windows: Tensor) -> None:
         self.windows = windows
@@ -124,13 +129,13 @@ class Windows(Dataset[Tensor]):
         return self.windows[indices].long()
 
 
-def loader(windows: Tensor, batch_size: int) -> DataLoader[Tensor]:
-    """Shuffled batches ``[batch_size, length + 1]``."""
-    return DataLoader(Windows(windows), batch_size, shuffle=True, drop_last=True, collate_fn=as_it_is)
+def make_loader(windows: Tensor, batch_size: int) -> DataLoader[Tensor]:
+    """Return a loader of shuffled batches ``[batch_size, length + 1]``."""
+    return DataLoader(Windows(windows), batch_size, shuffle=True, drop_last=True, collate_fn=keep_batch)
 
 
-def as_it_is(batch: Any) -> Any:
-    """Collates what is a batch already."""
+def keep_batch(batch: Any) -> Any:
+    """Return the batch unchanged. The dataset has already collated it."""
     return batch
 
 
@@ -152,7 +157,7 @@ def _encode(name: str, files: list[Path], vocabulary: int) -> dict[str, list[Ten
     ]
     if not mixed:
         return {"train": parts[:1], "validation": parts[1:]}
-    # Equally much of each domain, so that a mixture of all is the mean of the domains, too.
+    # Use the same number of tokens of each domain, so that the mixture is the mean of the domains.
     size = min(map(len, parts))
     parts = [part[:size] for part in parts]
     cuts = [round((1 - _DOMAIN_VALIDATION) * len(part)) for part in parts]
@@ -175,6 +180,6 @@ def _windows(tokens: Tensor, length: int) -> Tensor:
     return tokens.unfold(0, length + 1, length)
 
 
-def _spread(windows: Tensor, at_most: int) -> Tensor:
-    used = min(at_most, len(windows))
+def _select_evenly(windows: Tensor, upper_bound: int) -> Tensor:
+    used = min(upper_bound, len(windows))
     return windows[torch.arange(used) * len(windows) // used]

@@ -1,4 +1,4 @@
-"""Text as token windows: tokenizer, cache and LightningDataModule."""
+"""Token windows of text: tokenizer, cache and LightningDataModule."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 log = logging.getLogger(__name__)
 
 END_OF_TEXT = "<|endoftext|>"
-# Part of the cache's key: raise it when the same text gives other files.
+# Part of the cache key. Increase it when the same text gives different files.
 CACHE_FORMAT = 1
 # A byte-level tokenizer needs all 256 bytes and the end-of-text token.
-SMALLEST_VOCABULARY = 257
+MIN_VOCABULARY = 257
 _ENCODE_BATCH = 64
 
 
 def default_cache_directory() -> Path:
-    """Returns ``$ASYNC_LOCALSGD_CACHE``, or a directory under ``$XDG_CACHE_HOME`` (``~/.cache``)."""
+    """Return ``$ASYNC_LOCALSGD_CACHE`` if set, else a directory below ``$XDG_CACHE_HOME`` (default ``~/.cache``)."""
     chosen = os.environ.get("ASYNC_LOCALSGD_CACHE")
     if chosen:
         return Path(chosen)
@@ -44,7 +44,7 @@ def default_cache_directory() -> Path:
 
 
 def train_tokenizer(documents: Iterable[str], vocabulary_size: int) -> Tokenizer:
-    """Trains a byte-level BPE tokenizer with at most ``vocabulary_size`` tokens."""
+    """Train a byte-level BPE tokenizer with at most ``vocabulary_size`` tokens."""
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
     tokenizer.decoder = ByteLevelDecoder()
@@ -55,16 +55,16 @@ def train_tokenizer(documents: Iterable[str], vocabulary_size: int) -> Tokenizer
         show_progress=False,
     )
     tokenizer.train_from_iterator(documents, trainer)
-    # Text that happens to contain the marker must not end a document.
+    # The end-of-text marker inside of a text must not end the document.
     tokenizer.encode_special_tokens = True
     return tokenizer
 
 
 def encode_documents(tokenizer: Tokenizer, documents: Iterable[str]) -> Iterator[list[int]]:
-    """Yields the tokens of each document, its end-of-text token included."""
+    """Yield the tokens of each document, followed by an end-of-text token."""
     end = tokenizer.token_to_id(END_OF_TEXT)
     if end is None:
-        raise ValueError(f"the tokenizer has no token {END_OF_TEXT}: train it with train_tokenizer")
+        raise ValueError(f"The tokenizer has no token {END_OF_TEXT}: train it with train_tokenizer")
     stream = iter(documents)
     while batch := list(itertools.islice(stream, _ENCODE_BATCH)):
         for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
@@ -74,37 +74,45 @@ def encode_documents(tokenizer: Tokenizer, documents: Iterable[str]) -> Iterator
 class TokenWindows(Dataset[Tensor]):
     """Windows of ``sequence_length + 1`` tokens of one long text.
 
-    Neighbouring windows share one token: the last target of one is the first input of the next.
+    Neighboring windows share one token: the last target of a window is the first input of the next window.
 
     Args:
         tokens: the text.
         sequence_length: tokens to predict in each window.
-        at_most: use no more windows than this, spread evenly over the text; ``None`` uses all.
+        upper_bound: largest number of windows. They are spread evenly over the text. ``None`` uses all windows.
 
     """
 
-    def __init__(self, tokens: np.ndarray[Any, Any], sequence_length: int, at_most: int | None = None) -> None:
+    def __init__(self, tokens: np.ndarray[Any, Any], sequence_length: int, upper_bound: int | None = None) -> None:
         self.tokens = tokens
         self.sequence_length = sequence_length
         self.available = max(0, len(tokens) - 1) // sequence_length
-        self.used = self.available if at_most is None else min(at_most, self.available)
+        self.used = self.available if upper_bound is None else min(upper_bound, self.available)
 
     def __len__(self) -> int:
         return self.used
 
     def __getitem__(self, index: int) -> Tensor:
         if not 0 <= index < self.used:
-            raise IndexError(f"window {index} of {self.used}")
+            raise IndexError(f"Window {index} does not exist: there are {self.used} windows")
         start = index * self.available // self.used * self.sequence_length
         window = self.tokens[start : start + self.sequence_length + 1]
         return torch.from_numpy(window.astype(np.int64))
 
 
 class StreamedWindows(IterableDataset[Tensor]):
-    """One rank's share of C4, tokenised and cut into windows while it is read.
+    """The windows of one rank's share of C4, tokenized while the stream is read.
 
-    Every pass is another epoch: the stream is shuffled anew, except in a DataLoader's worker processes, which start
-    each pass from the first order again.
+    Each iteration is a new epoch with a new shuffling of the stream. In worker processes of a DataLoader, each
+    iteration uses the shuffling of the first epoch.
+
+    Args:
+        source: the stream.
+        tokenizer: encodes the documents.
+        sequence_length: tokens to predict in each window.
+        rank: of this process.
+        world_size: number of ranks.
+
     """
 
     def __init__(self, source: C4Text, tokenizer: Tokenizer, sequence_length: int, rank: int, world_size: int) -> None:
@@ -119,39 +127,41 @@ class StreamedWindows(IterableDataset[Tensor]):
         stream = self.source.stream("train", self.epoch, self.rank, self.world_size)
         self.epoch += 1
         size = self.sequence_length + 1
-        waiting: list[int] = []
+        buffer: list[int] = []
         for ids in encode_documents(self.tokenizer, (document["text"] for document in stream)):
-            waiting.extend(ids)
+            buffer.extend(ids)
             start = 0
-            while len(waiting) - start >= size:
-                yield torch.tensor(waiting[start : start + size])
+            while len(buffer) - start >= size:
+                yield torch.tensor(buffer[start : start + size])
                 start += size - 1
-            waiting = waiting[start:]
+            buffer = buffer[start:]
 
 
 class TextDataModule(pl.LightningDataModule):
-    """Next-token prediction on real text.
+    """Token windows of real text for next-token prediction.
 
     Args:
-        source: ``stdlib`` (the sources and documentation that come with Python, no download), ``files`` (your own text
-            files or JSON lines) or ``c4`` (``allenai/c4`` "en" as a stream, sharded by rank).
+        source: ``stdlib`` (the sources and documentation of the installed Python, no download), ``files`` (your own
+            text files or JSON lines) or ``c4`` (``allenai/c4`` "en" as a stream, sharded by rank).
         batch_size: windows per batch and rank.
-        sequence_length: tokens in a window.
+        sequence_length: tokens to predict in each window.
         validation_batch_size: windows per batch and rank in validation; default is ``batch_size``.
-        validation_windows: validate on so many windows, spread evenly over the validation text; default is all of them.
-        vocabulary_size: size of the byte-level BPE vocabulary, at least 257.
-        train_files: for ``files``: ``.jsonl`` or ``.txt``, plain or with ``.gz``.
-        validation_files: for ``files``: the validation split; without any a share of ``train_files`` is kept back.
-        validation_share: that share; for ``stdlib`` the share of its files.
-        c4_data_files: for ``c4``: files of the same layout that replace the hub's, as a mapping with the keys ``train``
-            and ``validation``.
-        c4_tokenizer_documents: for ``c4``: documents at the stream's start that the tokenizer is trained on.
-        c4_validation_documents: for ``c4``: documents of the validation split that are used.
-        c4_shuffle_buffer: for ``c4``: documents from which the next is drawn at random; 0 keeps the stored order.
-        seed: of C4's shuffling. The other sources follow ``seed_everything``.
-        cache_directory: where tokenizer and tokens are kept; default is ``$ASYNC_LOCALSGD_CACHE``, else
+        validation_windows: number of validation windows, spread evenly over the validation text; default is all.
+        vocabulary_size: number of tokens of the byte-level BPE tokenizer, at least 257.
+        train_files: for ``files``: training files, ``.jsonl`` or ``.txt``, plain or with ``.gz``.
+        validation_files: for ``files``: validation files. By default a share of ``train_files`` is used for validation.
+        validation_share: the share of the text for validation, for ``stdlib`` and for ``files`` without
+            ``validation_files``.
+        c4_data_files: for ``c4``: files in the layout of C4 that replace those of the hub, as a mapping with the keys
+            ``train`` and ``validation``.
+        c4_tokenizer_documents: for ``c4``: number of documents at the start of the stream that train the tokenizer.
+        c4_validation_documents: for ``c4``: number of documents of the validation split that are used.
+        c4_shuffle_buffer: for ``c4``: number of documents from which the next one is drawn at random; 0 keeps the
+            stored order.
+        seed: seed of the shuffling of C4. The other sources use the seed of ``seed_everything``.
+        cache_directory: for tokenizer and tokens; default is ``$ASYNC_LOCALSGD_CACHE``, else
             ``~/.cache/lightning_async_localsgd``.
-        num_workers: processes of each DataLoader.
+        num_workers: worker processes of each DataLoader.
 
     """
 
@@ -186,12 +196,14 @@ class TextDataModule(pl.LightningDataModule):
         for name, value in counts.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
-        if vocabulary_size < SMALLEST_VOCABULARY:
-            raise ValueError(f"vocabulary_size={vocabulary_size} must be at least {SMALLEST_VOCABULARY} (all bytes)")
+        if vocabulary_size < MIN_VOCABULARY:
+            raise ValueError(
+                f"vocabulary_size={vocabulary_size} must be at least {MIN_VOCABULARY} (256 bytes and end of text)"
+            )
         if c4_shuffle_buffer < 0:
             raise ValueError(f"c4_shuffle_buffer={c4_shuffle_buffer} must not be negative")
         if not 0 < validation_share < 1:
-            raise ValueError(f"validation_share={validation_share} must lie between 0 and 1")
+            raise ValueError(f"validation_share={validation_share} must be between 0 and 1")
         self.batch_size = batch_size
         self.sequence_length = sequence_length
         self.validation_batch_size = validation_batch_size or batch_size
@@ -219,7 +231,7 @@ class TextDataModule(pl.LightningDataModule):
 
     @property
     def cache(self) -> Path:
-        """The directory of this text, vocabulary and format."""
+        """The cache directory of this text, vocabulary size and format."""
         key: dict[str, Any] = {
             "format": CACHE_FORMAT,
             "vocabulary_size": self.vocabulary_size,
@@ -231,20 +243,20 @@ class TextDataModule(pl.LightningDataModule):
         return self.cache_root / f"{key['source']}-{self.vocabulary_size}-{digest[:16]}"
 
     def prepare_data(self) -> None:
-        """Trains the tokenizer and encodes the text, once for all runs with the same text and vocabulary."""
+        """Train the tokenizer and encode the text. Runs with the same text and vocabulary size share the result."""
         cache = self.cache
         if cache.is_dir():
             return
-        log.info("tokenising %s into %s", self.text.identity()["source"], cache)
+        log.info("tokenizing the text of source=%s into %s", self.text.identity()["source"], cache)
         self.cache_root.mkdir(parents=True, exist_ok=True)
-        # Built under another name and renamed when complete: a run that dies here leaves no half a cache behind.
+        # Build under another name and rename at the end, so that a killed run does not leave an incomplete cache.
         building = Path(tempfile.mkdtemp(prefix=f".{cache.name}-", dir=self.cache_root))
         try:
             self._build(building)
             try:
                 building.rename(cache)
             except OSError:
-                if not cache.is_dir():  # else another run was faster; its files are the same
+                if not cache.is_dir():  # Otherwise another run has built the same files in the meantime.
                     raise
         finally:
             shutil.rmtree(building, ignore_errors=True)
@@ -267,13 +279,13 @@ class TextDataModule(pl.LightningDataModule):
                     np.asarray(ids, dtype=dtype).tofile(file)
 
     def load_tokenizer(self) -> Tokenizer:
-        """Returns the cached tokenizer; ``prepare_data`` must have run."""
+        """Load the tokenizer that ``prepare_data`` has cached."""
         tokenizer = Tokenizer.from_file(str(self.cache / "tokenizer.json"))
         tokenizer.encode_special_tokens = True
         return tokenizer
 
     def setup(self, stage: str) -> None:
-        """Opens the cached tokens; for C4, the stream of this rank."""
+        """Open the cached tokens and, for C4, the stream of this rank."""
         self.validation_data = self._windows("validation")
         if stage != "fit":
             return
@@ -291,13 +303,13 @@ class TextDataModule(pl.LightningDataModule):
         windows = TokenWindows(tokens, self.sequence_length, self.validation_windows if split == "validation" else None)
         if len(windows) == 0:
             raise ValueError(
-                f"the {split} split has {len(tokens)} tokens, fewer than one window of sequence_length="
+                f"The {split} split has {len(tokens)} tokens, fewer than one window of sequence_length="
                 f"{self.sequence_length}: add text, or change validation_share or sequence_length"
             )
         return windows
 
     def train_dataloader(self) -> DataLoader[Tensor]:
-        """Shuffled windows; Lightning adds the sampler that divides them between ranks."""
+        """Return a loader of shuffled windows. Lightning adds the sampler that divides them between ranks."""
         assert self.train_data is not None
         return DataLoader(
             self.train_data,
@@ -308,6 +320,6 @@ class TextDataModule(pl.LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader[Tensor]:
-        """Validation windows in order."""
+        """Return a loader of the validation windows in order."""
         assert self.validation_data is not None
         return DataLoader(self.validation_data, batch_size=self.validation_batch_size, num_workers=self.num_workers)

@@ -1,7 +1,7 @@
 """A decoder-only transformer language model and its LightningModule.
 
-Nothing in this file knows how the model is trained: the same module runs on one device, under DDP, and under
-asynchronous local SGD.
+The file does not depend on the strategy. The same module trains on one device, under DDP and under asynchronous local
+SGD.
 """
 
 from __future__ import annotations
@@ -26,8 +26,16 @@ SizeName = Literal["tiny", "20m", "60m", "150m"]
 class Shape:
     """The shape of a transformer.
 
-    ``heads * head_size`` need not equal ``width``: the paper's 60M and 150M models have sixteen heads of 64 values in
-    a width of 896.
+    ``heads * head_size`` may differ from ``width``. The paper's 60M and 150M models have 16 heads of size 64 and a
+    width of 896.
+
+    Args:
+        layers: number of layers.
+        width: size of the embeddings and of the residual stream.
+        heads: number of attention heads.
+        head_size: size of each query, key and value.
+        tie_embeddings: whether the output layer shares the weights of the embedding.
+
     """
 
     layers: int
@@ -41,12 +49,14 @@ class Shape:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.head_size % 2:
-            raise ValueError(f"head_size={self.head_size} must be even: rotary embeddings turn pairs of values")
+            raise ValueError(
+                f"head_size={self.head_size} must be even, because rotary embeddings rotate pairs of values"
+            )
 
 
-# The three larger sizes are those of Liu et al., arXiv 2401.09135, which gives layers, width, heads and a key/value
-# size of 64, but not whether the output layer shares the embedding. With a vocabulary of 32,000 the names fit only if
-# the smallest has an output layer of its own and the others share it.
+# The three larger sizes are those of Liu et al., arXiv 2401.09135. The paper specifies layers, width, heads and a
+# key/value size of 64, but not whether the output layer shares the embedding. With a vocabulary of 32,000 the sizes
+# match the names only if the smallest model has its own output layer and the others share it.
 SIZES: dict[SizeName, Shape] = {
     "tiny": Shape(layers=4, width=128, heads=2),
     "20m": Shape(layers=6, width=256, heads=4, tie_embeddings=False),
@@ -65,12 +75,12 @@ class RotaryEmbedding(nn.Module):
         super().__init__()
         frequencies = base ** (-torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)
         angles = torch.outer(torch.arange(sequence_length, dtype=torch.float32), frequencies)
-        # Both tables follow from the shape, so that they are neither saved nor exchanged between workers.
+        # Both tables can be computed from the shape, so they are neither saved nor exchanged between workers.
         self.register_buffer("cosine", angles.cos().repeat(1, 2), persistent=False)
         self.register_buffer("sine", torch.cat((-angles.sin(), angles.sin()), dim=1), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Turns ``x`` of shape ``[..., time, head_size]``."""
+        """Rotate ``x`` of shape ``[..., time, head_size]``."""
         time, half = x.size(-2), x.size(-1) // 2
         cosine, sine = self.cosine[:time].to(x.dtype), self.sine[:time].to(x.dtype)
         return x * cosine + x.roll(half, dims=-1) * sine
@@ -87,7 +97,7 @@ class Attention(nn.Module):
         self.output = nn.Linear(inner, shape.width, bias=False)
 
     def forward(self, x: Tensor, rotary: RotaryEmbedding) -> Tensor:
-        """Maps ``[batch, time, width]`` to the same shape."""
+        """Map ``[batch, time, width]`` to the same shape."""
         batch, time, _ = x.shape
         q, k, v = self.qkv(x).view(batch, time, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         y = F.scaled_dot_product_attention(rotary(q), rotary(k), v, is_causal=True)
@@ -107,7 +117,7 @@ class Block(nn.Module):
         self.contract = nn.Linear(4 * shape.width, shape.width, bias=False)
 
     def forward(self, x: Tensor, rotary: RotaryEmbedding) -> Tensor:
-        """Maps ``[batch, time, width]`` to the same shape."""
+        """Map ``[batch, time, width]`` to the same shape."""
         x = x + self.attention(self.attention_norm(x), rotary)
         out: Tensor = x + self.contract(F.gelu(self.expand(self.feed_forward_norm(x))))
         return out
@@ -119,7 +129,7 @@ class Transformer(nn.Module):
     Args:
         shape: layers, width and heads.
         vocabulary_size: number of tokens.
-        sequence_length: longest sequence it can read.
+        sequence_length: maximum number of tokens in a sequence.
 
     """
 
@@ -135,24 +145,24 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
         self.norm = nn.LayerNorm(shape.width, bias=False)
         self.head = nn.Linear(shape.width, vocabulary_size, bias=False)
-        self._initialise(shape.layers)
+        self._initialize(shape.layers)
         if shape.tie_embeddings:
             self.head.weight = self.embedding.weight
 
-    def _initialise(self, layers: int) -> None:
+    def _initialize(self, layers: int) -> None:
         for name, parameter in self.named_parameters():
             if parameter.dim() < 2:
                 continue
-            # Each layer adds two terms to the residual stream; this keeps its variance independent of the depth.
+            # Each layer adds two terms to the residual stream. This keeps its variance independent of the depth.
             residual = name.endswith(("attention.output.weight", "contract.weight"))
             nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * layers) if residual else 0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Returns the logits ``[batch, time, vocabulary]`` of the token that follows each of ``tokens``."""
+        """Return the logits ``[batch, time, vocabulary]`` of the token after each of ``tokens``."""
         if tokens.size(1) > self.sequence_length:
             raise ValueError(
-                f"a sequence of {tokens.size(1)} tokens is longer than the model's sequence_length="
-                f"{self.sequence_length}; raise sequence_length or cut the sequence"
+                f"A sequence of {tokens.size(1)} tokens is longer than the model's sequence_length="
+                f"{self.sequence_length}: increase sequence_length or shorten the sequence"
             )
         x = self.embedding(tokens)
         for block in self.blocks:
@@ -162,9 +172,10 @@ class Transformer(nn.Module):
 
 
 def warmup_cosine(step: int, *, warmup_steps: int, total_steps: int, floor: float) -> float:
-    """Returns the share of the peak learning rate at ``step``: linear warm-up, then a cosine down to ``floor``.
+    """Return the learning rate at ``step`` as a share of the peak (equation 3 of arXiv 2401.09135).
 
-    After ``total_steps`` it stays at ``floor`` (equation 3 of arXiv 2401.09135).
+    The rate rises linearly during the warm-up, falls along a cosine to ``floor`` at ``total_steps``, and then stays
+    constant.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
@@ -176,18 +187,18 @@ class LanguageModel(pl.LightningModule):
     """Trains a :class:`Transformer` to predict the next token.
 
     Args:
-        size: one of the named sizes: ``tiny`` (about 1 million parameters) or the paper's ``20m``, ``60m``, ``150m``.
-        vocabulary_size: number of tokens; the command line takes it from the data.
-        sequence_length: tokens in one training sequence; the command line takes it from the data.
-        tie_embeddings: whether the output layer shares the embedding's weights; ``null`` takes what the size says.
+        size: ``tiny`` (about 1 million parameters), or ``20m``, ``60m`` or ``150m`` of the paper.
+        vocabulary_size: number of tokens. The command line uses the value of the data.
+        sequence_length: tokens to predict in a sequence. The command line uses the value of the data.
+        tie_embeddings: whether the output layer shares the weights of the embedding. The default depends on the size.
         lr: peak learning rate of AdamW.
-        weight_decay: weight decay of AdamW, on matrices and embeddings only.
+        weight_decay: weight decay of AdamW, for matrices and embeddings only.
         betas: decay rates of AdamW's averages.
         warmup_share: share of all steps in which the learning rate rises linearly.
-        final_lr_share: share of ``lr`` at which the cosine ends; must be above 0, because a worker that is still
-            training after the schedule's end would otherwise do nothing.
+        final_lr_share: final learning rate as a share of ``lr``. Must be above 0. Otherwise a worker that still trains
+            after the end of the schedule would not change the model.
 
-    Batches are integer tensors ``[batch, sequence_length + 1]``: each position is the target of the one before it.
+    Batches are integer tensors ``[batch, sequence_length + 1]``. Each token is the target of the previous position.
     """
 
     def __init__(
@@ -208,9 +219,9 @@ class LanguageModel(pl.LightningModule):
         if lr <= 0:
             raise ValueError(f"lr={lr} must be positive")
         if not 0 <= warmup_share < 1:
-            raise ValueError(f"warmup_share={warmup_share} must lie in [0, 1)")
+            raise ValueError(f"warmup_share={warmup_share} must be in [0, 1)")
         if not 0 < final_lr_share <= 1:
-            raise ValueError(f"final_lr_share={final_lr_share} must lie in (0, 1]")
+            raise ValueError(f"final_lr_share={final_lr_share} must be in (0, 1]")
         self.save_hyperparameters()
         shape = SIZES[size]
         if tie_embeddings is not None:
@@ -225,20 +236,20 @@ class LanguageModel(pl.LightningModule):
         self.validation_perplexity = Perplexity()
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Returns the logits of the token that follows each of ``tokens``."""
+        """Return the logits of the token after each of ``tokens``."""
         logits: Tensor = self.transformer(tokens)
         return logits
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """Returns the mean cross-entropy of one batch."""
+        """Return the mean cross-entropy of one batch."""
         loss = F.cross_entropy(self(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        """Adds one batch to the validation loss and perplexity.
+        """Add one batch to the validation loss and perplexity.
 
-        Both are metric objects, so that their means are over tokens, and over all ranks where ranks share the work.
+        Both are metric objects, so that their means are over all tokens and, if ranks share the validation, all ranks.
         """
         logits, targets = self(batch[:, :-1]), batch[:, 1:]
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
@@ -248,12 +259,12 @@ class LanguageModel(pl.LightningModule):
         self.log("val/perplexity", self.validation_perplexity)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """AdamW with warm-up and cosine decay over the whole run."""
+        """Create AdamW with warm-up and cosine decay over the whole run."""
         total_steps = self.trainer.estimated_stepping_batches
-        # Without an end, Lightning says infinity, or passes max_steps=-1 on where the data has no length.
+        # If the run has no end, the value is infinite, or max_steps=-1 if the data has no length.
         if not math.isfinite(total_steps) or total_steps < 1:
             raise ValueError(
-                "the learning-rate schedule needs the length of the run: set trainer.max_steps (the data has no end)"
+                "The learning-rate schedule needs the length of the run, but the data has no end: set trainer.max_steps"
             )
         warmup_steps = int(self.warmup_share * total_steps)
         decayed = [p for p in self.parameters() if p.requires_grad and p.dim() >= 2]

@@ -1,6 +1,6 @@
-"""Where the text comes from: Python's own sources and documentation, files, or C4.
+"""Sources of text: the sources and documentation of Python, files, or C4.
 
-A source hands out documents of one split. It knows nothing of tokens, ranks or Lightning.
+A source yields the documents of a split. It does not depend on tokens, ranks or Lightning.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any, Literal, Protocol
 
 Split = Literal["train", "validation"]
 
-# Tests repeat themselves, encodings are tables of numbers, and site-packages does not come with Python. The help topics
-# in pydoc_data are prose inside one big literal: they are read as prose instead.
+# Tests are repetitive, encodings are tables of numbers, and site-packages is not part of Python. The help topics in
+# pydoc_data are one large literal of prose, and are read as prose instead.
 SKIPPED_DIRECTORIES = frozenset(
     {"__pycache__", "encodings", "idle_test", "pydoc_data", "site-packages", "dist-packages", "test", "tests"}
 )
@@ -27,33 +27,33 @@ FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json.gz", ".txt", ".txt.gz")
 
 
 def in_validation(name: str, share: float) -> bool:
-    """Says whether the document or file ``name`` belongs to the validation split.
+    """Return whether the document or file ``name`` belongs to the validation split.
 
-    The answer depends on the name alone, so that it is the same on every machine and does not change when other files
-    come or go.
+    The result depends only on the name. It is therefore the same on all machines, and does not change when other files
+    are added or removed.
     """
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < share * 2**64
 
 
 class TextSource(Protocol):
-    """Documents of two splits, in an order that never changes."""
+    """A source of documents in two splits. The order of the documents is fixed."""
 
     def documents(self, split: Split) -> Iterator[str]:
-        """Yields the documents of one split."""
+        """Yield the documents of one split."""
         ...
 
     def identity(self) -> dict[str, Any]:
-        """Returns what the text depends on; equal identities mean equal text."""
+        """Return everything on which the text depends. Equal identities mean equal text."""
         ...
 
 
 class StdlibText:
-    """The sources and documentation that come with this Python: about 13 MB, no download.
+    """The sources and documentation of the installed Python: about 13 MB, no download.
 
     Args:
-        validation_share: share of the files that is kept for validation.
-        root: the standard library's directory; ``None`` takes that of the running interpreter.
+        validation_share: share of the files for validation.
+        root: directory of the standard library; ``None`` uses that of the running interpreter.
 
     """
 
@@ -62,15 +62,15 @@ class StdlibText:
         self.root = Path(sysconfig.get_path("stdlib")) if root is None else root
 
     def documents(self, split: Split) -> Iterator[str]:
-        """Yields source files in order of their path, then the topics of Python's interactive help."""
-        wanted = split == "validation"
+        """Yield source files in the order of their paths, then the topics of Python's interactive help."""
+        is_validation = split == "validation"
         for name in self._files():
-            if in_validation(name.as_posix(), self.validation_share) == wanted:
+            if in_validation(name.as_posix(), self.validation_share) == is_validation:
                 text = (self.root / name).read_text(encoding="utf-8", errors="replace")
                 if text.strip():
                     yield text
         for topic, text in sorted(self._help_topics().items()):
-            if in_validation(f"help/{topic}", self.validation_share) == wanted:
+            if in_validation(f"help/{topic}", self.validation_share) == is_validation:
                 yield text
 
     def _files(self) -> list[Path]:
@@ -84,12 +84,12 @@ class StdlibText:
     def _help_topics(self) -> Mapping[str, str]:
         try:
             from pydoc_data.topics import topics
-        except ImportError:  # some distributions of Python leave the help out
+        except ImportError:  # Some distributions of Python do not contain the help.
             return {}
         return dict(topics)
 
     def identity(self) -> dict[str, Any]:
-        """The text is that of one Python release."""
+        """Return the Python release, its directory and the split."""
         return {
             "source": "stdlib",
             "python": sys.version,
@@ -99,23 +99,23 @@ class StdlibText:
 
 
 class FileText:
-    """Text files and JSON lines, plain or compressed with gzip.
+    """Documents in text files and JSON lines, plain or compressed with gzip.
 
     A ``.txt`` file is one document; each line of a ``.jsonl`` file is an object whose ``text`` is a document.
 
     Args:
-        train: files to train on.
-        validation: files to validate on. Without any, a share of ``train`` is kept back: of its files if there are at
-            least twenty, otherwise of its documents.
-        validation_share: that share.
+        train: training files.
+        validation: validation files. By default a share of ``train`` is used for validation: a share of the files if
+            there are at least 20, otherwise a share of the documents.
+        validation_share: the share for validation.
 
     Raises:
-        ValueError: there is no file, a file has an unknown suffix, or is listed for both splits.
+        ValueError: no file is given, a file has an unknown suffix, or a file is given for both splits.
         FileNotFoundError: a file does not exist.
 
     """
 
-    # With fewer files a share of about 5 % could hold none of them.
+    # With fewer files, a share of about 5 % could contain no file.
     _FILES_FOR_SPLIT_BY_FILE = 20
 
     def __init__(self, train: Sequence[Path], validation: Sequence[Path] = (), validation_share: float = 0.05) -> None:
@@ -126,32 +126,32 @@ class FileText:
         self.validation_share = validation_share
         for path in (*self.train, *self.validation):
             if not path.name.endswith(FILE_SUFFIXES):
-                raise ValueError(f"{path} has an unknown suffix; known are {', '.join(FILE_SUFFIXES)}")
+                raise ValueError(f"{path} has an unknown suffix: use {', '.join(FILE_SUFFIXES)}")
             if not path.is_file():
-                raise FileNotFoundError(f"the text file {path} does not exist")
+                raise FileNotFoundError(f"The text file {path} does not exist")
         common = set(self.train).intersection(self.validation)
         if common:
-            raise ValueError(f"{min(common)} is in train_files and in validation_files: keep it in one of them")
+            raise ValueError(f"{min(common)} is in train_files and in validation_files: remove it from one of them")
 
     def documents(self, split: Split) -> Iterator[str]:
-        """Yields the documents in order of their file's path."""
+        """Yield the documents in the order of the paths of their files."""
         if self.validation:
             for path in self.train if split == "train" else self.validation:
                 yield from _read(path)
             return
-        wanted = split == "validation"
+        is_validation = split == "validation"
         by_file = len(self.train) >= self._FILES_FOR_SPLIT_BY_FILE
         for path in self.train:
             if by_file:
-                if in_validation(path.name, self.validation_share) == wanted:
+                if in_validation(path.name, self.validation_share) == is_validation:
                     yield from _read(path)
                 continue
             for number, text in enumerate(_read(path)):
-                if in_validation(f"{path.name}:{number}", self.validation_share) == wanted:
+                if in_validation(f"{path.name}:{number}", self.validation_share) == is_validation:
                     yield text
 
     def identity(self) -> dict[str, Any]:
-        """The text is that of the files as they are now."""
+        """Return paths, sizes and modification times of the files, and the split."""
         return {
             "source": "files",
             "train": [_stamp(path) for path in self.train],
@@ -164,10 +164,10 @@ class C4Text:
     """C4 (``allenai/c4``, configuration ``en``) as a stream, through Hugging Face ``datasets``.
 
     Args:
-        data_files: read these files of the same layout (gzip-compressed JSON lines with a field ``text``) instead of
-            the hub's: a mapping from split name to paths.
-        shuffle_buffer: documents from which the next one is drawn at random; 0 keeps the stored order.
-        seed: of that draw.
+        data_files: files that replace those of the hub, in the same layout (gzip-compressed JSON lines with a field
+            ``text``), as a mapping from the split name to paths.
+        shuffle_buffer: number of documents from which the next one is drawn at random; 0 keeps the stored order.
+        seed: seed of the shuffling.
 
     """
 
@@ -176,16 +176,16 @@ class C4Text:
     ) -> None:
         for split in ("train", "validation"):
             if data_files is not None and not data_files.get(split):
-                raise ValueError(f"c4_data_files names no file for {split!r}: give train and validation")
+                raise ValueError(f"c4_data_files has no files for {split!r}: it needs the keys train and validation")
         self.data_files = None if data_files is None else {k: [str(p) for p in v] for k, v in data_files.items()}
         self.shuffle_buffer = shuffle_buffer
         self.seed = seed
 
     def stream(self, split: Split, epoch: int = 0, rank: int = 0, world_size: int = 1) -> Any:
-        """Returns the documents that belong to ``rank``: a ``datasets.IterableDataset``.
+        """Return the documents of ``rank`` as a ``datasets.IterableDataset``.
 
-        Needs no process group. Each document goes to exactly one rank; inside a DataLoader's worker processes
-        ``datasets`` divides the rank's files further.
+        Does not need a process group. Each document belongs to exactly one rank. In the worker processes of a
+        DataLoader, ``datasets`` divides the files of the rank further.
         """
         from datasets import load_dataset
         from datasets.distributed import split_dataset_by_node
@@ -195,19 +195,19 @@ class C4Text:
         else:
             stream = load_dataset("json", data_files=self.data_files, split=split, streaming=True)
         if split == "train" and self.shuffle_buffer:
-            # Before the split, so that all ranks see one common order of the files.
+            # Shuffle before the split, so that all ranks use the same order of the files.
             stream = stream.shuffle(seed=self.seed, buffer_size=self.shuffle_buffer)
         stream = split_dataset_by_node(stream, rank=rank, world_size=world_size)
         stream.set_epoch(epoch)
         return stream
 
     def documents(self, split: Split) -> Iterator[str]:
-        """Yields the documents of all ranks."""
+        """Yield the documents of all ranks."""
         for document in self.stream(split):
             yield document["text"]
 
     def identity(self) -> dict[str, Any]:
-        """The text is that of the hub's data set, or of the files given instead."""
+        """Return the files that replace those of the hub, if any."""
         files = None
         if self.data_files is not None:
             files = {

@@ -1,6 +1,6 @@
 """Command line of the example: ``python train.py fit --config configs/async.yaml``.
 
-The strategy is chosen by the configuration alone; nothing here, in ``model.py`` or in ``data.py`` depends on it.
+The configuration selects the strategy. This file, ``model.py`` and ``data.py`` do not depend on it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing_extensions import override
 
 
 class LanguageModelCLI(LightningCLI):
-    """Model and data from one configuration; after ``fit`` it validates the final model."""
+    """Creates model and data from one configuration, and validates the final model after ``fit``."""
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -23,7 +23,7 @@ class LanguageModelCLI(LightningCLI):
         parser.link_arguments("data.sequence_length", "model.sequence_length")
 
     def after_fit(self) -> None:
-        """Validates the model that training left behind; ``LightningCLI`` calls this on every rank."""
+        """Validate the final model. ``LightningCLI`` calls this method on every rank."""
         results = self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
         self._report(results[0])
 
@@ -38,7 +38,7 @@ class LanguageModelCLI(LightningCLI):
 
 
 def main() -> None:
-    """Runs the command line."""
+    """Run the command line."""
     LanguageModelCLI(LanguageModel, TextDataModule, seed_everything_default=0)
 
 

@@ -1,6 +1,6 @@
-"""A small multi-layer perceptron that tells the classes apart, as LightningModule.
+"""A small multi-layer perceptron as a LightningModule.
 
-Nothing in this file knows how the model is trained.
+This file does not depend on how the model is trained.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ class Classifier(pl.LightningModule):
     """Two hidden layers, trained with SGD at a constant learning rate.
 
     Args:
-        width: of the hidden layers.
+        width: size of the hidden layers, >= 1.
         lr: learning rate.
-        dimensions: of a point.
-        classes: how many there are.
+        dimensions: number of features of a point.
+        classes: number of classes.
 
     Raises:
-        ValueError: ``width`` is no size.
+        ValueError: ``width`` is less than 1.
 
     """
 

@@ -1,13 +1,13 @@
-"""Trains the classifier on a simulated cluster with each method, and prints and draws what came of it.
+"""Train the classifier with each method on a simulated cluster, and print the results.
 
-The cluster are the four devices of arXiv 2401.09135, with 0.58, 0.75, 1.51 and 3.33 seconds a step. All methods take
-the same number of local steps, of all workers together, from the same data and the same random weights::
+The cluster has the four devices of arXiv 2401.09135, with 0.58, 0.75, 1.51 and 3.33 seconds per step. All methods take
+the same number of local steps, summed over the workers, with the same data and the same initial weights::
 
-    python examples/toy_mixture/compare.py                                  # every method, two seeds
-    python examples/toy_mixture/compare.py --outer-lrs 0.2 0.4 0.7 1.0      # every method with each learning rate
-    python examples/toy_mixture/compare.py --figure toy.png                 # draws the curves, too
+    python examples/toy_mixture/compare.py                                  # all methods, two seeds
+    python examples/toy_mixture/compare.py --outer-lrs 0.2 0.4 0.7 1.0      # all methods with each learning rate
+    python examples/toy_mixture/compare.py --figure toy.png                 # plots the curves, too
 
-One JSON line is printed for each run, then a table of means and standard deviations over the seeds.
+The output is one JSON line for each run, and a table of means and standard deviations over the seeds.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from mixture import MixtureData
 
 from lightning_async_localsgd import AsyncLocalSGDCallback, SimulatedAsyncLocalSGDStrategy
 from lightning_async_localsgd.outer import SGD, DelayedNesterov, Nesterov, OuterOptimizer
-from lightning_async_localsgd.simulation.phase import SimulatedPhase
+from lightning_async_localsgd.simulation.runtime import SimulatedRuntime
 
 SECONDS_PER_STEP = (0.58, 0.75, 1.51, 3.33)
 MOMENTUM = 0.9
@@ -41,16 +41,16 @@ MOMENTUM = 0.9
 
 @dataclass(frozen=True)
 class Method:
-    """How pushes change the global model, and who waits for whom.
+    """An outer optimizer and options of the strategy.
 
     Args:
-        rule: makes the outer optimizer from its learning rate.
-        outer_lr: that rate, the best one of the grid in the README.
+        outer_optimizer: function that makes the outer optimizer from its learning rate.
+        outer_lr: learning rate of the outer optimizer, the best value of the grid in the README.
         options: further options of the strategy.
 
     """
 
-    rule: Callable[[float], OuterOptimizer]
+    outer_optimizer: Callable[[float], OuterOptimizer]
     outer_lr: float
     options: dict[str, Any]
 
@@ -78,13 +78,13 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What all runs have in common.
+    """Settings that all runs share.
 
     Args:
-        max_steps: local steps of each worker; all workers together take as many times more as they are.
-        local_steps: H, local steps of the fastest worker's round.
-        width: of the classifier's hidden layers.
-        validations: how often the global model is validated, at equal distances; the last time is at the end.
+        max_steps: local steps per worker. The budget of the run is this number times the number of workers.
+        local_steps: H, the local steps in a round of the fastest worker.
+        width: size of the classifier's hidden layers.
+        validations: number of validations of the global model, at equal distances and the last one at the end.
 
     """
 
@@ -96,19 +96,19 @@ class Settings:
 
 @dataclass(frozen=True)
 class Run:
-    """What one run gave.
+    """Results of one run.
 
     Args:
         method: name of the method.
         outer_lr: learning rate of the outer optimizer.
-        seed: of data, weights and order.
-        curve: local steps of all workers, virtual seconds, and validation loss of the global model.
-        final_loss: the curve's last loss.
-        mean_loss: mean of the curve's losses: the lower, the faster the model was learned.
-        accuracy: of the final model.
-        best_loss: that of who knows the mixture.
-        virtual_seconds: until the end of training.
-        staleness: mean over the pushes.
+        seed: seed of the data, the weights and the order of the batches.
+        curve: local steps of all workers, virtual seconds and validation loss, for each validation.
+        final_loss: last loss of the curve.
+        mean_loss: mean of the losses of the curve. It is lower if the model learns faster.
+        accuracy: accuracy of the final model.
+        best_loss: loss of the optimal classifier.
+        virtual_seconds: duration of the training.
+        staleness: mean over all pushes.
 
     """
 
@@ -125,7 +125,7 @@ class Run:
 
 
 class Curve(pl.Callback):
-    """Notes down every validation of the global model; the last one is that of the final model."""
+    """Records every validation of the global model, the last of which is that of the final model."""
 
     def __init__(self) -> None:
         self.points: list[tuple[int, float, float]] = []
@@ -133,34 +133,34 @@ class Curve(pl.Callback):
         self.staleness = 0.0
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        phase = _phase_of(trainer)
-        steps = trainer.global_step * phase.workers
-        self.points.append((steps, phase.virtual_seconds, float(trainer.callback_metrics["val/loss"])))
+        runtime = _runtime_of(trainer)
+        steps = trainer.global_step * runtime.workers
+        self.points.append((steps, runtime.virtual_seconds, float(trainer.callback_metrics["val/loss"])))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        phase = _phase_of(trainer)
-        totals = phase.totals().values()
-        self.seconds = phase.virtual_seconds
+        runtime = _runtime_of(trainer)
+        totals = runtime.totals().values()
+        self.seconds = runtime.virtual_seconds
         self.staleness = sum(worker.staleness for worker in totals) / sum(worker.rounds for worker in totals)
 
 
-def _phase_of(trainer: pl.Trainer) -> SimulatedPhase:
+def _runtime_of(trainer: pl.Trainer) -> SimulatedRuntime:
     strategy = trainer.strategy
     assert isinstance(strategy, SimulatedAsyncLocalSGDStrategy)
-    phase = strategy.phase
-    assert isinstance(phase, SimulatedPhase)
-    return phase
+    runtime = strategy.runtime
+    assert isinstance(runtime, SimulatedRuntime)
+    return runtime
 
 
 def train(name: str, outer_lr: float, seed: int, settings: Settings) -> Run:
-    """Trains the classifier with one method."""
+    """Train the classifier with one method."""
     pl.seed_everything(seed, verbose=False)
     workers = len(SECONDS_PER_STEP)
     method = METHODS[name]
     strategy = SimulatedAsyncLocalSGDStrategy(
         seconds_per_step=SECONDS_PER_STEP,
         local_steps=settings.local_steps,
-        outer_optimizer=method.rule(outer_lr),
+        outer_optimizer=method.outer_optimizer(outer_lr),
         checkpoint_every=None,
         **method.options,
     )
@@ -197,7 +197,7 @@ def train(name: str, outer_lr: float, seed: int, settings: Settings) -> Run:
 
 
 def _prepare() -> None:
-    """Makes a process fit for many short runs, several at a time."""
+    """Set up a process for many short runs in parallel with other processes."""
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="lightning")
@@ -206,29 +206,29 @@ def _prepare() -> None:
 def compare(
     methods: Iterable[str], seeds: Iterable[int], settings: Settings, outer_lrs: Iterable[float] | None, jobs: int
 ) -> Iterator[Run]:
-    """Trains with each method from each seed, ``jobs`` at a time, and gives the runs in this order.
+    """Train with each method, learning rate and seed, and yield the results in this order.
 
     Args:
         methods: names of methods.
-        seeds: of the runs.
-        settings: of all runs.
-        outer_lrs: learning rates to try with each method; None for its own.
-        jobs: processes.
+        seeds: seeds of the runs.
+        settings: settings of all runs.
+        outer_lrs: learning rates for each method, or None for the method's own.
+        jobs: number of processes.
 
     """
     seeds = list(seeds)
-    wanted = [
+    runs = [
         (name, lr, seed)
         for name in methods
         for lr in ([METHODS[name].outer_lr] if outer_lrs is None else outer_lrs)
         for seed in seeds
     ]
     with ProcessPoolExecutor(jobs, get_context("spawn"), _prepare) as pool:
-        yield from pool.map(train, *zip(*wanted, strict=True), itertools.repeat(settings))
+        yield from pool.map(train, *zip(*runs, strict=True), itertools.repeat(settings))
 
 
 def table(runs: Iterable[Run]) -> str:
-    """The runs as text, one line for each method and learning rate, as means and standard deviations over seeds."""
+    """Return a table with means and standard deviations over the seeds, for each method and learning rate."""
     groups: dict[tuple[str, float], list[Run]] = {}
     for run in runs:
         groups.setdefault((run.method, run.outer_lr), []).append(run)
@@ -253,33 +253,35 @@ def _spread(values: list[float]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Trains, prints and draws."""
+    """Parse the command line, train, and print and plot the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all of them")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="of data, weights and order")
-    parser.add_argument("--outer-lrs", nargs="+", type=float, help="try these instead of each method's own")
-    parser.add_argument("--max-steps", type=int, default=Settings.max_steps, help="local steps for each worker")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all methods")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="seeds of data, weights and batch order")
+    parser.add_argument("--outer-lrs", nargs="+", type=float, help="learning rates instead of each method's own")
+    parser.add_argument("--max-steps", type=int, default=Settings.max_steps, help="local steps per worker")
     parser.add_argument("--local-steps", type=int, default=Settings.local_steps, help="H, steps of the longest round")
-    parser.add_argument("--width", type=int, default=Settings.width, help="of the classifier's hidden layers")
-    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="runs at a time")
-    parser.add_argument("--figure", type=Path, help="image to draw the curves into; needs matplotlib")
-    given = parser.parse_args(arguments)
-    settings = Settings(given.max_steps, given.local_steps, given.width)
+    parser.add_argument("--width", type=int, default=Settings.width, help="size of the classifier's hidden layers")
+    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="number of runs in parallel")
+    parser.add_argument("--figure", type=Path, help="image file for a plot of the curves; needs matplotlib")
+    args = parser.parse_args(arguments)
+    settings = Settings(args.max_steps, args.local_steps, args.width)
     if settings.max_steps < 1 or settings.max_steps % settings.validations:
-        parser.error(f"--max-steps {settings.max_steps} must be a multiple of {settings.validations}, the validations")
-    for option, value in (("--local-steps", given.local_steps), ("--width", given.width), ("--jobs", given.jobs)):
+        parser.error(
+            f"--max-steps {settings.max_steps} must be a multiple of {settings.validations}, the number of validations"
+        )
+    for option, value in (("--local-steps", args.local_steps), ("--width", args.width), ("--jobs", args.jobs)):
         if value < 1:
             parser.error(f"{option} {value} must be at least 1")
-    if given.figure is not None:
-        from figure import draw  # Now, so that a matplotlib that is not there is missed before the runs.
+    if args.figure is not None:
+        from figure import draw  # Imported here, so that a missing matplotlib is reported before the runs.
     runs = []
-    for run in compare(given.methods, given.seeds, settings, given.outer_lrs, given.jobs):
+    for run in compare(args.methods, args.seeds, settings, args.outer_lrs, args.jobs):
         runs.append(run)
         print(json.dumps(asdict(run)), flush=True)
     print(table(runs))
-    if given.figure is not None:
-        given.figure.parent.mkdir(parents=True, exist_ok=True)
-        draw(runs).savefig(given.figure)
+    if args.figure is not None:
+        args.figure.parent.mkdir(parents=True, exist_ok=True)
+        draw(runs).savefig(args.figure)
 
 
 if __name__ == "__main__":

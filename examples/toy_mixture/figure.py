@@ -1,4 +1,4 @@
-"""Draws validation loss against local steps and against time, as the mean over seeds of each method."""
+"""Plot the validation loss over local steps and over time, as the mean over the seeds of each method."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 if TYPE_CHECKING:
     from compare import Run
 
-# Colours that those who see red and green alike can tell apart, too; who waits has a dashed line.
+# Colors that are distinct with color blindness, too. Synchronous methods have dashed or dotted lines.
 STYLES = {
     "sync Nesterov": ("#333333", "--"),
     "async Nesterov": ("#D55E00", "-"),
@@ -25,19 +25,19 @@ INK = "#333333"
 
 
 def draw(runs: Iterable[Run]) -> Figure:
-    """Returns the figure. Methods that were run with several learning rates have a line for each."""
+    """Return the figure, with one line for each method and learning rate."""
     groups: dict[tuple[str, float], list[Run]] = {}
     for run in runs:
         groups.setdefault((run.method, run.outer_lr), []).append(run)
     figure = Figure(figsize=(9.0, 3.7), dpi=200, layout="constrained", facecolor="white")
     by_steps, by_time = figure.subplots(1, 2, sharey=True)
     for (method, lr), group in groups.items():
-        colour, line = STYLES[method]
-        points = [_means(of_one_moment) for of_one_moment in zip(*(run.curve for run in group), strict=True)]
+        color, line = STYLES[method]
+        points = [_means(points_at_step) for points_at_step in zip(*(run.curve for run in group), strict=True)]
         steps, seconds, losses = zip(*points, strict=True)
         label = f"{method}, lr {lr:g}"
-        by_steps.plot(steps, losses, color=colour, linestyle=line, linewidth=2, label=label)
-        by_time.plot(seconds, losses, color=colour, linestyle=line, linewidth=2, label=label)
+        by_steps.plot(steps, losses, color=color, linestyle=line, linewidth=2, label=label)
+        by_time.plot(seconds, losses, color=color, linestyle=line, linewidth=2, label=label)
     _label(by_steps, "Validation loss", "local steps of all workers")
     _label(by_time, "", "seconds of the simulated cluster")
     by_time.legend(frameon=False, fontsize=9, labelcolor=INK)

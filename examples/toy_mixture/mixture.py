@@ -1,4 +1,4 @@
-"""A mixture of mixtures of Gaussians: the classes, their clusters, and the LightningDataModule that draws from them."""
+"""Synthetic data: classes that are mixtures of Gaussian clusters, and a LightningDataModule that draws from them."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch.utils.data import DataLoader, Dataset
 
 
 class Mixture:
-    """Classes that are mixtures of Gaussian clusters of unit variance, all equally likely.
+    """Classes that are mixtures of Gaussian clusters with unit variance. All clusters are equally likely.
 
     Args:
-        dimensions: of a point.
-        classes: how many there are.
-        clusters: Gaussians that a class is made of.
-        spread: standard deviation of the clusters' centres in each dimension. The smaller it is, the more the classes
-            overlap.
-        seed: of the centres.
+        dimensions: number of features of a point.
+        classes: number of classes, >= 2.
+        clusters: number of clusters in each class.
+        spread: standard deviation of the cluster centers in each dimension, > 0. Classes overlap more with a smaller
+            value.
+        seed: seed of the centers and of the points.
 
     Raises:
-        ValueError: a number is too small.
+        ValueError: a value is too small.
 
     """
 
@@ -32,35 +32,35 @@ class Mixture:
             if value < least:
                 raise ValueError(f"{name}={value} must be at least {least}")
         if not spread > 0.0:
-            raise ValueError(f"spread={spread} must be above 0: classes that lie on each other cannot be told apart")
+            raise ValueError(f"spread={spread} must be > 0, because classes with equal centers cannot be separated")
         self.classes = classes
         self.clusters = clusters
         self.seed = seed
         generator = torch.Generator().manual_seed(seed)
-        self.centres = spread * torch.randn(classes * clusters, dimensions, generator=generator)
+        self.centers = spread * torch.randn(classes * clusters, dimensions, generator=generator)
 
     def draw(self, count: int, number: int) -> tuple[Tensor, Tensor]:
-        """Points ``[count, dimensions]`` and their classes ``[count]``: the same ones for the same ``number``."""
+        """Return points ``[count, dimensions]`` and their classes ``[count]``, which depend only on ``number``."""
         generator = torch.Generator().manual_seed((self.seed << 32) + number)
-        cluster = torch.randint(len(self.centres), (count,), generator=generator)
-        noise = torch.randn(count, self.centres.size(1), generator=generator)
-        return self.centres[cluster] + noise, cluster // self.clusters
+        cluster = torch.randint(len(self.centers), (count,), generator=generator)
+        noise = torch.randn(count, self.centers.size(1), generator=generator)
+        return self.centers[cluster] + noise, cluster // self.clusters
 
     def best_loss(self, points: Tensor, classes: Tensor) -> float:
-        """Cross-entropy of who knows the centres: no classifier does better on average."""
-        densities = -0.5 * torch.cdist(points, self.centres).square()
+        """Return the cross-entropy of the optimal classifier, which knows the centers."""
+        densities = -0.5 * torch.cdist(points, self.centers).square()
         logits = densities.view(len(points), self.classes, self.clusters).logsumexp(2)
         return float(F.cross_entropy(logits, classes))
 
 
 class MixtureBatches(Dataset[tuple[Tensor, Tensor]]):
-    """Batches of a mixture, drawn when they are asked for, so that a long run needs no memory for them.
+    """Batches of a mixture, each drawn on access, so that a long run does not keep them in memory.
 
     Args:
-        mixture: what to draw from.
-        batches: how many there are.
-        batch_size: points in each.
-        first: number of the first batch; batches of other numbers hold other points.
+        mixture: mixture to draw from.
+        batches: number of batches.
+        batch_size: number of points in a batch.
+        first: number of the first batch. Batches with different numbers have different points.
 
     """
 
@@ -80,20 +80,21 @@ class MixtureBatches(Dataset[tuple[Tensor, Tensor]]):
 
 
 class MixtureData(pl.LightningDataModule):
-    """Batches of one mixture, for training and for validation.
+    """Batches of one mixture for training and validation.
 
-    An epoch is ``train_batches`` batches, which the strategy leases to the workers: each is trained on by one of them,
-    and what a worker gets is as good a sample of the whole as what any other does.
+    The strategy leases the batches of an epoch to the workers. Each batch is trained on by one worker, and the batches
+    of every worker are a sample of the whole mixture.
 
     Args:
-        train_batches: batches in an epoch. With as many as there are local steps in a run no point is seen twice.
-        batch_size: points in a batch.
-        validation_points: points to validate on.
+        train_batches: number of batches in an epoch. If it is the number of local steps in the run, no point is used
+            twice.
+        batch_size: number of points in a batch.
+        validation_points: number of points for validation.
         spread: see :class:`Mixture`.
-        seed: of the mixture.
+        seed: seed of the mixture.
 
     Raises:
-        ValueError: a number is too small.
+        ValueError: a value is too small.
 
     """
 

@@ -14,20 +14,22 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from lightning_async_localsgd.registration import register_when_lightning_is_imported
+from lightning_async_localsgd_autoload import install as register_when_lightning_is_imported
 
 if TYPE_CHECKING:
-    from lightning_async_localsgd.callback import AsyncLocalSGDCallback
-    from lightning_async_localsgd.emulation import EmulatedDevices
-    from lightning_async_localsgd.faults import FaultInjection
-    from lightning_async_localsgd.injection import Fault, FaultKind
-    from lightning_async_localsgd.merging import MergeOptions
-    from lightning_async_localsgd.options import ExchangeOptions
+    from lightning_async_localsgd.faults import Fault, FaultKind
+    from lightning_async_localsgd.launch.restarts import WorkersLostError
+    from lightning_async_localsgd.lightning.callback import AsyncLocalSGDCallback
+    from lightning_async_localsgd.lightning.emulation import EmulatedDevices
+    from lightning_async_localsgd.lightning.fault_injection import FaultInjection
+    from lightning_async_localsgd.lightning.simulated.strategy import SimulatedAsyncLocalSGDStrategy
+    from lightning_async_localsgd.lightning.strategy import AsyncLocalSGDStrategy
     from lightning_async_localsgd.outer import DelayedNesterov, OuterOptimizer, TorchOptimizer
+    from lightning_async_localsgd.protocol.options import ExchangeOptions
+    from lightning_async_localsgd.server.merge_policy import MergeOptions
+    from lightning_async_localsgd.server.observers import RunObserver
     from lightning_async_localsgd.simulation.devices import Arrival, Death, Link, Slowdown, StepSeconds
-    from lightning_async_localsgd.simulation.strategy import SimulatedAsyncLocalSGDStrategy
     from lightning_async_localsgd.staleness import Staleness
-    from lightning_async_localsgd.strategy import AsyncLocalSGDStrategy
 
 __version__ = "0.1.0"
 
@@ -45,33 +47,37 @@ __all__ = [
     "Link",
     "MergeOptions",
     "OuterOptimizer",
+    "RunObserver",
     "SimulatedAsyncLocalSGDStrategy",
     "Slowdown",
     "Staleness",
     "StepSeconds",
     "TorchOptimizer",
+    "WorkersLostError",
 ]
 
 # The module of each exported name.
 HOMES = {
     "Arrival": "simulation.devices",
-    "AsyncLocalSGDCallback": "callback",
-    "AsyncLocalSGDStrategy": "strategy",
+    "AsyncLocalSGDCallback": "lightning.callback",
+    "AsyncLocalSGDStrategy": "lightning.strategy",
     "Death": "simulation.devices",
     "DelayedNesterov": "outer",
-    "EmulatedDevices": "emulation",
-    "ExchangeOptions": "options",
-    "Fault": "injection",
-    "FaultInjection": "faults",
-    "FaultKind": "injection",
+    "EmulatedDevices": "lightning.emulation",
+    "ExchangeOptions": "protocol.options",
+    "Fault": "faults",
+    "FaultInjection": "lightning.fault_injection",
+    "FaultKind": "faults",
     "Link": "simulation.devices",
-    "MergeOptions": "merging",
+    "MergeOptions": "server.merge_policy",
     "OuterOptimizer": "outer",
-    "SimulatedAsyncLocalSGDStrategy": "simulation.strategy",
+    "RunObserver": "server.observers",
+    "SimulatedAsyncLocalSGDStrategy": "lightning.simulated.strategy",
     "Slowdown": "simulation.devices",
     "Staleness": "staleness",
     "StepSeconds": "simulation.devices",
     "TorchOptimizer": "outer",
+    "WorkersLostError": "launch.restarts",
 }
 
 register_when_lightning_is_imported()
@@ -80,10 +86,11 @@ register_when_lightning_is_imported()
 def __getattr__(name: str) -> Any:
     if name not in HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if _lightning_is_installed():
-        value = getattr(import_module(f"{__name__}.{HOMES[name]}"), name)
-    else:
+    home = HOMES[name]
+    if home.startswith("lightning.") and not _lightning_is_installed():
         value = getattr(import_module(f"{__name__}.pytorch_lightning"), name)
+    else:
+        value = getattr(import_module(f"{__name__}.{home}"), name)
     globals()[name] = value
     return value
 

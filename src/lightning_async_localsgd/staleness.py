@@ -1,8 +1,8 @@
-"""The staleness stage: what becomes of a push that was made from an old model, before it reaches the outer optimizer.
+"""Staleness stages, which weigh, correct or drop stale pushes before they reach the outer optimizer.
 
-With s the staleness of a push (pushes that were applied since its worker was dispatched), a stage gives the factor by
-which the pseudo-gradient g is multiplied, and may correct g itself. A factor of 0 drops the push: it moves nothing, but
-its steps were taken and its data was trained on.
+The staleness s of a push is the number of pushes that were applied since its worker was dispatched. A stage returns a
+factor, by which the pseudo-gradient g is multiplied, and may also correct g. A factor of 0 drops the push. A dropped
+push does not change the model, but its steps count towards the budget and its data counts as trained on.
 """
 
 from __future__ import annotations
@@ -15,17 +15,19 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_async_localsgd.hyperparameters import count, is_number, not_negative, positive
 from lightning_async_localsgd.outer.base import chunks
+from lightning_async_localsgd.protocol.checks import check_count, check_not_negative, check_positive, is_number
 
 
 class Staleness(ABC):
-    """What is done to a push for its age. Stages hold no state: the same push is always answered alike.
+    """Base class of staleness stages.
+
+    Stages have no state: the result depends only on the arguments.
 
     Attributes:
-        needs_base: whether :meth:`correct` changes anything. The server then keeps, for each worker, a copy of the
-            model that it was dispatched.
-        needs_momentum: whether :meth:`weigh` looks at the cosine, so that only outer optimizers with a momentum fit.
+        needs_base: whether :meth:`correct` does anything. If so, the server keeps a copy of each model that workers
+            compute on.
+        needs_momentum: whether :meth:`weigh` uses the cosine. If so, the outer optimizer must have a momentum.
 
     """
 
@@ -34,31 +36,35 @@ class Staleness(ABC):
 
     @abstractmethod
     def weigh(self, staleness: int, cosine: float | None) -> float:
-        """The factor for a push, >= 0; 0 drops it.
+        """Return the factor for a push, >= 0. A factor of 0 drops the push.
 
         Args:
-            staleness: pushes that were applied since the worker's dispatch, >= 0.
-            cosine: between the push and the outer momentum; None while either is zero, and where it is not to count.
+            staleness: number of pushes that were applied since the worker was dispatched, >= 0.
+            cosine: cosine between the push and the outer momentum. None if either is zero, or if the push must not be
+                dropped for its direction.
 
         """
 
-    # Most stages have nothing to correct.
+    # Not abstract, because most stages correct nothing.
     def correct(self, gradient: Tensor, theta: Tensor, base: Tensor) -> None:  # noqa: B027
-        """Changes ``gradient`` in place, before it is multiplied by the factor. Called where :attr:`needs_base`.
+        """Correct ``gradient`` in place, before it is multiplied by the factor.
+
+        Called only if :attr:`needs_base` is set.
 
         Args:
-            gradient: the pseudo-gradient, flat.
-            theta: the global model as it is now; must not be changed.
-            base: the model that the worker was dispatched; must not be changed.
+            gradient: pseudo-gradient, flat.
+            theta: current global model. Must not be changed.
+            base: global model that the worker was dispatched. Must not be changed.
 
         """
 
 
 class Constant(Staleness):
-    """Factor 1 whatever the age: what happens without a staleness stage, to compare with.
+    """Factor 1 for every staleness, as without a staleness stage.
 
     Example::
 
+        >>> from lightning_async_localsgd.staleness import Constant
         >>> Constant().weigh(7, None)
         1.0
 
@@ -73,23 +79,28 @@ class Constant(Staleness):
 
 
 class Polynomial(Staleness):
-    """Factor (1 + s)^-a: the older, the less (FedAsync, Xie et al., arXiv 1903.03934; *Poly* in arXiv 2401.09135).
+    """Factor (1 + s)^-a (FedAsync, Xie et al., arXiv 1903.03934).
+
+    With a = 0.5 this is *Poly* in arXiv 2401.09135.
 
     Args:
-        power: a, > 0.
+        power: a, > 0. The factor falls faster with a larger value.
 
     Raises:
-        ValueError: ``power`` is out of its range.
+        ValueError: ``power`` is outside its range.
 
     Example::
 
+        >>> from lightning_async_localsgd.staleness import Polynomial
         >>> Polynomial(power=0.5).weigh(3, None)
         0.5
 
     """
 
     def __init__(self, power: float = 0.5) -> None:
-        self.power = positive(type(self).__name__, "power", power, "0.5 is usual, and Constant() weighs all alike")
+        self.power = check_positive(
+            type(self).__name__, "power", power, "0.5 is usual, Constant() gives all pushes the same weight"
+        )
 
     def __repr__(self) -> str:
         return f"Polynomial(power={self.power})"
@@ -100,17 +111,20 @@ class Polynomial(Staleness):
 
 
 class PolynomialThreshold(Polynomial):
-    """Factor (1 + s)^-a up to an age, and nothing beyond it (*PolyThres* in arXiv 2401.09135).
+    """Factor (1 + s)^-a up to a threshold, and 0 above it.
+
+    With a = 0.5 and a threshold of 10 this is *PolyThres* in arXiv 2401.09135.
 
     Args:
         power: a, > 0.
-        threshold: largest staleness of a push that is not dropped, >= 0.
+        threshold: largest staleness at which a push is not dropped, >= 0.
 
     Raises:
-        ValueError: a value is out of its range.
+        ValueError: a value is outside its range.
 
     Example::
 
+        >>> from lightning_async_localsgd.staleness import PolynomialThreshold
         >>> stage = PolynomialThreshold(power=0.5, threshold=10)
         >>> stage.weigh(3, None), stage.weigh(11, None)
         (0.5, 0.0)
@@ -119,8 +133,12 @@ class PolynomialThreshold(Polynomial):
 
     def __init__(self, power: float = 0.5, threshold: int = 10) -> None:
         super().__init__(power)
-        self.threshold = count(
-            "PolynomialThreshold", "threshold", threshold, "it is the largest staleness that is let in", least=0
+        self.threshold = check_count(
+            "PolynomialThreshold",
+            "threshold",
+            threshold,
+            "it is the largest staleness of a push that is not dropped",
+            least=0,
         )
 
     def __repr__(self) -> str:
@@ -132,17 +150,19 @@ class PolynomialThreshold(Polynomial):
 
 
 class Hinge(Staleness):
-    """Factor 1 up to an age b, then 1 / (a (s - b) + 1) (FedAsync, Xie et al., arXiv 1903.03934).
+    """Factor 1 where s <= b, and 1 / (a*(s - b) + 1) where s > b (FedAsync, Xie et al., arXiv 1903.03934).
 
     Args:
-        slope: a, > 0; how fast the factor falls.
-        start: b, >= 0; the largest staleness that costs nothing. With k workers of equal speed k - 1 is normal.
+        slope: a, > 0. The factor falls faster with a larger value.
+        start: b, >= 0, the largest staleness with factor 1. For comparison: k workers of equal speed have a staleness
+            of k - 1 without a grace window.
 
     Raises:
-        ValueError: a value is out of its range.
+        ValueError: a value is outside its range.
 
     Example::
 
+        >>> from lightning_async_localsgd.staleness import Hinge
         >>> stage = Hinge(slope=0.5, start=4)
         >>> stage.weigh(4, None), stage.weigh(6, None)
         (1.0, 0.5)
@@ -150,8 +170,10 @@ class Hinge(Staleness):
     """
 
     def __init__(self, slope: float, start: int) -> None:
-        self.slope = positive("Hinge", "slope", slope, "a larger one falls faster, and Constant() does not fall")
-        self.start = count("Hinge", "start", start, "it is the largest staleness that costs nothing", least=0)
+        self.slope = check_positive(
+            "Hinge", "slope", slope, "the factor falls faster with a larger slope, Constant() keeps it at 1"
+        )
+        self.start = check_count("Hinge", "start", start, "it is the largest staleness with factor 1", least=0)
 
     def __repr__(self) -> str:
         return f"Hinge(slope={self.slope}, start={self.start})"
@@ -162,21 +184,23 @@ class Hinge(Staleness):
 
 
 class ExponentialCosine(Staleness):
-    """Factor e^(-a s), and nothing for pushes that point against the momentum (CGAD, arXiv 2605.09126).
+    """Factor e^(-a*s), and 0 for pushes that point away from the outer momentum (CGAD, arXiv 2605.09126).
 
-    A push without a cosine, because there is no momentum yet, is not dropped. Nor is the one that follows as many
-    dropped ones in a row as there are live workers, for their direction alone: then it is the momentum that points the
-    wrong way. Only pushes that are merged change it, and so that one is weighed by its age alone.
+    A push is not dropped while the momentum is zero, because it has no cosine then. When k pushes in a row were dropped
+    for their direction alone, with k the number of live workers, the factor of the next push depends only on its
+    staleness. Without this exception, a momentum with a wrong direction would never change, because only merged pushes
+    change it.
 
     Args:
-        rate: a, >= 0.
-        cutoff: in [-1, 1); a push whose cosine with the outer momentum is smaller is dropped. -1 drops none.
+        rate: a, >= 0. With 0, the factor does not depend on the staleness.
+        cutoff: in [-1, 1). A push is dropped if its cosine with the outer momentum is smaller. -1 drops no push.
 
     Raises:
-        ValueError: a value is out of its range.
+        ValueError: a value is outside its range.
 
     Example::
 
+        >>> from lightning_async_localsgd.staleness import ExponentialCosine
         >>> stage = ExponentialCosine(rate=0.5, cutoff=0.0)
         >>> round(stage.weigh(2, 0.3), 3), stage.weigh(2, -0.3)
         (0.368, 0.0)
@@ -186,11 +210,11 @@ class ExponentialCosine(Staleness):
     needs_momentum = True
 
     def __init__(self, rate: float, cutoff: float) -> None:
-        self.rate = not_negative("ExponentialCosine", "rate", rate, "0 weighs all alike")
+        self.rate = check_not_negative("ExponentialCosine", "rate", rate, "0 gives all pushes the same weight")
         if not (is_number(cutoff) and -1.0 <= cutoff < 1.0):
             raise ValueError(
-                f"ExponentialCosine: cutoff must be in [-1, 1), got {cutoff!r}; 0 drops what points against the"
-                " momentum, -1 drops nothing"
+                f"ExponentialCosine: cutoff must be in [-1, 1), got {cutoff!r}; 0 drops pushes that point"
+                " against the momentum, -1 drops no push"
             )
         self.cutoff = float(cutoff)
 
@@ -205,19 +229,21 @@ class ExponentialCosine(Staleness):
 
 
 class DelayCompensation(Staleness):
-    """Corrects g for where the model has gone since: g + lambda g*g*(theta_now - theta_base), element by element.
+    """Delay compensation (Zheng et al., arXiv 1609.08326): g + lambda*g*g*(theta_now - theta_base), elementwise.
 
-    A first-order estimate of the pseudo-gradient at the present model, with g*g in the place of the Hessian's diagonal
-    (Zheng et al., arXiv 1609.08326). The factor is 1. Rank 0 holds one model more for every worker.
+    This is a first-order estimate of the pseudo-gradient at the current global model, with g*g as an estimate of the
+    Hessian's diagonal. The factor is 1. Rank 0 keeps up to one more copy of the model for each worker.
 
     Args:
-        strength: lambda, > 0.
+        strength: lambda, > 0. A larger value corrects more.
 
     Raises:
-        ValueError: ``strength`` is out of its range.
+        ValueError: ``strength`` is outside its range.
 
     Example::
 
+        >>> import torch
+        >>> from lightning_async_localsgd.staleness import DelayCompensation
         >>> gradient = torch.tensor([2.0, 2.0])
         >>> DelayCompensation(0.5).correct(gradient, theta=torch.tensor([1.0, 3.0]), base=torch.ones(2))
         >>> gradient
@@ -228,7 +254,9 @@ class DelayCompensation(Staleness):
     needs_base = True
 
     def __init__(self, strength: float) -> None:
-        self.strength = positive("DelayCompensation", "strength", strength, "leave the stage out for no correction")
+        self.strength = check_positive(
+            "DelayCompensation", "strength", strength, "to correct nothing, leave out this stage"
+        )
 
     def __repr__(self) -> str:
         return f"DelayCompensation(strength={self.strength})"
@@ -239,25 +267,27 @@ class DelayCompensation(Staleness):
 
     @override
     def correct(self, gradient: Tensor, theta: Tensor, base: Tensor) -> None:
-        for g, now, then in chunks(gradient, theta, base):
-            # The distance first: where the model has not moved there is no square of g that could overflow.
-            g.addcmul_(torch.sub(now, then).mul_(g), g, value=self.strength)
+        for g, current, dispatched in chunks(gradient, theta, base):
+            # The difference is multiplied first. Where the model has not changed, the product is then zero even if g*g
+            # would overflow.
+            g.addcmul_(torch.sub(current, dispatched).mul_(g), g, value=self.strength)
 
 
 class Composed(Staleness):
-    """Several stages together: their factors multiplied, their corrections one after the other.
+    """The product of the factors of several stages, and their corrections one after another.
 
-    A push that one of them drops is dropped. All corrections come before any factor.
+    A push is dropped if any of the stages drops it. All corrections are applied before the factor.
 
     Args:
-        stages: one stage at least.
+        stages: at least one stage.
 
     Raises:
-        TypeError: something among them is no stage.
-        ValueError: there is none.
+        TypeError: ``stages`` is not a sequence of stages.
+        ValueError: ``stages`` is empty.
 
     Example::
 
+        >>> from lightning_async_localsgd.staleness import Composed, Hinge, Polynomial
         >>> Composed([Polynomial(0.5), Hinge(slope=1.0, start=2)]).weigh(3, None)
         0.25
 
@@ -267,11 +297,11 @@ class Composed(Staleness):
         given: object = stages
         if not isinstance(given, Sequence) or not all(isinstance(stage, Staleness) for stage in given):
             raise TypeError(
-                f"Composed: stages must be a list of staleness stages, got {stages!r}; write for example"
+                f"Composed: stages must be a list of staleness stages, got {stages!r}; use for example"
                 " Composed([Polynomial(0.5), DelayCompensation(0.1)])"
             )
         if not stages:
-            raise ValueError("Composed: stages must not be empty, got []; Constant() weighs all pushes alike")
+            raise ValueError("Composed: stages must not be empty, got []; Constant() gives all pushes the same weight")
         self.stages = tuple(stages)
         self.needs_base = any(stage.needs_base for stage in stages)
         self.needs_momentum = any(stage.needs_momentum for stage in stages)

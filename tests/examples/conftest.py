@@ -1,4 +1,4 @@
-"""Puts the examples and the benchmarks on the path, as running their scripts does, and forbids downloads."""
+"""Put examples and benchmarks on the path, as running their scripts does, and disable downloads."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / name) for name in ("examples/language_model", "examples/toy_mixture", "benchmarks")]
-# Read when `datasets` is imported: the tests must not need the network.
+# `datasets` reads these at import. The tests must not need the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"

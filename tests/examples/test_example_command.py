@@ -1,4 +1,4 @@
-"""The example's command line with each of its configurations, at a small budget."""
+"""The command line of the example with each configuration and a small budget."""
 
 from __future__ import annotations
 
@@ -19,20 +19,24 @@ from model import LanguageModel
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "language_model"
 CONFIGS = {
-    name: yaml.safe_load((EXAMPLE / "configs" / f"{name}.yaml").read_text()) for name in ("async", "ddp", "single")
+    name: yaml.safe_load((EXAMPLE / "configs" / f"{name}.yaml").read_text())
+    for name in ("async", "ddp", "diloco", "single", "simulated")
 }
-# arXiv 2401.09135, as relative speeds of its emulated devices.
+# Seconds per step of the emulated devices in arXiv 2401.09135.
 PAPER_SECONDS = (0.58, 0.75, 1.51, 3.33)
 
 
 def _seconds_per_step(config: dict[str, Any]) -> list[float]:
+    if config is CONFIGS["simulated"]:
+        simulated: list[float] = config["trainer"]["strategy"]["init_args"]["seconds_per_step"]
+        return simulated
     [devices] = [c for c in config["trainer"]["callbacks"] if c["class_path"].endswith("EmulatedDevices")]
     seconds: list[float] = devices["init_args"]["seconds_per_step"]
     return seconds
 
 
 def _run(arguments: list[str], directory: Path, timeout: float = 240.0) -> str:
-    """Runs ``train.py`` in ``directory``; whatever it started is gone when this returns."""
+    """Run ``train.py`` in ``directory``, and kill all of its processes at the end."""
     command = [sys.executable, str(EXAMPLE / "train.py"), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     with (directory / "output.txt").open("w+") as output:
@@ -52,7 +56,7 @@ def _run(arguments: list[str], directory: Path, timeout: float = 240.0) -> str:
 
 
 @pytest.mark.parametrize("name", list(CONFIGS))
-def test_a_configuration_trains_and_reports(name: str, tmp_path: Path) -> None:
+def test_configuration_trains_and_reports(name: str, tmp_path: Path) -> None:
     corpus = tmp_path / "corpus.jsonl"
     with corpus.open("w") as out:
         for path in sorted(EXAMPLE.glob("*.py")):
@@ -63,7 +67,7 @@ def test_a_configuration_trains_and_reports(name: str, tmp_path: Path) -> None:
     arguments += ["--data.source=files", f"--data.train_files=[{corpus}]", "--data.vocabulary_size=300"]
     arguments += [f"--data.cache_directory={tmp_path / 'cache'}", "--data.validation_share=0.2"]
     arguments += ["--trainer.enable_progress_bar=false", "--trainer.log_every_n_steps=2"]
-    if name == "async":
+    if name == "diloco":
         arguments += ["--trainer.strategy.init_args.local_steps=4"]
     text = _run(arguments, tmp_path)
     assert re.search(r"validation perplexity \d+\.\d\d \(loss \d\.\d{4}\)", text), text
@@ -76,21 +80,22 @@ def test_a_configuration_trains_and_reports(name: str, tmp_path: Path) -> None:
     assert next((tmp_path / "runs").rglob("config.yaml")).is_file()
 
 
-def test_the_configurations_can_be_compared() -> None:
+def test_configurations_have_equal_budgets_data_and_models() -> None:
     budgets = {
-        name: c["trainer"]["max_steps"] * c["trainer"]["devices"] * c["data"]["batch_size"]
+        name: c["trainer"]["max_steps"] * len(_seconds_per_step(c)) * c["data"]["batch_size"]
         for name, c in CONFIGS.items()
     }
     assert len(set(budgets.values())) == 1
-    for name in ("ddp", "single"):
+    for name in ("ddp", "diloco", "single", "simulated"):
         assert CONFIGS[name]["data"] == CONFIGS["async"]["data"]
         assert CONFIGS[name]["model"] == CONFIGS["async"]["model"]
         assert CONFIGS[name]["seed_everything"] == CONFIGS["async"]["seed_everything"]
-    assert _seconds_per_step(CONFIGS["ddp"]) == _seconds_per_step(CONFIGS["async"])
+    for name in ("ddp", "diloco", "simulated"):
+        assert _seconds_per_step(CONFIGS[name]) == _seconds_per_step(CONFIGS["async"])
     assert _seconds_per_step(CONFIGS["single"]) == _seconds_per_step(CONFIGS["async"])[:1]
 
 
-def test_the_emulated_devices_have_the_papers_relative_speeds() -> None:
+def test_emulated_devices_have_the_relative_speeds_of_the_paper() -> None:
     seconds = _seconds_per_step(CONFIGS["async"])
     assert [value / seconds[0] for value in seconds] == pytest.approx(
         [value / PAPER_SECONDS[0] for value in PAPER_SECONDS], rel=0.01

@@ -1,4 +1,4 @@
-"""The example's transformer, its sizes, its schedule and its LightningModule."""
+"""The transformer, the sizes, the schedule and the LightningModule of the example."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_sizes(size: SizeName, vocabulary_size: int, layers: int, width: int, he
     assert all(parameter.is_contiguous() for parameter in transformer.parameters())
 
 
-def test_no_token_sees_a_later_one() -> None:
+def test_attention_is_causal() -> None:
     torch.manual_seed(0)
     transformer = Transformer(SMALL, 50, 12)
     tokens = torch.randint(50, (2, 12))
@@ -58,7 +58,7 @@ def test_no_token_sees_a_later_one() -> None:
     assert not torch.allclose(before[:, 7:], after[:, 7:])
 
 
-def test_a_shorter_sequence_gives_the_same_logits_and_a_longer_one_is_refused() -> None:
+def test_shorter_sequence_gives_the_same_logits_and_longer_sequence_is_rejected() -> None:
     transformer = Transformer(SMALL, 50, 12)
     tokens = torch.randint(50, (1, 12))
     torch.testing.assert_close(transformer(tokens[:, :5]), transformer(tokens)[:, :5])
@@ -66,7 +66,7 @@ def test_a_shorter_sequence_gives_the_same_logits_and_a_longer_one_is_refused() 
         transformer(torch.zeros(1, 13, dtype=torch.long))
 
 
-def test_rotary_scores_depend_on_the_distance_alone() -> None:
+def test_rotary_scores_depend_only_on_the_distance() -> None:
     rotary = RotaryEmbedding(16, 32)
     q, k = torch.randn(16), torch.randn(16)
     scores = rotary(q.expand(32, 16)) @ rotary(k.expand(32, 16)).T
@@ -74,14 +74,14 @@ def test_rotary_scores_depend_on_the_distance_alone() -> None:
     torch.testing.assert_close(rotary(q.expand(32, 16)).norm(dim=1), q.norm().expand(32))
 
 
-def test_embeddings_are_tied_as_asked() -> None:
+def test_tie_embeddings() -> None:
     tied, untied = LanguageModel(vocabulary_size=300), LanguageModel(vocabulary_size=300, tie_embeddings=False)
     assert tied.transformer.head.weight is tied.transformer.embedding.weight
     assert untied.transformer.head.weight is not untied.transformer.embedding.weight
     assert "transformer.rotary.cosine" not in tied.state_dict()
 
 
-def test_a_fresh_model_guesses_evenly() -> None:
+def test_initial_loss_is_that_of_uniform_predictions() -> None:
     torch.manual_seed(0)
     model = LanguageModel(vocabulary_size=500, sequence_length=32)
     batch = torch.randint(500, (4, 33))
@@ -99,7 +99,7 @@ def test_schedule() -> None:
     assert warmup_cosine(0, warmup_steps=0, total_steps=10, floor=0.1) == 1.0
 
 
-def test_it_learns_and_its_perplexity_is_that_of_its_loss(tmp_path: Path) -> None:
+def test_model_learns_and_perplexity_matches_loss(tmp_path: Path) -> None:
     pl.seed_everything(0)
     batch = torch.randint(300, (8, 17))
     data = DataLoader(TensorDataset(batch), batch_size=8, collate_fn=lambda rows: torch.stack([row[0] for row in rows]))
@@ -113,7 +113,7 @@ def test_it_learns_and_its_perplexity_is_that_of_its_loss(tmp_path: Path) -> Non
     assert group["lr"] == pytest.approx(3e-4, rel=0.05)
 
 
-def test_each_parameter_is_optimised_once_and_norms_do_not_decay(tmp_path: Path) -> None:
+def test_each_parameter_is_optimized_once_and_norms_do_not_decay(tmp_path: Path) -> None:
     data = DataLoader(torch.zeros(4, 17, dtype=torch.long), batch_size=2)
     model = LanguageModel(vocabulary_size=300, sequence_length=16)
     trainer = _trainer(tmp_path, max_steps=1)

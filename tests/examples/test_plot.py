@@ -17,13 +17,13 @@ from plot_heterogeneous import draw, main, read
 
 
 def _run(run: str, seconds_per_step: list[float], counts: list[int], losses: list[float]) -> Measurement:
-    """A made-up run whose ranks take their steps without a pause."""
+    """Return the measurement of an invented run whose ranks never pause."""
     records: list[dict[str, Any]] = []
     for seconds, count in zip(seconds_per_step, counts, strict=True):
         steps = [seconds * (step + 1) for step in range(count)]
         records.append({"start": 0.0, "end": steps[-1], "steps": steps, "validations": [], "cpu_seconds": 1.0})
     end = max(record["end"] for record in records)
-    moments = [end * (at + 1) / len(losses) for at in range(len(losses))]
+    moments = [end * (index + 1) / len(losses) for index in range(len(losses))]
     records[0]["validations"] = [
         [moment, moment + 0.1, loss] for moment, loss in zip(moments[:-1], losses[:-1], strict=True)
     ]
@@ -43,7 +43,7 @@ def printed() -> str:
     return "\n".join(lines) + "\n"
 
 
-def test_the_figure_shows_what_was_measured(printed: str) -> None:
+def test_figure_shows_losses_and_steps(printed: str) -> None:
     measurements = read(printed.splitlines())
     assert list(measurements) == ["async", "ddp", "single"]
     losses, steps = draw(measurements).axes
@@ -51,22 +51,29 @@ def test_the_figure_shows_what_was_measured(printed: str) -> None:
     assert list(curves["async_localsgd"].get_ydata()) == [4.4, 3.8, 3.5, 3.4]
     assert list(curves["async_localsgd"].get_xdata())[-1] == pytest.approx(128.0)
     assert list(curves["fastest device alone"].get_ydata())[-1] == 3.3
-    # A rank by itself has nobody to share the steps with.
+    # A run with a single rank is not in the plot of the steps.
     assert [bar.get_height() for bars in steps.containers for bar in bars] == [1280, 320, 800, 800]
-    assert steps.get_legend().get_texts()[0].get_text() == "async_localsgd: 100% of all ranks' speed"
+    assert steps.get_legend().get_texts()[0].get_text() == "async_localsgd: 100%"
 
 
-def test_one_run_alone_can_be_drawn(printed: str) -> None:
-    only = {run: found for run, found in read(printed.splitlines()).items() if run == "single"}
+def test_figure_of_a_single_rank_has_no_steps(printed: str) -> None:
+    only = {run: seeds for run, seeds in read(printed.splitlines()).items() if run == "single"}
     assert len(draw(only).axes) == 1
 
 
-def test_of_a_repeated_run_the_last_counts(printed: str) -> None:
+def test_last_measurement_of_a_repeated_run_counts(printed: str) -> None:
     again = json.dumps({**json.loads(printed.splitlines()[0]), "final_loss": 1.5})
-    assert read([*printed.splitlines(), again])["async"]["final_loss"] == 1.5
+    assert [values["final_loss"] for values in read([*printed.splitlines(), again])["async"]] == [1.5]
 
 
-def test_the_image_is_written(printed: str, tmp_path: Path) -> None:
+def test_every_seed_has_a_line_and_the_legend_their_mean(printed: str) -> None:
+    other = json.dumps({**json.loads(printed.splitlines()[0]), "seed": 1, "final_loss": 3.0})
+    losses = draw(read([*printed.splitlines(), other])).axes[0]
+    assert len(losses.lines) == 4
+    assert losses.get_legend().get_texts()[0].get_text() == "async_localsgd: 3.20"
+
+
+def test_image_is_written(printed: str, tmp_path: Path) -> None:
     (tmp_path / "measurements.txt").write_text(printed)
     output = tmp_path / "images" / "run.png"
     main([str(tmp_path / "measurements.txt"), "--output", str(output)])
@@ -75,7 +82,7 @@ def test_the_image_is_written(printed: str, tmp_path: Path) -> None:
     assert struct.unpack(">II", data[16:24]) == (1800, 740)
 
 
-def test_a_file_without_a_measurement_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_file_without_measurement_is_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty.txt").write_text("nothing\n[1]\n")
     with pytest.raises(SystemExit):
         main([str(tmp_path / "empty.txt"), "--output", str(tmp_path / "run.png")])

@@ -1,4 +1,4 @@
-"""benchmarks/simulation_overhead.py: how it works out its figures, and that both of its runs run."""
+"""benchmarks/simulation_overhead.py computes its result correctly, and both of its runs train."""
 
 from __future__ import annotations
 
@@ -9,38 +9,38 @@ import simulation_overhead
 from simulation_overhead import KINDS, main, measure, report, table
 
 
-def turns(*ratios: float) -> list[dict[str, float]]:
-    return [dict(zip(KINDS, (10.0 * at, 10.0 * at * ratio), strict=True)) for at, ratio in enumerate(ratios, start=1)]
+def repetitions(*ratios: float) -> list[dict[str, float]]:
+    return [dict(zip(KINDS, (10.0 * n, 10.0 * n * ratio), strict=True)) for n, ratio in enumerate(ratios, start=1)]
 
 
-def test_the_overhead_is_the_median_of_the_turns_ratios() -> None:
-    found = report(turns(1.02, 1.40, 1.10), steps=400)
-    assert (found["overhead"], found["lowest"], found["highest"]) == (0.1, 0.02, 0.4)
-    assert found["passed"] is True
-    assert found["ms_per_step"]["single device"] == 50.0
-    last = table(found).splitlines()[-1]
-    assert last == "overhead 10.0% (2.0% to 40.0% in 3 turns), bar 15%: passed"
+def test_overhead_is_the_median_ratio() -> None:
+    result = report(repetitions(1.02, 1.40, 1.10), steps=400)
+    assert (result["overhead"], result["lowest"], result["highest"]) == (0.1, 0.02, 0.4)
+    assert result["passed"] is True
+    assert result["ms_per_step"]["single device"] == 50.0
+    last = table(result).splitlines()[-1]
+    assert last == "overhead 10.0% (2.0% to 40.0% in 3 repetitions), limit 15%: passed"
 
 
-def test_more_than_the_bar_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    asked = []
+def test_overhead_above_the_limit_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    measured_kinds = []
 
-    def measured(kind: str, steps: int) -> float:
-        asked.append(kind)
+    def fake_measure(kind: str, steps: int) -> float:
+        measured_kinds.append(kind)
         return 12.0 if kind == "simulated cluster" else 10.0
 
-    monkeypatch.setattr(simulation_overhead, "measure", measured)
+    monkeypatch.setattr(simulation_overhead, "measure", fake_measure)
     monkeypatch.setattr("sys.argv", ["simulation_overhead.py", "--turns", "2", "--steps", "8"])
     assert main() == 1
-    # Each of them goes first in every other turn.
-    assert asked == [*KINDS, *KINDS[::-1]]
+    # Each run goes first in every other repetition.
+    assert measured_kinds == [*KINDS, *KINDS[::-1]]
     line, *_, verdict = capsys.readouterr().out.splitlines()
     assert json.loads(line)["overhead"] == 0.2
     assert verdict.endswith("FAILED")
 
 
 @pytest.mark.parametrize(("option", "value"), [("--steps", "6"), ("--steps", "0"), ("--turns", "0")])
-def test_options_out_of_range_are_named(
+def test_invalid_option_is_refused_with_its_name(
     option: str, value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", ["simulation_overhead.py", option, value])
@@ -51,5 +51,5 @@ def test_options_out_of_range_are_named(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_trains_and_says_how_long_it_took(kind: str) -> None:
+def test_run_trains_and_reports_its_time(kind: str) -> None:
     assert measure(kind, steps=8) > 0.0

@@ -1,4 +1,4 @@
-"""Sources of text, tokenizer, cache and DataModule of the example."""
+"""The sources of text, the tokenizer, the cache and the DataModule of the example."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _document(number: int) -> str:
 
 
 def _write_c4(directory: Path, split: str, files: int, each: int) -> list[str]:
-    """Writes files in the layout of allenai/c4: gzip-compressed JSON lines with text, timestamp and url."""
+    """Write files in the layout of allenai/c4: gzip-compressed JSON lines with text, timestamp and url."""
     paths = []
     for file in range(files):
         path = directory / f"c4-{split}.{file:05d}-of-{files:05d}.json.gz"
@@ -63,16 +63,16 @@ def text_file(tmp_path: Path) -> str:
 # Sources
 
 
-def test_the_split_depends_on_the_name_alone_and_keeps_its_share() -> None:
+def test_split_depends_only_on_the_name_and_has_the_right_share() -> None:
     names = [f"package/module_{number}.py" for number in range(4000)]
     chosen = [name for name in names if in_validation(name, 0.05)]
     assert 140 < len(chosen) < 260
     assert set(chosen) <= {name for name in names if in_validation(name, 0.1)}
-    # These must never change: other values would put files that a model was trained on into its validation split.
+    # This result must never change. Otherwise files that a model was trained on could become validation files.
     assert [name for name in names[:60] if in_validation(name, 0.05)] == ["package/module_12.py"]
 
 
-def test_stdlib_splits_by_file_and_leaves_out_what_is_no_text(tmp_path: Path) -> None:
+def test_stdlib_splits_by_file_and_skips_files_without_text(tmp_path: Path) -> None:
     for name in ("os.py", "json/decoder.py", "LICENSE.txt", "test/test_os.py", "site-packages/x.py", "encodings/a.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f"content of {name}")
@@ -85,21 +85,21 @@ def test_stdlib_splits_by_file_and_leaves_out_what_is_no_text(tmp_path: Path) ->
     assert splits["train"].isdisjoint(splits["validation"])
 
 
-def test_the_running_python_has_text_enough() -> None:
+def test_installed_python_has_enough_text() -> None:
     characters = {split: sum(map(len, StdlibText().documents(split))) for split in ("train", "validation")}
     assert characters["train"] > 4_000_000
     assert 0.01 < characters["validation"] / characters["train"] < 0.15
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".json.gz"])
-def test_files_of_every_kind_are_read(tmp_path: Path, suffix: str) -> None:
+def test_files_with_all_suffixes_are_read(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"corpus{suffix}"
-    texts = ["erster Text\n", "zweiter, mit Umlaut: ä"]
+    texts = ["first text\n", "second text with an umlaut: ä"]
     content = "".join(texts) if ".txt" in suffix else "\n\n".join(json.dumps({"text": text}) for text in texts)
     path.write_bytes(gzip.compress(content.encode()) if suffix.endswith(".gz") else content.encode())
-    other = tmp_path / "other.txt"
-    other.write_text("validation")
-    source = FileText([path], [other])
+    validation = tmp_path / "validation.txt"
+    validation.write_text("validation")
+    source = FileText([path], [validation])
     assert list(source.documents("train")) == (["".join(texts)] if ".txt" in suffix else texts)
     assert list(source.documents("validation")) == ["validation"]
 
@@ -120,7 +120,7 @@ def test_few_files_are_split_by_document_and_many_by_file(tmp_path: Path, text_f
     assert validation
 
 
-def test_bad_files_are_named(tmp_path: Path, text_file: str) -> None:
+def test_errors_name_the_bad_file(tmp_path: Path, text_file: str) -> None:
     with pytest.raises(ValueError, match=r"train_files=\[\] is empty"):
         FileText([])
     with pytest.raises(FileNotFoundError, match=r"missing\.txt does not exist"):
@@ -137,7 +137,7 @@ def test_bad_files_are_named(tmp_path: Path, text_file: str) -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("shuffle_buffer", [0, 10])
-def test_each_c4_document_goes_to_one_rank(
+def test_each_c4_document_belongs_to_one_rank(
     c4_files: dict[str, list[str]], world_size: int, shuffle_buffer: int
 ) -> None:
     assert not torch.distributed.is_initialized()
@@ -148,15 +148,15 @@ def test_each_c4_document_goes_to_one_rank(
         assert all(parts)
 
 
-def test_c4_is_shuffled_anew_each_epoch(c4_files: dict[str, list[str]]) -> None:
+def test_each_epoch_of_c4_has_a_new_order(c4_files: dict[str, list[str]]) -> None:
     source = C4Text(c4_files, shuffle_buffer=10)
     first, again, second = ([d["url"] for d in source.stream("train", epoch)] for epoch in (0, 0, 1))
     assert first == again
     assert first != second
 
 
-def test_c4_files_must_name_both_splits(c4_files: dict[str, list[str]]) -> None:
-    with pytest.raises(ValueError, match="names no file for 'validation'"):
+def test_c4_files_need_both_splits(c4_files: dict[str, list[str]]) -> None:
+    with pytest.raises(ValueError, match="has no files for 'validation'"):
         C4Text({"train": c4_files["train"]})
 
 
@@ -169,14 +169,14 @@ def tokenizer() -> Any:
 
 
 @given(text=st.text(max_size=200))
-def test_any_text_survives_the_tokenizer(tokenizer: Any, text: str) -> None:
+def test_tokenizer_preserves_any_text(tokenizer: Any, text: str) -> None:
     text = text.encode("utf-8", "replace").decode()
     [ids] = encode_documents(tokenizer, [text])
     assert ids[-1] == tokenizer.token_to_id(END_OF_TEXT)
     assert tokenizer.decode(ids[:-1]) == text
 
 
-def test_the_end_marker_inside_a_text_is_plain_text(tokenizer: Any) -> None:
+def test_end_of_text_marker_inside_a_text_is_plain_text(tokenizer: Any) -> None:
     [ids] = encode_documents(tokenizer, [f"before {END_OF_TEXT} after"])
     assert ids.count(tokenizer.token_to_id(END_OF_TEXT)) == 1
 
@@ -191,10 +191,10 @@ def test_windows_cover_the_text_and_share_one_token() -> None:
         windows[10]
 
 
-def test_a_limit_spreads_the_windows_over_the_text() -> None:
-    windows = TokenWindows(np.arange(1001, dtype=np.uint16), 10, at_most=4)
+def test_limited_windows_are_spread_over_the_text() -> None:
+    windows = TokenWindows(np.arange(1001, dtype=np.uint16), 10, upper_bound=4)
     assert [int(window[0]) for window in (windows[i] for i in range(len(windows)))] == [0, 250, 500, 750]
-    assert len(TokenWindows(np.arange(101, dtype=np.uint16), 10, at_most=400)) == 10
+    assert len(TokenWindows(np.arange(101, dtype=np.uint16), 10, upper_bound=400)) == 10
 
 
 def _stream_windows(source: C4Text, tokenizer: Any, rank: int, world_size: int, workers: int = 0) -> list[list[int]]:
@@ -202,7 +202,7 @@ def _stream_windows(source: C4Text, tokenizer: Any, rank: int, world_size: int, 
     return [window.tolist() for window in DataLoader(dataset, batch_size=None, num_workers=workers)]
 
 
-def test_streamed_windows_are_the_ranks_own_text(c4_files: dict[str, list[str]], tokenizer: Any) -> None:
+def test_streamed_windows_contain_the_text_of_the_rank(c4_files: dict[str, list[str]], tokenizer: Any) -> None:
     source = C4Text(c4_files)
     for rank in range(2):
         texts = [document["text"] for document in source.stream("train", 0, rank, 2)]
@@ -211,12 +211,12 @@ def test_streamed_windows_are_the_ranks_own_text(c4_files: dict[str, list[str]],
         assert windows == [tokens[start : start + 17] for start in range(0, len(tokens) - 16, 16)]
 
 
-def test_worker_processes_divide_the_rank_s_text(c4_files: dict[str, list[str]], tokenizer: Any) -> None:
+def test_worker_processes_divide_the_text_of_the_rank(c4_files: dict[str, list[str]], tokenizer: Any) -> None:
     source = C4Text(c4_files)
-    alone, divided = (_stream_windows(source, tokenizer, 0, 2, workers) for workers in (0, 2))
+    undivided, divided = (_stream_windows(source, tokenizer, 0, 2, workers) for workers in (0, 2))
     # Each worker drops at most one incomplete window at its end; no text is read twice.
-    assert len(alone) - 2 <= len(divided) <= len(alone)
-    assert divided != alone
+    assert len(undivided) - 2 <= len(divided) <= len(undivided)
+    assert divided != undivided
     assert len({tuple(window) for window in divided}) == len(divided)
 
 
@@ -238,7 +238,7 @@ def test_batches_have_one_token_more_than_the_sequence(tmp_path: Path, text_file
     assert max(int(batch.max()) for batch in train) < 300
 
 
-def test_the_cache_is_built_once(tmp_path: Path, text_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_is_built_once(tmp_path: Path, text_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module = _module(tmp_path / "cache", train_files=[text_file])
     module.prepare_data()
     monkeypatch.setattr(data, "train_tokenizer", pytest.fail)
@@ -246,7 +246,7 @@ def test_the_cache_is_built_once(tmp_path: Path, text_file: str, monkeypatch: py
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [module.cache.name]
 
 
-def test_changed_text_or_vocabulary_gets_another_cache(tmp_path: Path, text_file: str) -> None:
+def test_cache_depends_on_text_split_and_vocabulary(tmp_path: Path, text_file: str) -> None:
     before = _module(tmp_path, train_files=[text_file]).cache
     assert _module(tmp_path, train_files=[text_file], vocabulary_size=301).cache != before
     assert _module(tmp_path, train_files=[text_file], validation_share=0.1).cache != before
@@ -254,7 +254,7 @@ def test_changed_text_or_vocabulary_gets_another_cache(tmp_path: Path, text_file
     assert _module(tmp_path, train_files=[text_file]).cache != before
 
 
-def test_a_failed_build_leaves_nothing_behind(tmp_path: Path, text_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_build_leaves_no_files(tmp_path: Path, text_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(tokenizer: Any, documents: Iterable[str]) -> Any:
         raise OSError("no space left on device")
 
@@ -265,7 +265,7 @@ def test_a_failed_build_leaves_nothing_behind(tmp_path: Path, text_file: str, mo
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_runs_that_build_the_same_cache_at_once_agree(
+def test_runs_can_build_the_same_cache_at_the_same_time(
     tmp_path: Path, text_file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     both_built = threading.Barrier(2, timeout=60)
@@ -295,7 +295,7 @@ def test_runs_that_build_the_same_cache_at_once_agree(
     modules[1].setup("fit")
 
 
-def test_the_environment_names_the_default_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_variables_set_the_default_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ASYNC_LOCALSGD_CACHE", str(tmp_path / "chosen"))
     assert TextDataModule().cache_root == tmp_path / "chosen"
     monkeypatch.delenv("ASYNC_LOCALSGD_CACHE")
@@ -303,7 +303,7 @@ def test_the_environment_names_the_default_cache(tmp_path: Path, monkeypatch: py
     assert TextDataModule().cache_root == tmp_path / "xdg" / "lightning_async_localsgd"
 
 
-def test_too_little_text_is_refused(tmp_path: Path, text_file: str) -> None:
+def test_too_little_text_is_rejected(tmp_path: Path, text_file: str) -> None:
     module = _module(tmp_path / "cache", train_files=[text_file], sequence_length=100_000)
     module.prepare_data()
     with pytest.raises(ValueError, match="fewer than one window of sequence_length=100000"):
@@ -328,7 +328,7 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
         TextDataModule(**arguments)
 
 
-def test_a_model_trains_on_c4_files(tmp_path: Path, c4_files: dict[str, list[str]]) -> None:
+def test_model_trains_on_c4_files(tmp_path: Path, c4_files: dict[str, list[str]]) -> None:
     module = _module(
         tmp_path / "cache", source="c4", c4_data_files=c4_files, c4_tokenizer_documents=20, c4_validation_documents=10
     )

@@ -1,4 +1,4 @@
-"""examples/toy_mixture: the data, the paper's finding on it, and what the command prints and draws."""
+"""examples/toy_mixture: the data, the result that it demonstrates, and the output of the command."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mixture import Mixture, MixtureData
 README = Path(compare.__file__).with_name("README.md")
 
 
-def made_up(method: str, seed: int, final_loss: float, outer_lr: float = 0.7) -> Run:
+def make_run(method: str, seed: int, final_loss: float, outer_lr: float = 0.7) -> Run:
     curve = [(400, 100.0, 1.0), (800, 200.0, final_loss)]
     return Run(method, outer_lr, seed, curve, final_loss, (1.0 + final_loss) / 2, 0.9, 0.05, 200.0, 1.5)
 
@@ -24,16 +24,16 @@ def made_up(method: str, seed: int, final_loss: float, outer_lr: float = 0.7) ->
 # -------------------------------------------------------------------------------------------------- data
 
 
-def test_a_class_is_made_of_clusters_of_unit_variance() -> None:
+def test_classes_consist_of_clusters_with_unit_variance() -> None:
     mixture = Mixture(dimensions=64, classes=2, clusters=3, spread=5.0)
     points, classes = mixture.draw(3000, number=0)
-    nearest = torch.cdist(points, mixture.centres).argmin(1)
+    nearest = torch.cdist(points, mixture.centers).argmin(1)
     assert nearest.bincount(minlength=6).min() > 400
     assert torch.equal(nearest // 3, classes)
-    assert (points - mixture.centres[nearest]).std().item() == pytest.approx(1.0, abs=0.01)
+    assert (points - mixture.centers[nearest]).std().item() == pytest.approx(1.0, abs=0.01)
 
 
-def test_the_same_number_gives_the_same_points() -> None:
+def test_points_depend_only_on_seed_and_number() -> None:
     first, second = Mixture(seed=1), Mixture(seed=1)
     points, classes = first.draw(8, number=3)
     first.draw(8, number=4)
@@ -44,7 +44,7 @@ def test_the_same_number_gives_the_same_points() -> None:
     assert not torch.equal(points, Mixture(seed=2).draw(8, number=3)[0])
 
 
-def test_who_knows_the_centres_does_better_where_they_are_further_apart() -> None:
+def test_best_loss_falls_with_the_distance_of_the_centers() -> None:
     losses = []
     for spread in (0.01, 0.1, 0.2):
         mixture = Mixture(spread=spread)
@@ -54,7 +54,7 @@ def test_who_knows_the_centres_does_better_where_they_are_further_apart() -> Non
     assert losses[-1] < 0.1
 
 
-def test_no_point_is_both_trained_and_validated_on() -> None:
+def test_training_and_validation_points_are_disjoint() -> None:
     data = MixtureData(train_batches=3, batch_size=4, validation_points=4)
     batches = [points for points, _ in data.train_dataloader()]
     [(validation, _)] = list(data.val_dataloader())
@@ -65,29 +65,29 @@ def test_no_point_is_both_trained_and_validated_on() -> None:
 
 
 @pytest.mark.parametrize("name", ["train_batches", "batch_size", "validation_points"])
-def test_data_without_points_is_refused(name: str) -> None:
+def test_data_without_points_is_rejected(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}=0 must be at least 1"):
         MixtureData(**{name: 0})
 
 
-def test_mixtures_that_cannot_be_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"spread=0\.0 must be above 0"):
+def test_invalid_mixtures_are_rejected() -> None:
+    with pytest.raises(ValueError, match=r"spread=0\.0 must be > 0"):
         Mixture(spread=0.0)
     with pytest.raises(ValueError, match="classes=1 must be at least 2"):
         Mixture(classes=1)
 
 
-# --------------------------------------------------------------------------------------------- the finding
+# --------------------------------------------------------------------------------------------- the result
 
 
 def trained(names: Sequence[str], seed: int, settings: Settings) -> dict[str, Run]:
-    """What :func:`compare.train` gives for each method, two at a time."""
+    """Return the run of each method, trained two at a time."""
     return {run.method: run for run in compare.compare(names, [seed], settings, None, jobs=2)}
 
 
 @pytest.mark.slow
-def test_times_and_ages_are_those_of_the_readme() -> None:
-    """They are the same on every machine, and whatever the network."""
+def test_time_and_staleness_match_the_readme() -> None:
+    """They do not depend on the machine or on the size of the network."""
     row = next(line for line in README.read_text().splitlines() if "(DyLU) and grace" in line)
     run = compare.train("DN+DyLU+grace", 0.7, 0, Settings(width=1, validations=1))
     assert row.endswith(f"| {run.staleness:.2f} | {run.virtual_seconds:.0f} |")
@@ -95,25 +95,25 @@ def test_times_and_ages_are_those_of_the_readme() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_asynchronous_training_needs_delayed_nesterov_and_then_loses_nothing() -> None:
+def test_asynchronous_training_with_delayed_nesterov_matches_synchronous_training() -> None:
     names = ["sync Nesterov", "async Nesterov", "DN+DyLU+grace", "sync SGD", "async SGD"]
-    found = trained(names, seed=3, settings=Settings(max_steps=600))
-    sync, paper = found["sync Nesterov"], found["DN+DyLU+grace"]
-    # With momentum at every push, asynchronous training is behind for each local step that it takes.
-    assert found["async Nesterov"].mean_loss > 1.1 * sync.mean_loss
-    # Without momentum it is ahead.
-    assert found["async SGD"].mean_loss < 0.95 * found["sync SGD"].mean_loss
-    # With Delayed Nesterov, speed-aware steps and grace it is as good, in a third of the time.
+    runs = trained(names, seed=3, settings=Settings(max_steps=600))
+    sync, paper = runs["sync Nesterov"], runs["DN+DyLU+grace"]
+    # With momentum at every push, asynchronous training learns less per local step.
+    assert runs["async Nesterov"].mean_loss > 1.1 * sync.mean_loss
+    # Without momentum, asynchronous training learns more per local step.
+    assert runs["async SGD"].mean_loss < 0.95 * runs["sync SGD"].mean_loss
+    # With Delayed Nesterov, speed-aware steps and grace it is as good as synchronous training, in a third of the time.
     assert paper.mean_loss < 1.05 * sync.mean_loss
     assert paper.virtual_seconds < sync.virtual_seconds / 3
     assert sync.virtual_seconds == pytest.approx(600 * max(SECONDS_PER_STEP))
 
 
-def test_a_run_is_what_its_seed_says() -> None:
+def test_run_depends_only_on_its_seed() -> None:
     settings = Settings(max_steps=20, local_steps=4, width=8, validations=2)
-    first, second, other = (compare.train("DN+DyLU+grace", 0.7, seed, settings) for seed in (0, 0, 1))
-    assert first == second
-    assert first.curve != other.curve
+    first, repeated, different = (compare.train("DN+DyLU+grace", 0.7, seed, settings) for seed in (0, 0, 1))
+    assert first == repeated
+    assert first.curve != different.curve
     assert [steps for steps, _, _ in first.curve] == [40, 80]
     assert first.curve[-1] == (80, first.virtual_seconds, first.final_loss)
 
@@ -121,8 +121,8 @@ def test_a_run_is_what_its_seed_says() -> None:
 # ------------------------------------------------------------------------------------------- the command
 
 
-def test_the_table_has_means_and_deviations_over_seeds() -> None:
-    text = table([made_up("DN", 0, 0.2), made_up("DN", 1, 0.4), made_up("sync SGD", 0, 0.3, outer_lr=1.0)])
+def test_table_shows_means_and_deviations_over_seeds() -> None:
+    text = table([make_run("DN", 0, 0.2), make_run("DN", 1, 0.4), make_run("sync SGD", 0, 0.3, outer_lr=1.0)])
     heading, delayed, sync = text.splitlines()
     assert heading.split()[0] == "method"
     assert delayed.split()[:3] == ["DN", "0.7", "2"]
@@ -131,18 +131,16 @@ def test_the_table_has_means_and_deviations_over_seeds() -> None:
     assert "+-" not in sync
 
 
-def test_every_run_is_printed_and_then_the_table(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    asked = []
+def test_runs_are_printed_before_the_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    calls = []
 
     def runs(*arguments: object) -> list[Run]:
-        asked.append(arguments)
-        return [made_up("DN", 0, 0.2)]
+        calls.append(arguments)
+        return [make_run("DN", 0, 0.2)]
 
     monkeypatch.setattr(compare, "compare", runs)
     main(["--methods", "DN", "--seeds", "5", "--outer-lrs", "0.2", "--width", "16", "--max-steps", "40"])
-    assert asked == [(["DN"], [5], Settings(max_steps=40, width=16), [0.2], asked[0][-1])]
+    assert calls == [(["DN"], [5], Settings(max_steps=40, width=16), [0.2], calls[0][-1])]
     line, *rest = capsys.readouterr().out.splitlines()
     assert json.loads(line)["final_loss"] == 0.2
     assert rest[0].startswith("method")
@@ -152,7 +150,9 @@ def test_every_run_is_printed_and_then_the_table(
     ("option", "value", "text"),
     [("--max-steps", "30", "multiple of 20"), ("--jobs", "0", "at least 1"), ("--width", "-1", "at least 1")],
 )
-def test_options_out_of_range_are_named(option: str, value: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_option_out_of_range_is_reported(
+    option: str, value: str, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
         main([option, value])
     error = capsys.readouterr().err
@@ -160,12 +160,12 @@ def test_options_out_of_range_are_named(option: str, value: str, text: str, caps
     assert text in error
 
 
-def test_the_figure_has_a_line_for_each_method_in_both_halves(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="the figure is drawn with the extra `docs`")
+def test_figure_has_a_line_for_each_method_in_both_panels(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is in the extra `docs`")
     from figure import STYLES, draw
 
     assert list(STYLES) == list(METHODS)
-    figure = draw([made_up("DN", 0, 0.2), made_up("DN", 1, 0.4), made_up("sync SGD", 0, 0.3)])
+    figure = draw([make_run("DN", 0, 0.2), make_run("DN", 1, 0.4), make_run("sync SGD", 0, 0.3)])
     by_steps, by_time = figure.axes
     assert [line.get_label() for line in by_steps.lines] == ["DN, lr 0.7", "sync SGD, lr 0.7"]
     assert list(by_steps.lines[0].get_xdata()) == [400, 800]

@@ -1,11 +1,11 @@
-"""Runs this folder's job as real processes."""
+"""Fixtures and helpers that run this folder's job."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,30 +15,22 @@ from tests.faults.runs import Run
 from tests.processes import Jobs, jobs
 
 JOB = Path(__file__).with_name("job.py")
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def started() -> Iterator[Jobs]:
-    """Starts processes; afterwards nothing of them may be left."""
-    with jobs() as started:
-        yield started
 
 
 def command(out: Path, **options: Any) -> list[str | Path]:
-    """The command line of the job."""
+    """Return the command line of the job."""
     out.mkdir(exist_ok=True)
     return [sys.executable, JOB, out, json.dumps(options)]
 
 
 @pytest.fixture
 def job(started: Jobs, tmp_path: Path) -> Callable[..., Run]:
-    """Runs the job, which must succeed."""
+    """Return a function that runs the job with options. The job must succeed."""
 
     def run(timeout: float = 150.0, **options: Any) -> Run:
         out = tmp_path / f"run{len(list(tmp_path.glob('run*')))}"
         began = time.monotonic()
-        code, text = started.finish(started.start(command(out, **options), PYTHONPATH=str(ROOT)), timeout)
+        code, text = started.finish(started.start(command(out, **options)), timeout)
         if code != 0:
             pytest.fail(f"the job ended with {code}:\n{text[-6000:]}")
         return Run(out, text, began)
@@ -48,10 +40,10 @@ def job(started: Jobs, tmp_path: Path) -> Callable[..., Run]:
 
 @pytest.fixture(scope="session")
 def normal(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run of the job without faults."""
+    """Run the job without faults."""
     out = tmp_path_factory.mktemp("normal")
     with jobs() as started:
-        code, text = started.finish(started.start(command(out, ranks=3), PYTHONPATH=str(ROOT)))
+        code, text = started.finish(started.start(command(out, ranks=3)))
     assert code == 0, text[-6000:]
     run = Run(out, text)
     run.assert_exactly_once()

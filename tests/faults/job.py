@@ -1,7 +1,7 @@
-"""The training job that the tests of this folder run as real processes: ``python job.py OUT JSON``.
+"""A run with injected faults: ``python job.py OUT JSON``.
 
-Every process notes its steps and the answers to its pushes in ``OUT/notes_<worker>_<life>.txt``. Those that come to
-the end of the fit write ``OUT/rank_<n>.json``.
+Each process writes its steps and the answers to its pushes to ``OUT/notes_<worker>_<life>.txt``. At the end of fit, it
+writes ``OUT/rank_<n>.json``.
 """
 
 from __future__ import annotations
@@ -9,15 +9,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.step_notes import StepNotes
 from lightning_async_localsgd import (
@@ -27,66 +26,59 @@ from lightning_async_localsgd import (
     ExchangeOptions,
     wire,
 )
-from lightning_async_localsgd.faults import Fault, FaultInjection, FaultKind, life_number
-from tests.live.job import digest
+from lightning_async_localsgd.faults import Fault, FaultInjection, FaultKind
+from lightning_async_localsgd.lightning.fault_injection import life_number
+from tests.lightning_models import Pace, Regression, digest, loader, quiet_trainer, regression_data
 
 NOISE = 0.3
-"""Of the targets: the loss cannot come below its square."""
+"""Standard deviation of the noise in the targets. The loss cannot fall below its square."""
 
 LEAST_STEPS = 600
-"""Local steps of all ranks together; the run may end after them, so that what runs have learned can be compared."""
+"""Minimum number of local steps of all ranks together, so that the losses of runs can be compared."""
+
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+"""From these, data libraries learn which part of the data a process reads."""
 
 
-class Regression(L.LightningModule):
-    """A small regression; with ``width=1024`` a model of several parts on the wire."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        layers: list[torch.nn.Module] = [torch.nn.Linear(8, width), torch.nn.Tanh()]
-        if width > 256:
-            layers += [torch.nn.Linear(width, width), torch.nn.Tanh()]
-        self.net = torch.nn.Sequential(*layers, torch.nn.Linear(width, 1))
-
-    def loss(self, batch: Any) -> torch.Tensor:
-        inputs, targets = batch
-        return torch.nn.functional.mse_loss(self.net(inputs), targets)
-
-    def training_step(self, batch: Any, index: int) -> torch.Tensor:
-        return self.loss(batch)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+def model(width: int) -> Regression:
+    """Return a small regression. With ``width=1024``, the model has several parts on the wire."""
+    layers: list[torch.nn.Module] = [torch.nn.Linear(8, width), torch.nn.Tanh()]
+    if width > 256:
+        layers += [torch.nn.Linear(width, width), torch.nn.Tanh()]
+    return Regression(torch.nn.Sequential(*layers, torch.nn.Linear(width, 1)), torch.optim.AdamW, 1e-3)
 
 
-def samples(count: int, seed: int) -> TensorDataset:
-    generator = torch.Generator().manual_seed(seed)
-    inputs = torch.randn(count, 8, generator=generator)
-    targets = inputs[:, :1].tanh() + 0.5 * inputs[:, 2:3]
-    return TensorDataset(inputs, targets + NOISE * torch.randn(count, 1, generator=generator))
+def noisy(inputs: torch.Tensor) -> torch.Tensor:
+    """Return targets with noise."""
+    noise = torch.randn(len(inputs), 1, generator=torch.Generator().manual_seed(len(inputs)))
+    return inputs[:, :1].tanh() + 0.5 * inputs[:, 2:3] + NOISE * noise
 
 
-class End(L.Callback):
-    """Holds this process to a speed, ends the run, and notes what it has come to.
+class RunEnd(Pace):
+    """Slows steps down, ends the run, and notes its result.
 
     Args:
         out: folder of the notes.
-        seconds: least duration of a step.
-        until: answered pushes of certain processes before it may, by ``<worker>_<life>``.
-        held: it may not before there is a file ``stop``.
+        seconds: minimum duration of a step.
+        until: the run ends when these processes have this number of answered pushes, by ``<worker>_<life>``.
+        held: whether the run also waits for a file ``stop``.
 
     """
 
     def __init__(self, out: Path, seconds: float, until: dict[str, int], held: bool) -> None:
+        super().__init__([seconds])
         self.out = out
-        self.seconds = seconds
         self.until = until
         self.held = held
+        self.environment: list[str | None] = []
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        time.sleep(self.seconds)
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        super().on_train_batch_end(trainer, module)
+        self.environment = [os.environ.get(name) for name in RANK_VARIABLES]
         if trainer.is_global_zero and trainer.global_step * trainer.world_size >= LEAST_STEPS:
-            free = not self.held or (self.out / "stop").exists()
-            trainer.should_stop = free and all(self.answers(name) >= least for name, least in self.until.items())
+            may_stop = not self.held or (self.out / "stop").exists()
+            has_pushed = all(self.answers(name) >= count for name, count in self.until.items())
+            trainer.should_stop = may_stop and has_pushed
 
     def answers(self, name: str) -> int:
         notes = self.out / f"notes_{name}.txt"
@@ -94,13 +86,19 @@ class End(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, module: Regression) -> None:
         with torch.no_grad():
-            loss = float(module.loss(samples(2000, seed=7).tensors))
-        noted = {"rank": trainer.global_rank, "digest": digest(module), "loss": loss, "life": life_number()}
+            loss = float(module.loss(regression_data(2000, noisy, seed=7).tensors))
+        noted = {
+            "rank": trainer.global_rank,
+            "digest": digest(module.state_dict()),
+            "loss": loss,
+            "life": life_number(),
+            "environment": self.environment,
+        }
         (self.out / f"rank_{trainer.global_rank}.json").write_text(json.dumps(noted))
 
 
 def take_detours(detours: dict[str, str]) -> None:
-    """Has ranks dial other addresses than the server's own: those of proxies."""
+    """Let ranks connect to a proxy's address instead of the server's, by rank."""
 
     class Detour(wire.WireExchange):
         def join(self, hello: Any, model: torch.Tensor) -> Any:
@@ -119,7 +117,7 @@ def run(out: Path, options: dict[str, Any]) -> None:
     seconds = options.get("seconds", 0.03)
     callbacks: list[L.Callback] = [
         StepNotes(out),
-        End(out, seconds, options.get("until", {}), bool(options.get("held"))),
+        RunEnd(out, seconds, options.get("until", {}), bool(options.get("held"))),
         AsyncLocalSGDCallback(ledger=out / "ledger.jsonl"),
     ]
     faults = [Fault(**{**fault, "kind": FaultKind[fault["kind"]]}) for fault in options.get("faults", [])]
@@ -127,32 +125,23 @@ def run(out: Path, options: dict[str, Any]) -> None:
         callbacks.append(FaultInjection(faults))
     strategy = AsyncLocalSGDStrategy(
         local_steps=options.get("local_steps", 10),
-        # With the default's momentum so short a run ends in the midst of oscillations, and what it has learned cannot
-        # be compared.
+        # With the default momentum, such a short run ends within oscillations, and its loss cannot be compared.
         outer_optimizer=DelayedNesterov(lr=0.7, momentum=0.5),
-        start_timeout=60.0,
-        exchange=ExchangeOptions(**options.get("exchange", {})),
+        exchange=ExchangeOptions(**{"start_timeout": 60.0, **options.get("exchange", {})}),
         **options.get("strategy", {}),
     )
-    trainer = L.Trainer(
-        strategy=strategy,
-        accelerator="cpu",
+    trainer = quiet_trainer(
+        strategy,
         devices=options.get("ranks", 2),
         num_nodes=options.get("nodes", 1),
         logger=CSVLogger(out, name="", version=""),
         callbacks=callbacks,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
         limit_val_batches=0,
         default_root_dir=out,
         max_steps=-1,
         max_epochs=-1,
     )
-    trainer.fit(
-        Regression(options.get("width", 32)),
-        DataLoader(samples(options.get("samples", 160_000), seed=0), batch_size=16, shuffle=True),
-    )
+    trainer.fit(model(options.get("width", 32)), loader(160_000, batch_size=16, target=noisy))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a run of this folder's job came to, and what must be true of it whatever has failed."""
+"""Notes of a run of this folder's job, and what must hold in every run, whatever has failed."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from benchmarks.step_notes import Life, read_notes
 ALREADY_APPLIED = "already applied"
 
 STALL_SECONDS = 1.0
-"""Steps are of 0.03 s. What a fault costs others is measured by ``benchmarks/chaos.py``; here it must not be so much
-that it cannot be the noise of a machine on which processes are being started."""
+"""Longest step that can be noise of a machine on which processes are started; steps take 0.03 s. The cost of faults is
+measured by ``benchmarks/chaos.py``."""
 
 REJOIN_SECONDS = 30.0
-"""Most of them are the start of a Python process: about five on an idle machine. Where the machine was so busy that the
-job itself was long in starting, a restart may be, too."""
+"""Longest absence of a restarted worker. Starting a Python process takes about five seconds on an idle machine. If the
+job itself was slow to start because the machine was busy, a restart may be slow, too."""
 
 
 @dataclass
@@ -28,9 +28,9 @@ class Run:
     """A finished job.
 
     Args:
-        out: its folder.
-        text: what it printed.
-        began: when it was started.
+        out: folder of the job.
+        text: its output.
+        began: time of its start.
 
     """
 
@@ -40,7 +40,7 @@ class Run:
 
     @cached_property
     def lives(self) -> dict[tuple[int, int], Life]:
-        """What all processes noted, by worker and life."""
+        """Notes of all processes, by worker and life."""
         return read_notes(self.out)
 
     @cached_property
@@ -49,7 +49,7 @@ class Run:
 
     @cached_property
     def ranks(self) -> dict[int, dict[str, Any]]:
-        """What those noted that have come to the end of the fit."""
+        """Notes of the ranks that reached the end of fit."""
         notes = [json.loads(path.read_text()) for path in self.out.glob("rank_*.json")]
         return {note["rank"]: note for note in notes}
 
@@ -58,18 +58,18 @@ class Run:
         return float(self.ranks[0]["loss"])
 
     def pushes(self, worker: int, refused: bool | None = None) -> list[dict[str, Any]]:
-        """The answered pushes of a worker."""
+        """Return the answered pushes of a worker."""
         mine = [push for push in self.ledger if push["worker"] == worker]
         return mine if refused is None else [push for push in mine if (push["refused"] is not None) == refused]
 
     def seconds_away(self, worker: int) -> float:
-        """From a worker's death, as far as its steps tell, until the server has merged a round of its next life."""
+        """Return the seconds from a worker's last step until the server merged a round of its next life."""
         return self.lives[worker, 1].answers[0][0] - self.lives[worker, 0].steps[-1]
 
-    # ------------------------------------------------------ what must be true
+    # ------------------------------------------------------ assertions
 
     def assert_exactly_once(self) -> None:
-        """No push was applied twice, and none that was acknowledged is missing."""
+        """Assert that no push was applied twice, and that no acknowledged push is missing."""
         # A push without steps is answered and applies nothing.
         merged = [push for push in self.ledger if push["refused"] is None and push["steps"] > 0]
         applied = [(push["session"], push["sequence"]) for push in merged]
@@ -87,44 +87,44 @@ class Run:
         assert not lost, "an acknowledged push is not in the ledger"
 
     def assert_one_model(self, living: set[int]) -> None:
-        """All that live hold the same final model."""
+        """Assert that exactly these ranks reached the end of fit, with the same model."""
         assert self.ranks.keys() == living
         assert len({rank["digest"] for rank in self.ranks.values()}) == 1
 
     def assert_came_back(self, worker: int) -> None:
-        """The worker was started again and merged soon, as it must be for a model as small as this."""
+        """Assert that a worker was restarted, and that a push of its was merged soon afterwards."""
         away = self.seconds_away(worker)
         to_start = self.lives[0, 0].steps[0] - self.began
         assert away < max(REJOIN_SECONDS, 3 * to_start), f"worker {worker} was away for {away:.0f} s"
 
     def assert_learned(self, normal: Run) -> None:
-        """The loss is that of a run without faults, within noise."""
+        """Assert that the loss is that of a run without faults, within noise."""
         assert self.loss < 1.3 * normal.loss
 
     def assert_others_went_on(self, begin: float, end: float, but: set[int]) -> None:
-        """Between those two moments, when somebody was out, no other worker stood still.
+        """Assert that no other worker stood still during an outage.
 
         Args:
-            begin: of the outage.
-            end: of it.
-            but: the worker that was out, and others that had an outage of their own.
+            begin: begin of the outage.
+            end: end of the outage.
+            but: the absent worker, and other workers with outages.
 
         """
         others = [life for life in self.lives.values() if life.worker not in but and life.number == 0]
         assert others
         for life in others:
             until = min(end, life.steps[-1])
-            assert until - begin > 0.5, f"worker {life.worker} was there during the outage"
+            assert until - begin > 0.5, f"worker {life.worker} was not present during the outage"
             meanwhile = [after - before for before, after in life.gaps if begin <= before < until]
             otherwise = [after - before for before, after in life.gaps if not begin <= before < until]
-            # On a machine that is so busy that steps take long at any time nothing shorter can be told apart.
-            most = max(STALL_SECONDS, 2 * max(otherwise))
-            assert max(meanwhile) < most, f"worker {life.worker} stood still for {max(meanwhile):.2f} s"
+            # On a machine that is so busy that steps are always long, shorter stalls cannot be detected.
+            limit = max(STALL_SECONDS, 2 * max(otherwise))
+            assert max(meanwhile) < limit, f"worker {life.worker} stood still for {max(meanwhile):.2f} s"
             usual = len(life.steps) / (life.steps[-1] - life.steps[0])
             assert life.steps_within(begin, until) > 0.3 * usual * (until - begin), f"worker {life.worker} was slow"
 
     def assert_others_never_stood_still(self, normal: Run, but: set[int]) -> None:
-        """No other worker had a longer step than those of a run without faults, as far as that can be told.
+        """Assert that no other worker had a much longer step than those of a run without faults.
 
         Args:
             normal: the run without faults.
@@ -138,7 +138,7 @@ class Run:
                 assert longest < max(STALL_SECONDS, 2 * usual), f"worker {life.worker} stood still for {longest:.2f} s"
 
     def outages(self, worker: int, least: float) -> list[tuple[float, float]]:
-        """When a worker took no steps for longer than that: (begin, end), between two of its lives included."""
+        """Return (begin, end) of each time in which a worker took no steps for ``least`` seconds, restarts included."""
         mine = [life for life in self.lives.values() if life.worker == worker]
         steps = sorted(step for life in mine for step in life.steps)
         return [(before, after) for before, after in pairwise(steps) if after - before > least]

@@ -1,7 +1,8 @@
-"""Machines that come later and go as they like: the same script, told where the run is and its token."""
+"""Machines that join a run later: the same script, with the address of the run and its token."""
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import socket
@@ -14,49 +15,58 @@ from typing import Any
 import pytest
 
 from benchmarks.step_notes import Life, read_notes
-from tests.faults.conftest import ROOT, command
+from tests.faults.conftest import command
 from tests.faults.runs import Run
-from tests.processes import Jobs, python_path
+from tests.processes import Jobs
 
 pytestmark = pytest.mark.slow
 
 TOKEN = "of-two-machines-that-come-later"
 
-
 SLURM_TASK = {
     "SLURM_JOB_ID": "77", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1",
     "SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_NODELIST": "127.0.0.1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
 }  # fmt: skip
-"""What a process of another cluster sees, whose only task it is."""
+"""Variables of the only task of a job on another cluster."""
 
 OF_TORCHRUN = {
     "TORCHELASTIC_RUN_ID": "none", "RANK": "0", "LOCAL_RANK": "0", "GROUP_RANK": "0", "WORLD_SIZE": "1",
     "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1",
 }  # fmt: skip
-"""What ``torchrun`` tells the only process that it starts."""
+"""Variables that ``torchrun`` sets for its only process."""
 
 
 class Host:
-    """How a run is started that others join, and how they do."""
+    """A run that others join.
 
-    def __init__(self, started: Jobs, out: Path, ranks: int, **options: Any) -> None:
+    Args:
+        started: starts the processes.
+        out: folder of the job.
+        ranks: ranks of the run itself.
+        exchange: options of the exchange.
+        **options: options of the job.
+
+    """
+
+    def __init__(
+        self, started: Jobs, out: Path, ranks: int, exchange: dict[str, Any] | None = None, **options: Any
+    ) -> None:
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))
             port = taken.getsockname()[1]
         self.out = out
         self.started = started
-        self.words = command(out, ranks=ranks, held=True, exchange={"port": port}, **options)
-        self.environment = {"ASYNC_LOCALSGD_TOKEN": TOKEN, **python_path(ROOT)}
-        self.joining = {**self.environment, "ASYNC_LOCALSGD_JOIN": f"tcp://127.0.0.1:{port}"}
-        self.run = started.start(self.words, **self.environment)
+        self.words = command(out, ranks=ranks, held=True, exchange={"port": port, **(exchange or {})}, **options)
+        self.joining = {"ASYNC_LOCALSGD_TOKEN": TOKEN, "ASYNC_LOCALSGD_JOIN": f"tcp://127.0.0.1:{port}"}
+        self.run = started.start(self.words, ASYNC_LOCALSGD_TOKEN=TOKEN)
         _await(lambda: all((rank, 0) in read_notes(out) for rank in range(ranks)), self.run)
 
     def join(self, **variables: str) -> subprocess.Popen[str]:
-        """Starts the same script as one that joins."""
+        """Start the same script, which joins the run."""
         return self.started.start(self.words, **self.joining, **variables)
 
 
-def test_two_join_a_running_training_and_one_leaves_again(started: Jobs, tmp_path: Path, normal: Run) -> None:
+def test_two_machines_join_a_run_and_one_leaves_again(started: Jobs, tmp_path: Path, normal: Run) -> None:
     out = tmp_path / "out"
     host = Host(started, out, ranks=2, strategy={"checkpoint_every": 2})
     run = host.run
@@ -80,9 +90,12 @@ def test_two_join_a_running_training_and_one_leaves_again(started: Jobs, tmp_pat
     found.assert_exactly_once()
     found.assert_one_model({0, 1, 2})
     found.assert_learned(normal)
+    # Data libraries on a late joiner read the part of one of the two ranks.
+    parts = [json.loads((out / f"rank_{worker}.json").read_text())["environment"] for worker in (0, 1, 2)]
+    assert parts == [["0", "2", "0", "2"], ["1", "2", "1", "2"], ["0", "2", "0", "1"]]
     for worker in (2, 3):
-        assert len(found.pushes(worker, refused=False)) >= 2, "it was merged"
-    assert re.search("worker 3 .*it said goodbye", text)
+        assert len(found.pushes(worker, refused=False)) >= 2, "its pushes were merged"
+    assert re.search("worker 3 .*it ended with KeyboardInterrupt", text)
     for said_by in (text, said, said_leaving):
         assert TOKEN not in said_by
     files = [path for path in out.rglob("*") if path.is_file()]
@@ -90,11 +103,11 @@ def test_two_join_a_running_training_and_one_leaves_again(started: Jobs, tmp_pat
     assert not any(TOKEN.encode() in path.read_bytes() for path in files)
 
 
-def test_rank_0_alone_is_joined_by_one_that_is_killed_and_one_that_freezes(
+def test_run_of_one_rank_is_joined_by_a_machine_that_dies_and_one_that_freezes(
     started: Jobs, tmp_path: Path, normal: Run
 ) -> None:
     out = tmp_path / "out"
-    host = Host(started, out, ranks=1, strategy={"silence_timeout": 2.0})
+    host = Host(started, out, ranks=1, exchange={"silence_timeout": 2.0})
     dies, freezes = host.join(), host.join()
 
     def lives(process: subprocess.Popen[str]) -> list[Life]:
@@ -124,8 +137,8 @@ def test_rank_0_alone_is_joined_by_one_that_is_killed_and_one_that_freezes(
     assert {frozen.worker, dead.worker} == {1, 2}
     for gone in (frozen, dead):
         assert f"worker {gone.worker} left the run" in text
-    assert "started again" not in text, "nobody here has started them"
-    assert found.pushes(frozen.worker, refused=True) == [], "the round that froze counts"
+    assert "restarting" not in text, "there is no launcher that restarts workers"
+    assert found.pushes(frozen.worker, refused=True) == [], "the interrupted round counts"
     for begin, end in found.outages(frozen.worker, least=4.0):
         found.assert_others_went_on(begin, end, but={1, 2})
 

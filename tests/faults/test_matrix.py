@@ -1,15 +1,19 @@
-"""Every fault at every moment, in real processes: what it costs the victim, and that it costs nobody else anything.
+"""Each fault at each moment, in real processes: its cost for the victim, and no cost for other workers.
 
-The first tests have several faults in one job and are part of every run of the tests. ``pytest --whole``
-has every fault at every moment in a job of its own.
+The first tests have several faults in one job and always run. The other tests have one fault in each job and run with
+``pytest --whole``.
 
-What has bitten others, and is looked for here: one stalled uploader blocked everyone (STOP in mid-push, SLOW_LINK); a
-push whose reply is lost is applied twice if resent, lost if not (LOSE_REPLY, DUPLICATE); a dead peer's socket error is
-acted on at once, not after the time-out (KILL, with a silence_timeout longer than the run); an evicted "ghost" kept
-pushing and was merged (CORRUPT: only a new session is); a worker that was silent has its round counted (STOP, beyond
-silence_timeout); reconnecting overwrote local weights and then pushed zeros (DROP_LINK in mid-push, whose round
-counts); a non-finite push reached the global model and every worker (NAN); saving to disk stopped all workers (STOP and
-DELAY while saving).
+The tests cover known errors of other systems:
+
+* One stalled upload blocks all workers: STOP in mid-push, SLOW_LINK.
+* A push whose reply is lost is applied twice if it is resent, and is lost if it is not: LOSE_REPLY, DUPLICATE.
+* The death of a peer is noticed only after a time-out, not at the socket error: KILL, with a silence_timeout that is
+  longer than the run.
+* A removed worker still pushes, and is merged: CORRUPT. Only a new session may be merged.
+* The round of a silent worker is lost: STOP for longer than silence_timeout.
+* A reconnect overwrites the local weights, and the next push is zero: DROP_LINK in mid-push. The round must count.
+* A push with NaN reaches the global model and all workers: NAN.
+* Saving stops all workers: STOP and DELAY while saving.
 """
 
 from __future__ import annotations
@@ -21,10 +25,10 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_async_localsgd.companions import files_of
 from lightning_async_localsgd.faults import MOMENTS, FaultKind
-from lightning_async_localsgd.run_folder import newest
-from tests.faults.conftest import ROOT, command
+from lightning_async_localsgd.lightning.checkpoints.worker_files import files_of
+from lightning_async_localsgd.runtime.durable import newest
+from tests.faults.conftest import command
 from tests.faults.runs import ALREADY_APPLIED, Run
 from tests.processes import Jobs
 
@@ -41,21 +45,22 @@ def fault(kind: str, worker: int, round: int, moment: str | None = None, **more:
 
 
 def push(run: Run, worker: int, sequence: int, life: int = 0) -> list[dict[str, Any]]:
-    """What the server's ledger says of one push."""
+    """Return the ledger's entries of one push."""
     session = run.lives[worker, life].session
     return [entry for entry in run.pushes(worker) if (entry["session"], entry["sequence"]) == (session, sequence)]
 
 
 def reasons(run: Run, worker: int, sequence: int) -> list[str | None]:
-    """How often a push was answered, and why it was refused."""
+    """Return for each answer to a push why the push was refused, or None if it was merged."""
     return [entry["refused"] for entry in push(run, worker, sequence)]
 
 
-def test_one_dies_and_one_hangs_and_dawdles(job: Job, normal: Run) -> None:
+def test_killed_worker_and_stopped_worker_in_one_run(job: Job, normal: Run) -> None:
     run = job(
         ranks=3,
         until={"1_1": 4, "2_0": 11},
-        strategy={"silence_timeout": 2.0, "checkpoint_every": 2},
+        strategy={"checkpoint_every": 2},
+        exchange={"silence_timeout": 2.0},
         faults=[
             fault("KILL", 1, 3, "mid-push"),
             fault("STOP", 2, 3, "computing", seconds=5.0),
@@ -66,10 +71,12 @@ def test_one_dies_and_one_hangs_and_dawdles(job: Job, normal: Run) -> None:
     run.assert_one_model({0, 1, 2})
     run.assert_learned(normal)
 
-    assert reasons(run, 1, 3) == [], "it died before its push was complete"
+    assert reasons(run, 1, 3) == [], "the worker died before its push was complete"
     again = run.lives[1, 1]
     assert again.session != run.lives[1, 0].session
-    assert any(entry["session"] == again.session for entry in run.pushes(1, refused=False)), "and came back"
+    assert any(entry["session"] == again.session for entry in run.pushes(1, refused=False)), (
+        "the restarted worker was merged"
+    )
     run.assert_came_back(1)
     assert "worker 1 joins with its optimizer state of" in run.text
     saved = newest(files_of(next(run.out.glob("async_localsgd/*")), 1))
@@ -77,19 +84,19 @@ def test_one_dies_and_one_hangs_and_dawdles(job: Job, normal: Run) -> None:
     states = torch.load(saved, weights_only=True)
     assert states["session"] == again.session
     steps = {int(state["step"]) for state in states["optimizers"][0]["state"].values()}
-    assert min(steps) > len(again.steps), "those of its first life are counted in it"
+    assert min(steps) > len(again.steps), "steps of the first life are counted"
 
     (begin, end), (late_begin, late_end) = run.outages(2, least=3.5)
-    # Given up meanwhile, for it was silent for longer than the time-out. Its round counts all the same.
+    # The worker was silent for longer than the time-out and was removed. Its round counts nevertheless.
     assert reasons(run, 2, 3) == [None]
     run.assert_others_went_on(begin, end, but={1, 2})
-    # Its heartbeat went on: only the model that was on its way to it was given up, and asked for again.
+    # The heartbeat continued. Only the transfer of the model was canceled, and was requested again.
     assert reasons(run, 2, 9)[0] is None
     run.assert_others_went_on(late_begin, late_end, but={1, 2})
     assert run.text.count("worker 2 left the run") <= 1
 
 
-def test_links_break_and_pushes_are_wrong(job: Job, normal: Run) -> None:
+def test_broken_links_and_invalid_pushes_in_one_run(job: Job, normal: Run) -> None:
     run = job(
         ranks=3,
         until={"1_1": 1, "2_0": 10},
@@ -116,20 +123,51 @@ def test_links_break_and_pushes_are_wrong(job: Job, normal: Run) -> None:
         [reason] = reasons(run, 1, sequence)
         assert reason is not None
         assert "NaN" in reason
-        assert reasons(run, 1, sequence + 1) == [None], "it goes on with a fresh model"
+        assert reasons(run, 1, sequence + 1) == [None], "the worker continues with a fresh model"
 
     for sequence in (2, 4, 6, 8):
-        assert reasons(run, 2, sequence)[0] is None, "its round counts, and once"
+        assert reasons(run, 2, sequence)[0] is None, "the round counts"
     for begin, end in run.outages(2, least=1.0):
         run.assert_others_went_on(begin, end, but={1, 2})
 
     run.assert_others_never_stood_still(normal, but={1, 2})
     assert reasons(run, 1, 10) == []
-    assert "sent nonsense" in run.text
+    assert "broke the protocol" in run.text
     run.assert_came_back(1)
 
 
-def test_rank_0_goes_wrong_again_and_again(job: Job) -> None:
+def test_faults_of_pushes_in_flight_in_one_run(job: Job, normal: Run) -> None:
+    """Workers go on training while their pushes are in flight. The promises are the same."""
+    run = job(
+        ranks=3,
+        until={"1_1": 3, "2_0": 10},
+        **WIDE,
+        exchange={"overlap": True},
+        faults=[
+            fault("LOSE_REPLY", 2, 2),
+            fault("DUPLICATE", 2, 3),
+            fault("NAN", 2, 4, "computing"),
+            fault("DROP_LINK", 2, 6, "mid-pull", seconds=1.0),
+            fault("DROP_LINK", 2, 8, "computing", seconds=1.0),
+            fault("KILL", 1, 3, "mid-push"),
+        ],
+    )
+    run.assert_exactly_once()
+    run.assert_one_model({0, 1, 2})
+    run.assert_learned(normal)
+    assert reasons(run, 2, 2) == [None, ALREADY_APPLIED]
+    assert reasons(run, 2, 3) == [None, ALREADY_APPLIED]
+    [reason] = reasons(run, 2, 4)
+    assert reason is not None
+    assert "NaN" in reason
+    assert reasons(run, 2, 5) == [None], "what was learned on top of a refused push is discarded"
+    for sequence in (6, 8):
+        assert reasons(run, 2, sequence)[0] is None, "the round counts"
+    assert reasons(run, 1, 3) == [], "the worker died before its push was complete"
+    run.assert_came_back(1)
+
+
+def test_rank_0_recovers_from_repeated_invalid_pushes(job: Job) -> None:
     run = job(ranks=2, until={"0_0": 12}, faults=[fault("NAN", 0, round, "computing") for round in range(2, 8)])
     run.assert_exactly_once()
     run.assert_one_model({0, 1})
@@ -138,11 +176,11 @@ def test_rank_0_goes_wrong_again_and_again(job: Job) -> None:
         assert reason is not None
         assert "NaN" in reason
     assert "worker 0: 5 of its last 6 pushes were refused" in run.text
-    assert reasons(run, 0, 8) == [None], "its optimizer has begun anew"
+    assert reasons(run, 0, 8) == [None], "the optimizer was reset"
     assert run.loss < 0.5
 
 
-# ------------------------------------------------------------------------------------------------------ the whole
+# ------------------------------------------------------------------------------------------------- pytest --whole
 
 LONG = 4.0
 WHOLE = [(kind, moment) for kind in FaultKind for moment in MOMENTS[kind]]
@@ -163,7 +201,7 @@ def options_of(kind: FaultKind, moment: str, worker: int, seconds: float = LONG)
 
 @pytest.mark.usefixtures("whole")
 @pytest.mark.parametrize(("kind", "moment"), WHOLE, ids=lambda value: getattr(value, "name", value))
-def test_a_fault_of_a_worker(job: Job, normal: Run, kind: FaultKind, moment: str) -> None:
+def test_fault_of_a_worker(job: Job, normal: Run, kind: FaultKind, moment: str) -> None:
     comes_back = kind in (FaultKind.KILL, FaultKind.CORRUPT)
     run = job(ranks=3, until={"1_1": 3} if comes_back else {"1_0": 8}, **options_of(kind, moment, 1))
     run.assert_exactly_once()
@@ -176,7 +214,7 @@ def test_a_fault_of_a_worker(job: Job, normal: Run, kind: FaultKind, moment: str
     if comes_back:
         run.assert_came_back(1)
         if moment in ("before reply", "mid-pull"):
-            assert reasons(run, 1, 3) == [None], "applied before it died"
+            assert reasons(run, 1, 3) == [None], "applied before the worker died"
         elif moment == "mid-push":
             assert reasons(run, 1, 3) == []
     elif kind is FaultKind.NAN:
@@ -187,29 +225,30 @@ def test_a_fault_of_a_worker(job: Job, normal: Run, kind: FaultKind, moment: str
 
 @pytest.mark.usefixtures("whole")
 @pytest.mark.parametrize(("kind", "moment"), OF_RANK_0, ids=lambda value: getattr(value, "name", value))
-def test_a_fault_of_rank_0(job: Job, normal: Run, kind: FaultKind, moment: str) -> None:
+def test_fault_of_rank_0(job: Job, normal: Run, kind: FaultKind, moment: str) -> None:
     run = job(ranks=3, until={"0_0": 10}, **options_of(kind, moment, 0))
     run.assert_exactly_once()
     run.assert_one_model({0, 1, 2})
     run.assert_learned(normal)
     assert f"injected: {kind.name}" in run.text
     if kind is FaultKind.DELAY:
-        # Its main thread sleeps, or that which writes its files; the server goes on.
+        # The main thread or the writing thread sleeps. The server continues.
         for begin, end in run.outages(0, least=LONG - 0.5):
             run.assert_others_went_on(begin, end, but={0})
 
 
 @pytest.mark.usefixtures("whole")
 @pytest.mark.parametrize("moment", ["before round", "computing", "saving"])
-def test_rank_0_is_killed(started: Jobs, tmp_path: Path, normal: Run, moment: str) -> None:
+def test_run_resumes_when_rank_0_is_killed(started: Jobs, tmp_path: Path, normal: Run, moment: str) -> None:
     options = {
         "ranks": 3,
         "until": {"0_1": 6, "1_1": 6},
-        "strategy": {"checkpoint_every": 4, "silence_timeout": 5.0},
+        "strategy": {"checkpoint_every": 4},
+        "exchange": {"silence_timeout": 5.0},
         "faults": [fault("KILL", 0, 6, moment)],
     }
     [python, *words] = command(tmp_path / "out", **options)
-    job = started.start([python, "-m", "lightning_async_localsgd", *words], PYTHONPATH=str(ROOT))
+    job = started.start([python, "-m", "lightning_async_localsgd", *words])
     code, text = started.finish(job, 200.0)
     assert code == 0, text[-6000:]
     run = Run(tmp_path / "out", text)
@@ -219,16 +258,16 @@ def test_rank_0_is_killed(started: Jobs, tmp_path: Path, normal: Run, moment: st
     [first, second] = dict.fromkeys(push["incarnation"] for push in run.ledger)
     resumed_at = next(push["base_version"] for push in run.ledger if push["incarnation"] == second)
     last = max(push["version"] for push in run.ledger if push["incarnation"] == first)
-    assert 0 < resumed_at <= last, "it goes on from a checkpoint"
+    assert 0 < resumed_at <= last, "the run resumes from a checkpoint"
 
 
 @pytest.mark.usefixtures("whole")
 @pytest.mark.parametrize("moment", ["computing", "mid-push", "mid-pull"])
 @pytest.mark.parametrize("silence_timeout", [10.0, 90.0])
-def test_a_worker_stands_still_for_a_minute(job: Job, normal: Run, moment: str, silence_timeout: float) -> None:
+def test_worker_stands_still_for_a_minute(job: Job, normal: Run, moment: str, silence_timeout: float) -> None:
     options = options_of(FaultKind.STOP, moment, 1, seconds=60.0)
-    options["strategy"]["silence_timeout"] = silence_timeout
-    run = job(ranks=3, until={"1_0": 6}, timeout=250.0, **options)
+    exchange = {"silence_timeout": silence_timeout}
+    run = job(ranks=3, until={"1_0": 6}, timeout=250.0, exchange=exchange, **options)
     run.assert_exactly_once()
     run.assert_one_model({0, 1, 2})
     run.assert_learned(normal)

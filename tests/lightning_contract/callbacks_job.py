@@ -1,15 +1,13 @@
-"""Runs for the tests of Lightning's callbacks, loggers and profilers: ``python callbacks_job.py OUT NAME...``.
+"""Runs with Lightning's callbacks, loggers and profilers: ``python callbacks_job.py OUT NAME...``.
 
-Two ranks, the second a quarter as fast as the first. Every rank notes what it saw in ``OUT/rank_<n>.json``, a part for
-each run that is named.
+There are two ranks. A step of rank 1 takes four times as long. Each rank writes what it noted to ``OUT/rank_<n>.json``,
+by the name of the run.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
-import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -34,99 +32,92 @@ from lightning.pytorch.callbacks.spike import SpikeDetection
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.profilers import AdvancedProfiler, SimpleProfiler
 from lightning.pytorch.tuner import Tuner
-from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_async_localsgd import AsyncLocalSGDStrategy
+from lightning_async_localsgd import AsyncLocalSGDCallback, AsyncLocalSGDStrategy, ExchangeOptions
+from tests.lightning_models import WEIGHTS_ONLY, PacedRegression, digest, line_loader, quiet_trainer
 
 SECONDS = (0.004, 0.016)
+"""Minimum seconds of a local step, by rank."""
 
 
-def data(samples: int) -> DataLoader[Any]:
-    inputs = torch.arange(samples, dtype=torch.float32).reshape(-1, 1) / samples
-    return DataLoader(TensorDataset(inputs, 2 * inputs), batch_size=4)
-
-
-class Paced(L.LightningModule):
-    """A backbone with a head, on ranks of unequal speed. Its validation gets worse and worse."""
+class Paced(PacedRegression):
+    """A backbone and a head, on ranks of unequal speed. The metric ``worse`` rises with each validation."""
 
     def __init__(self, lr: float = 0.01) -> None:
-        super().__init__()
-        self.lr = lr
-        self.backbone = torch.nn.Sequential(torch.nn.Linear(1, 4), torch.nn.BatchNorm1d(4))
-        self.head = torch.nn.Linear(4, 1)
+        backbone = torch.nn.Sequential(torch.nn.Linear(1, 4), torch.nn.BatchNorm1d(4))
+        super().__init__(SECONDS, torch.nn.Sequential(backbone, torch.nn.Linear(4, 1)), lr=lr, schedule=decay)
         self.validations = 0
         self.steps = 0
-        self.epochs_of_steps: list[int] = []
+        self.patience = -1
+        self.folder = ""
+
+    @property
+    def backbone(self) -> torch.nn.Module:
+        return self.net[0]
 
     def training_step(self, batch: Any, index: int) -> torch.Tensor:
-        time.sleep(SECONDS[self.trainer.global_rank])
-        loss = torch.nn.functional.mse_loss(self.head(self.backbone(batch[0])), batch[1])
+        loss = super().training_step(batch, index)
         self.log("train_loss", loss, on_step=True, on_epoch=True, prog_bar=True)
         return loss
 
     def on_before_zero_grad(self, optimizer: Any) -> None:
         self.steps += 1
 
-    def validation_step(self, batch: Any, index: int) -> None:
-        self.log("val_loss", torch.nn.functional.mse_loss(self.head(self.backbone(batch[0])), batch[1]))
+    def on_train_epoch_start(self) -> None:
+        stopping, checkpoint = self.trainer.early_stopping_callback, self.trainer.checkpoint_callback
+        self.patience = -1 if stopping is None else stopping.patience
+        self.folder = "" if checkpoint is None else str(checkpoint.dirpath)
 
     def on_validation_epoch_end(self) -> None:
         self.validations += 1
         self.log("worse", float(self.validations))
 
-    def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=self.lr)
-        return [optimizer], [{"scheduler": torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.99), "interval": "step"}]
+
+def decay(optimizer: torch.optim.Optimizer, steps: float) -> torch.optim.lr_scheduler.LRScheduler:
+    return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.99)
 
 
 def trainer(out: Path, *callbacks: L.Callback, **options: Any) -> L.Trainer:
-    quiet: dict[str, Any] = {
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
-        "logger": False,
+    """Return a trainer that validates every ten steps of the run."""
+    defaults: dict[str, Any] = {
         "num_sanity_val_steps": 0,
         "limit_val_batches": 2,
         "check_val_every_n_epoch": None,
         "val_check_interval": 10,
         "max_epochs": -1,
     }
-    return L.Trainer(
-        strategy=AsyncLocalSGDStrategy(local_steps=5, start_timeout=120.0),
-        accelerator="cpu",
+    return quiet_trainer(
+        AsyncLocalSGDStrategy(local_steps=5, exchange=ExchangeOptions(start_timeout=120.0)),
         devices=len(SECONDS),
         default_root_dir=out,
         callbacks=list(callbacks),
-        **{**quiet, **options},
+        **{**defaults, **options},
     )
 
 
-def fit(run: L.Trainer, module: L.LightningModule, samples: int = 400) -> dict[str, Any]:
-    """Trains, and says what is the same for all runs."""
-    run.fit(module, data(samples), data(16))
-    state = torch.cat([value.detach().double().reshape(-1) for value in module.state_dict().values()])
-    return {
-        "digest": hashlib.sha256(state.numpy().tobytes()).hexdigest(),
-        "steps": module.steps if isinstance(module, Paced) else 0,
-        "state": str(run.state.status.value),
-    }
+def fit(run: L.Trainer, module: Paced, samples: int = 400) -> dict[str, Any]:
+    """Train, and return the notes that all runs have in common."""
+    run.fit(module, line_loader(samples), line_loader(16))
+    return {"digest": digest(module.state_dict()), "steps": module.steps, "state": str(run.state.status.value)}
 
 
 def early_stopping(out: Path) -> dict[str, Any]:
     stopping = EarlyStopping("worse", patience=2)
-    noted = fit(trainer(out, stopping, max_steps=100_000), Paced())
-    return {**noted, "waited": stopping.wait_count, "best": float(stopping.best_score)}
+    module = Paced()
+    noted = fit(trainer(out, stopping, max_steps=100_000), module)
+    seen = {"patience": module.patience, "best": float(stopping.best_score)}
+    return {**noted, **seen, "waited": stopping.wait_count}
 
 
 def early_stopping_on_training(out: Path) -> dict[str, Any]:
-    # The epoch's mean over all workers never falls by so much.
+    # The mean of an epoch never falls by that much.
     stopping = EarlyStopping("train_loss_epoch", patience=1, min_delta=1e6, check_on_train_epoch_end=True)
     noted = fit(trainer(out, stopping, max_epochs=1000, limit_val_batches=0), Paced(), samples=80)
     return {**noted, "waited": stopping.wait_count}
 
 
 class Listed(ModelCheckpoint):
-    """Each one its own state."""
+    """Keeps a state of its own for each directory."""
 
     @property
     def state_key(self) -> str:
@@ -139,8 +130,11 @@ def checkpoints(out: Path) -> dict[str, Any]:
     times = Listed(out / "times", "{step}", train_time_interval=timedelta(seconds=0.1), save_top_k=-1)
     training = Listed(out / "training", "{epoch}", monitor="train_loss_epoch", save_on_train_epoch_end=True)
     run = trainer(out, best, steps, times, training, max_steps=60)
-    noted = fit(run, Paced(), samples=160)
-    tested = run.validate(ckpt_path="best", dataloaders=data(16), verbose=False, weights_only=True)[0]
+    module = Paced()
+    noted = fit(run, module, samples=160)
+    # The best model was saved before the end of its epoch, and loading it restores the callbacks of that moment.
+    training_path = training.best_model_path
+    tested = run.validate(ckpt_path="best", dataloaders=line_loader(16), verbose=False, **WEIGHTS_ONLY)[0]
     score = best.best_model_score
     return {
         **noted,
@@ -148,7 +142,8 @@ def checkpoints(out: Path) -> dict[str, Any]:
         "score": None if score is None else float(score),
         "last": best.last_model_path,
         "top": {Path(path).name: float(score) for path, score in best.best_k_models.items()},
-        "training": training.best_model_path,
+        "training": training_path,
+        "folder": module.folder,
         "validated": tested,
     }
 
@@ -165,6 +160,8 @@ def max_time(out: Path) -> dict[str, Any]:
 
 
 class StopOn(L.Callback):
+    """Sets ``should_stop`` on one rank."""
+
     def __init__(self, rank: int) -> None:
         self.rank = rank
 
@@ -203,13 +200,36 @@ def rich_bar(out: Path) -> dict[str, Any]:
 
 
 class Accumulated(L.Callback):
-    """How often the gradients of how many batches were accumulated."""
+    """Records the number of accumulated batches, for each batch."""
 
     def __init__(self) -> None:
         self.factors: list[int] = []
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         self.factors.append(trainer.accumulate_grad_batches)
+
+
+class Validated(L.Callback):
+    """Records the global steps at which a rank validated."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.steps.append(trainer.global_step)
+
+
+def reporters(out: Path) -> dict[str, Any]:
+    """Train with two reporting callbacks, neither of which comes first."""
+    given = [
+        Validated(),
+        AsyncLocalSGDCallback(ledger=out / "ledger.jsonl", table=False),
+        Accumulated(),
+        AsyncLocalSGDCallback(events=out / "events.jsonl"),
+    ]
+    run = trainer(out, *given, max_steps=24, val_check_interval=4, logger=CSVLogger(out), log_every_n_steps=4)
+    noted = fit(run, Paced())
+    return {**noted, "validated": given[0].steps, "order_kept": run.callbacks == given}
 
 
 def accumulation(out: Path) -> dict[str, Any]:
@@ -242,7 +262,7 @@ def rate_finder(out: Path) -> dict[str, Any]:
 def tuner(out: Path) -> dict[str, Any]:
     module = Paced(lr=1e-3)
     run = trainer(out, max_steps=20)
-    found = Tuner(run).lr_find(module, data(400), data(16), min_lr=1e-4, max_lr=0.1, num_training=20)
+    found = Tuner(run).lr_find(module, line_loader(400), line_loader(16), min_lr=1e-4, max_lr=0.1, num_training=20)
     assert found is not None
     steps = module.steps
     return {**fit(run, module), "lr": module.lr, "tried": len(found.results["lr"]), "sweep": steps}
@@ -254,7 +274,7 @@ def profilers(out: Path) -> dict[str, Any]:
 
 
 class Fails(L.Callback):
-    """One rank ends with an exception of its own."""
+    """Raises an exception on one rank."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
@@ -276,7 +296,7 @@ RUNS: dict[str, Callable[[Path], dict[str, Any]]] = {
     run.__name__: run
     for run in (
         early_stopping, early_stopping_on_training, checkpoints, timer_of_one_rank, max_time, should_stop_on_rank_0,
-        should_stop_on_rank_1, monitors, rich_bar, accumulation, finetuning, rate_finder, tuner, profilers,
+        should_stop_on_rank_1, monitors, rich_bar, reporters, accumulation, finetuning, rate_finder, tuner, profilers,
     )
 }  # fmt: skip
 RUNS["failing_0"] = lambda out: failing(out, 0)

@@ -1,22 +1,26 @@
-"""Two unequal ranks on CUDA devices, for ``test_cuda.py``: ``python cuda_job.py OUT JSON``."""
+"""Two ranks of unequal speed on CUDA devices: ``python cuda_job.py OUT JSON``.
+
+Each rank writes what it noted to ``OUT/rank_<n>.json``.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 
 from lightning_async_localsgd import AsyncLocalSGDStrategy
+from tests.lightning_models import digest, quiet_trainer
 
 
 class Module(BoringModel):
+    """Gives ranks unequal speeds, and notes steps, devices and the final model."""
+
     def __init__(self, out: Path) -> None:
         super().__init__()
         self.out = out
@@ -28,8 +32,7 @@ class Module(BoringModel):
         time.sleep((0.01, 0.04)[self.global_rank])
 
     def on_fit_end(self) -> None:
-        state = hashlib.sha256(b"".join(p.detach().cpu().numpy().tobytes() for p in self.parameters()))
-        self.seen["digest"] = state.hexdigest()
+        self.seen["digest"] = digest(self.state_dict())
         self.write()
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
@@ -37,7 +40,7 @@ class Module(BoringModel):
         self.log("rank", torch.tensor(float(self.global_rank), device=self.device), sync_dist=True)
 
     def on_test_end(self) -> None:
-        # In a process of its own under "spawn": what fit noted lies in the file.
+        # With "spawn", this is another process than that of fit, whose notes are in the file.
         before = json.loads((self.out / f"rank_{self.global_rank}.json").read_text())
         self.seen = {**before, **self.seen, "steps": before["steps"]}
         self.seen["metric"] = float(self.trainer.callback_metrics["rank"])
@@ -54,16 +57,9 @@ def main(out: Path, options: dict[str, Any]) -> None:
         process_group_backend=options.get("backend"),
         start_method=options.get("start_method", "popen"),
     )
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = L.Trainer(
-        strategy=strategy,
-        accelerator="gpu",
-        devices=1 if options.get("share") else 2,
-        max_steps=50,
-        max_epochs=-1,
-        enable_model_summary=False,
-        default_root_dir=out,
-        **quiet,
+    devices = 1 if options.get("share") else 2
+    trainer = quiet_trainer(
+        strategy, accelerator="gpu", devices=devices, max_steps=50, max_epochs=-1, default_root_dir=out
     )
     module = Module(out)
     trainer.fit(module)

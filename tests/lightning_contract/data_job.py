@@ -1,8 +1,7 @@
-"""What every rank trained on, for each of the cases of ``test_data.py``: ``python data_job.py OUT JSON``.
+"""Records the training data of each rank: ``python data_job.py OUT JSON``.
 
-All cases run one after the other in one set of processes. Every rank writes ``OUT/<case>_<rank>.json``. With the
-option ``dies_at`` rank 1 kills itself at so many batches, when it has written what it was trained on. With the option
-``ckpt_path`` the case goes on from there, with ``devices`` on so many ranks.
+The option ``cases`` names the cases to run, one after the other in the same processes; by default all of ``CASES``.
+Each rank writes ``OUT/<case>_<rank>.json``. The other options are those of :func:`run`.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import json
 import os
 import signal
 import sys
-import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,13 +29,14 @@ from torch.utils.data import (
 )
 
 from lightning_async_localsgd import AsyncLocalSGDStrategy
+from tests.lightning_models import PacedRegression, quiet_trainer
 
 SECONDS = (0.004, 0.02)
-"""Least seconds of a batch, by rank."""
+"""Minimum seconds of a batch, by rank."""
 
 
 class Numbers(Dataset[torch.Tensor]):
-    """Each sample is its own number."""
+    """A dataset whose samples are numbers."""
 
     def __init__(self, samples: int, first: int = 0) -> None:
         self.samples = samples
@@ -51,21 +50,21 @@ class Numbers(Dataset[torch.Tensor]):
 
 
 class Stream(IterableDataset[torch.Tensor]):
-    """An iterable dataset that gives every rank the same."""
+    """An iterable dataset with the same samples on all ranks."""
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         return iter(torch.arange(64.0))
 
 
 class Backwards(SequentialSampler):
-    """A user's own sampler."""
+    """A sampler written by a user."""
 
     def __iter__(self) -> Iterator[int]:
         return iter(reversed(range(len(self.data_source))))
 
 
 class Pairs(BatchSampler):
-    """A user's own batch sampler: sample i and its mirror image."""
+    """A batch sampler written by a user: the sample at i from the start, and the one at i from the end."""
 
     def __init__(self, samples: int) -> None:
         self.samples = samples
@@ -77,39 +76,34 @@ class Pairs(BatchSampler):
         return self.samples // 2
 
 
-class Model(L.LightningModule):
-    """Notes what it is trained on, by epoch."""
+class Model(PacedRegression):
+    """Records the training data by epoch. The loss does not depend on it."""
 
     def __init__(self, dies_at: int = 0, out: Path = Path()) -> None:
-        super().__init__()
+        super().__init__(SECONDS, torch.nn.Linear(1, 1), lr=0.01)
         self.dies_at = dies_at
         self.out = out
-        self.weight = torch.nn.Parameter(torch.zeros(()))
         self.seen: list[list[Any]] = []
         self.epochs: list[int] = []
 
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        time.sleep(SECONDS[self.global_rank % len(SECONDS)])
+    def loss(self, batch: Any) -> torch.Tensor:
         if not self.seen:
-            self.seen.append([])  # Lightning does not begin an epoch again in whose middle it goes on.
+            self.seen.append([])  # Lightning does not call on_train_epoch_start if it resumes within an epoch.
         self.seen[-1].append(
             {key: value.tolist() for key, value in batch.items()} if isinstance(batch, dict) else batch.tolist()
         )
         if self.global_rank == 1 and sum(map(len, self.seen)) == self.dies_at:
             (self.out / "dead_1.json").write_text(json.dumps({"seen": self.seen}))
             os.kill(os.getpid(), signal.SIGKILL)
-        return (self.weight - 1) ** 2
+        return self.net(torch.ones(1)).square().sum()
 
     def on_train_epoch_start(self) -> None:
         self.seen.append([])
         self.epochs.append(self.current_epoch)
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.01)
-
 
 class Module(L.LightningDataModule):
-    """Notes its hooks."""
+    """Has another dataset in each epoch, and records its hooks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,7 +118,6 @@ class Module(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         self.hooks.append("train_dataloader")
         assert self.trainer is not None
-        # Another dataset in each epoch.
         return DataLoader(Numbers(20, first=100 * self.trainer.current_epoch), batch_size=2, shuffle=True)
 
     def teardown(self, stage: str) -> None:
@@ -132,7 +125,7 @@ class Module(L.LightningDataModule):
 
 
 class Save(L.Callback):
-    """Saves in the middle of the first epoch."""
+    """Saves a checkpoint within the first epoch."""
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         if trainer.current_epoch == 0 and trainer.global_step == 6:
@@ -140,7 +133,7 @@ class Save(L.Callback):
 
 
 class Streamed(L.LightningDataModule):
-    """The recipe of docs/lightning.md, on a stream that needs no network."""
+    """The recipe of docs/lightning.md, with a stream that needs no network."""
 
     def train_dataloader(self) -> DataLoader[Any]:
         from datasets import Dataset as Table
@@ -196,24 +189,31 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "streamed": (Streamed, {"max_steps": 20}),
     "reloaded": (Module, {"max_epochs": 3, "reload_dataloaders_every_n_epochs": 1}),
 }
-REFUSED: dict[str, tuple[Any, dict[str, Any]]] = {
+REJECTED: dict[str, tuple[Any, dict[str, Any]]] = {
     "one_batch": (lambda: DataLoader(Numbers(4), batch_size=4), {"max_steps": 30}),
     "one_step": (lambda: DataLoader(Numbers(10), batch_size=4), {"max_steps": 30, "accumulate_grad_batches": 3}),
 }
 
 
 def run(case: str, out: Path, dies_at: int = 0, ckpt_path: str | None = None, devices: int = 2) -> None:
-    make, options = (CASES | REFUSED)[case]
+    """Run a case.
+
+    Args:
+        case: its name.
+        out: folder of the notes.
+        dies_at: the batch at which rank 1 writes its notes and kills itself; 0 means never.
+        ckpt_path: checkpoint to resume from.
+        devices: number of ranks.
+
+    """
+    make, options = (CASES | REJECTED)[case]
     L.seed_everything(7, verbose=False)
-    trainer = L.Trainer(
-        strategy=AsyncLocalSGDStrategy(local_steps=4, max_restarts=0),
-        accelerator="cpu",
+    trainer = quiet_trainer(
+        AsyncLocalSGDStrategy(local_steps=4, max_restarts=0),
         devices=devices,
         logger=CSVLogger(out, name="", version="") if dies_at else False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         default_root_dir=out,
-        **{"enable_checkpointing": False, **options},
+        **options,
     )
     model, data = Model(dies_at, out), make()
     with warnings.catch_warnings(record=True) as caught:

@@ -1,7 +1,7 @@
-"""A run for the test of Lightning's hooks: ``python hooks_job.py OUT STRATEGY``.
+"""Counts calls of Lightning's hooks: ``python hooks_job.py OUT STRATEGY``.
 
-Two ranks fit, validate, test and predict. Every rank notes in ``OUT/rank_<n>.json`` how often each hook of module,
-callback and datamodule was called in each stage.
+Two ranks fit, validate, test and predict. Each rank writes to ``OUT/rank_<n>.json`` how often each hook of module,
+callback and data module was called in each stage.
 """
 
 from __future__ import annotations
@@ -12,26 +12,28 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.core.hooks import CheckpointHooks, DataHooks, ModelHooks
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
+
+from tests.lightning_models import quiet_trainer
 
 OF_MODULES = {
     *("training_step", "validation_step", "test_step", "predict_step", "backward", "optimizer_step"),
     *("optimizer_zero_grad", "configure_gradient_clipping", "configure_optimizers", "configure_callbacks"),
 }
 NOT_COUNTED = {"configure_sharded_model", "lr_scheduler_step"}
-"""Overriding the first is deprecated; the second is called by the run's progress, not by the rank's."""
+"""Overriding the first is deprecated. Calls of the second follow the progress of the run, not that of a rank."""
 
 
 def public(*classes: type) -> set[str]:
-    return {name for one in classes for name in vars(one) if not name.startswith("_")} - NOT_COUNTED
+    """Return the names of all public hooks of some classes."""
+    return {name for cls in classes for name in vars(cls) if not name.startswith("_")} - NOT_COUNTED
 
 
 def counted(own: type, names: set[str], calls: Counter[str]) -> type:
-    """A subclass that counts the calls of its methods."""
+    """Return a subclass that counts the calls of some methods."""
 
     def counting(name: str) -> Any:
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -52,18 +54,14 @@ def main(out: Path, strategy: str) -> None:
     noted = {}
     for stage in ("fit", "validate", "test", "predict"):
         calls.clear()
-        trainer = L.Trainer(
-            strategy=strategy,
-            accelerator="cpu",
+        trainer = quiet_trainer(
+            strategy,
             devices=2,
             max_epochs=2,
             limit_train_batches=8,
             limit_val_batches=3,
             limit_test_batches=3,
             limit_predict_batches=3,
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
             default_root_dir=out,
             callbacks=[callback, ModelCheckpoint()],
         )
@@ -77,5 +75,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     main(Path(sys.argv[1]), sys.argv[2])
     if torch.distributed.is_initialized():
-        # DDP leaves its group to the end of the process, whose threads now and then abort it.
+        # DDP leaves its process group open. At the end of the process, its threads sometimes abort.
         torch.distributed.destroy_process_group()

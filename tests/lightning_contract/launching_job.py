@@ -1,12 +1,11 @@
-"""The job that ``test_launching.py`` starts in every way there is: ``python launching_job.py OUT JSON``.
+"""Calls of a Trainer that is launched in many ways: ``python launching_job.py OUT JSON``.
 
-Every rank appends a line of JSON to ``OUT/rank_<n>.jsonl`` at the end of each call of the Trainer. With ``"cli"`` among
-the options their value is a command line for LightningCLI.
+Each rank appends a line of JSON to ``OUT/rank_<n>.jsonl`` at the end of each call. The option ``"cli"`` is a command
+line for LightningCLI.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -17,69 +16,69 @@ from pathlib import Path
 from typing import Any
 
 if "interactive" in json.loads(sys.argv[2]):
-    sys.ps1 = ">>> "  # What Lightning knows a notebook by. It looks when it is imported.
+    sys.ps1 = ">>> "  # Lightning recognizes a notebook by this, at its import.
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from lightning.pytorch.cli import LightningCLI
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 from lightning_async_localsgd import AsyncLocalSGDStrategy, ExchangeOptions
 from lightning_async_localsgd.faults import Fault, FaultInjection, FaultKind
+from tests.lightning_models import Pace, Regression, digest, loader, quiet_trainer
 
 SECONDS = (0.01, 0.04)
-"""Least seconds of a local step, by rank in turn."""
+"""Minimum seconds of a local step, for even and odd ranks."""
 
 
-class Regression(L.LightningModule):
+RANK_VARIABLES = ("RANK", "GLOBAL_RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+"""From these, data libraries learn which part of the data a process reads."""
+
+
+class Model(Regression):
+    """A linear regression, which logs its rank in validation and test."""
+
     def __init__(self) -> None:
-        super().__init__()
-        self.net = torch.nn.Linear(4, 1)
-
-    def loss(self, batch: Any) -> torch.Tensor:
-        inputs, targets = batch
-        return torch.nn.functional.mse_loss(self.net(inputs), targets)
-
-    def training_step(self, batch: Any, index: int) -> torch.Tensor:
-        return self.loss(batch)
+        super().__init__(torch.nn.Linear(8, 1))
 
     def validation_step(self, batch: Any, index: int) -> None:
-        self.log("val_loss", self.loss(batch), sync_dist=True)
+        super().validation_step(batch, index)
         self.log("rank", float(self.trainer.global_rank), sync_dist=True)
 
     def test_step(self, batch: Any, index: int) -> None:
         self.log("rank", float(self.trainer.global_rank), sync_dist=True)
 
-    def predict_step(self, batch: Any, index: int) -> torch.Tensor:
-        return self.net(batch[0])
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.05)
-
 
 class Data(L.LightningDataModule):
-    def loader(self, samples: int, shuffle: bool = False) -> DataLoader[Any]:
-        inputs = torch.randn(samples, 4, generator=torch.Generator().manual_seed(0))
-        return DataLoader(TensorDataset(inputs, inputs.sum(1, keepdim=True)), batch_size=4, shuffle=shuffle)
+    """Sixteen batches for training, and four for everything else.
+
+    Args:
+        processes: processes of the training loader of each rank, which then has many batches.
+
+    """
+
+    def __init__(self, processes: int = 0) -> None:
+        super().__init__()
+        self.processes = processes
 
     def train_dataloader(self) -> DataLoader[Any]:
-        return self.loader(64, shuffle=True)
+        return loader(10_000 if self.processes else 64, batch_size=4, num_workers=self.processes)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        return self.loader(16)
+        return loader(16, batch_size=4, shuffle=False)
 
     test_dataloader = predict_dataloader = val_dataloader
 
 
-def started_again() -> bool:
-    """Whether this is not the rank's, or the job's, first process."""
+def is_restarted() -> bool:
+    """Return whether this process was restarted, alone or with the whole job."""
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", os.environ.get("SLURM_RESTART_COUNT", "0"))
     return "ASYNC_LOCALSGD_REJOIN" in os.environ or "ASYNC_LOCALSGD_RESUME" in os.environ or restarts != "0"
 
 
 class SlowValidation(L.Callback):
-    """Rank 0 is long in its second batch of validation."""
+    """Makes each validation batch take long."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
@@ -90,19 +89,19 @@ class SlowValidation(L.Callback):
 
 
 class SlowBoot(L.Callback):
-    """A process that was started again takes long before it joins."""
+    """Makes a restarted process take long before it joins."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
 
     def setup(self, *_: Any, **__: Any) -> None:
-        if started_again():
+        if is_restarted():
             (self.out / "booting").touch()
             time.sleep(120)
 
 
-class Notice(logging.Handler):
-    """Leaves a file when a fault is injected."""
+class FaultNotice(logging.Handler):
+    """Creates a file when a fault is injected."""
 
     def __init__(self, out: Path) -> None:
         super().__init__()
@@ -113,41 +112,42 @@ class Notice(logging.Handler):
             (self.out / "injected").touch()
 
 
-class Notes(L.Callback):
-    """Unequal speeds, a fault if it is asked for, and what the rank saw.
+class Notes(Pace):
+    """Gives ranks unequal speeds, lets one of them fail if requested, and writes what the rank observed.
 
     Args:
         out: folder of the notes.
-        fail: which rank raises an exception, or kills itself, after which of its steps.
-        awaited: training ends when this worker, started again, is merged again.
+        fail: which rank raises an exception, or kills itself, after which step.
+        awaited: training ends when pushes of this worker are merged again after its restart.
 
     """
 
     def __init__(self, out: str, fail: dict[str, int] | None = None, awaited: int | None = None) -> None:
+        super().__init__(SECONDS)
         self.out = Path(out)
         self.fail = fail
         self.awaited = awaited
-        self.steps = 0
         self.predicted = 0
         self.group = False
         self.address: list[Any] = []
+        self.environment: list[str | None] = []
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        self.steps += 1
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         self.group |= torch.distributed.is_initialized()
-        if self.steps == 1:
+        if self.batches == 0:
             self.address = address(trainer)
+            self.environment = [os.environ.get(name) for name in RANK_VARIABLES]
             (self.out / f"training_{trainer.global_rank}").write_text(str(os.getpid()))
-        if self.steps == 15:
+        super().on_train_batch_end(trainer, pl_module)
+        if self.batches == 15:
             (self.out / f"advanced_{trainer.global_rank}").touch()
-        time.sleep(SECONDS[trainer.global_rank % 2])
-        if self.fail == {"rank": trainer.global_rank, "step": self.steps}:
+        if self.fail == {"rank": trainer.global_rank, "step": self.batches}:
             (self.out / "failed").touch()
             raise RuntimeError("a fault of this rank's own")
-        if self.fail == {"kill": trainer.global_rank, "step": self.steps} and not started_again():
+        if self.fail == {"kill": trainer.global_rank, "step": self.batches} and not is_restarted():
             os.kill(os.getpid(), signal.SIGKILL)
         if self.awaited is not None and trainer.is_global_zero:
-            workers = trainer.strategy.phase.totals()
+            workers = trainer.strategy.runtime.totals()
             trainer.should_stop |= workers[self.awaited].sessions > 1 and workers[self.awaited].rounds > 3
 
     def on_validation_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
@@ -155,17 +155,15 @@ class Notes(L.Callback):
             raise RuntimeError("a fault of this rank's own")
 
     def note(self, trainer: L.Trainer, call: str, **seen: Any) -> None:
-        state = hashlib.sha256()
-        for tensor in trainer.lightning_module.state_dict().values():
-            state.update(tensor.numpy().tobytes())
-        seen |= {"call": call, "rank": trainer.global_rank, "digest": state.hexdigest(), "pid": os.getpid()}
+        state = digest(trainer.lightning_module.state_dict())
+        seen |= {"call": call, "rank": trainer.global_rank, "digest": state, "pid": os.getpid()}
         seen |= {"local_rank": trainer.local_rank, "world_size": trainer.world_size}
         with (self.out / f"rank_{trainer.global_rank}.jsonl").open("a") as file:
             file.write(json.dumps(seen) + "\n")
 
     def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.note(trainer, "fit", steps=self.steps, group=self.group, address=self.address)
-        self.steps = 0
+        self.note(trainer, "fit", steps=self.batches, group=self.group, address=self.address, env=self.environment)
+        self.batches = 0
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.state.fn == "validate":
@@ -187,25 +185,25 @@ class Notes(L.Callback):
 
 
 def address(trainer: L.Trainer) -> list[Any]:
-    """How this rank reaches the server: transport, and whether that is encrypted."""
-    phase = trainer.strategy.phase
-    endpoints = getattr(phase.worker.exchange, "_endpoints", None)
+    """Return how this rank reaches the server: the transport, and whether it is encrypted."""
+    runtime = trainer.strategy.runtime
+    endpoints = getattr(runtime.worker.exchange, "_endpoints", None)
     return [] if endpoints is None else [endpoints.address.split(":")[0], endpoints.encrypted]
 
 
 def more_callbacks(out: Path, options: dict[str, Any]) -> list[L.Callback]:
-    found: list[L.Callback] = []
+    callbacks: list[L.Callback] = []
     if options.get("slow_validation"):
-        found.append(SlowValidation(out))
+        callbacks.append(SlowValidation(out))
     if options.get("boots_for_long"):
-        found.append(SlowBoot(out))
+        callbacks.append(SlowBoot(out))
     if "fault" in options:
-        logging.getLogger("lightning_async_localsgd").addHandler(Notice(out))
+        logging.getLogger("lightning_async_localsgd").addHandler(FaultNotice(out))
         fault = options["fault"]
-        found.append(FaultInjection([Fault(**{**fault, "kind": FaultKind[fault["kind"]]})]))
+        callbacks.append(FaultInjection([Fault(**{**fault, "kind": FaultKind[fault["kind"]]})]))
     if options.get("saves_on_exception"):
-        found.append(OnExceptionCheckpoint(out))
-    return found
+        callbacks.append(OnExceptionCheckpoint(out))
+    return callbacks
 
 
 def run(out: Path, options: dict[str, Any]) -> None:
@@ -215,25 +213,22 @@ def run(out: Path, options: dict[str, Any]) -> None:
         strategy = AsyncLocalSGDStrategy(local_steps=5, exchange=ExchangeOptions(**options["exchange"]))
     if "own_strategy" in options:
         strategy = AsyncLocalSGDStrategy(**options["own_strategy"])
-    module = Regression()
-    saves = bool(options.get("saves_on_exception"))
-    quiet = {"logger": False, "enable_checkpointing": saves, "enable_progress_bar": False, "num_sanity_val_steps": 0}
+    module = Model()
     for number, calls in enumerate(options.get("calls", [["fit"]])):
         options |= options.get(f"trainer {number}", {})
-        trainer = L.Trainer(
-            strategy=strategy if number == 0 else options.get("strategy", "async_localsgd"),
+        trainer = quiet_trainer(
+            strategy if number == 0 else options.get("strategy", "async_localsgd"),
             callbacks=[Notes(str(out), options.get("fail"), options.get("awaited")), *more_callbacks(out, options)],
-            enable_model_summary=False,
             default_root_dir=out,
-            **{"accelerator": "cpu", "devices": 2, "max_steps": 100, **quiet, **options.get("trainer", {})},
+            **{"devices": 2, "max_steps": 100, "num_sanity_val_steps": 0, **options.get("trainer", {})},
         )
         for call in calls:
-            getattr(trainer, call)(module, datamodule=Data())
+            getattr(trainer, call)(module, datamodule=Data(options.get("loader_processes", 0)))
     print("the script's end", flush=True)
 
 
 if __name__ == "__main__":
     if "cli" in json.loads(sys.argv[2]):
-        LightningCLI(Regression, Data, seed_everything_default=0, args=json.loads(sys.argv[2])["cli"])
+        LightningCLI(Model, Data, seed_everything_default=0, args=json.loads(sys.argv[2])["cli"])
     else:
         run(Path(sys.argv[1]), json.loads(sys.argv[2]))

@@ -1,14 +1,13 @@
-"""Runs for the tests of metrics and of schedulers that follow one: ``python metrics_job.py OUT OPTIONS``.
+"""Runs that log metrics, and runs whose learning rate follows a metric: ``python metrics_job.py OUT``.
 
-Three ranks, the slowest a sixth as fast as the quickest. Every rank notes what it saw in ``OUT/rank_<n>.json``, a part
-for each run.
+There are three ranks. A step of the slowest takes six times as long as one of the fastest. Each rank writes what it
+noted to ``OUT/rank_<n>.json``, by the name of the run.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,44 +18,31 @@ import torchmetrics
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_async_localsgd import AsyncLocalSGDStrategy
+from lightning_async_localsgd import AsyncLocalSGDStrategy, ExchangeOptions
+from tests.lightning_models import PacedRegression, line_loader, quiet_trainer
 
 SECONDS = (0.004, 0.008, 0.024)
+"""Minimum seconds of a local step, by rank."""
+
 RANKS = len(SECONDS)
 CONSTANTS = (1.0, 10.0, 100.0)
-"""What each rank logs under the same name."""
+"""What each rank logs under the same names."""
 
 
-def data(samples: int = 4000) -> DataLoader[Any]:
-    inputs = torch.arange(samples, dtype=torch.float32).reshape(-1, 1) / samples
-    return DataLoader(TensorDataset(inputs, 2 * inputs), batch_size=4)
-
-
-class Paced(L.LightningModule):
+class Paced(PacedRegression):
     """A linear model on ranks of unequal speed."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.net = torch.nn.Linear(1, 1)
+        super().__init__(SECONDS, torch.nn.Linear(1, 1), lr=0.01)
         self.noted: dict[str, Any] = {}
 
     @property
     def rank(self) -> int:
         return self.trainer.global_rank
 
-    def training_step(self, batch: Any, index: int) -> torch.Tensor:
-        time.sleep(SECONDS[self.rank])
-        return torch.nn.functional.mse_loss(self.net(batch[0]), batch[1])
-
-    def validation_step(self, batch: Any, index: int) -> None:
-        self.log("val_loss", torch.nn.functional.mse_loss(self.net(batch[0]), batch[1]), sync_dist=True)
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=0.01)
-
 
 class Logging(Paced):
-    """Logs in all the ways that there are, and keeps account of it."""
+    """Logs in all possible ways, and records what it logs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +54,7 @@ class Logging(Paced):
     def training_step(self, batch: Any, index: int) -> torch.Tensor:
         loss = super().training_step(batch, index)
         constant = CONSTANTS[self.rank]
-        # Unequal weights: the mean over all samples is another number than the mean over ranks.
+        # Unequal weights: the mean over all samples differs from the mean over ranks.
         size = 1 + index % (2 + self.rank)
         self.noted["values"].append((constant + index, size))
         self.log("both", constant, on_step=True, on_epoch=True, prog_bar=True)
@@ -114,7 +100,7 @@ class Logging(Paced):
 
 
 class Crowd(Paced):
-    """Logs more names than a push has room for."""
+    """Logs more metrics than fit into a push."""
 
     def training_step(self, batch: Any, index: int) -> torch.Tensor:
         for n in range(400):
@@ -123,7 +109,15 @@ class Crowd(Paced):
 
 
 class Plateaus(Paced):
-    """Its learning rate follows a metric that gets worse with each validation."""
+    """Has a learning rate that follows a metric, which gets worse with each validation.
+
+    Args:
+        besides: whether there is a second schedule, over steps.
+        interval: interval of the scheduler that follows the metric.
+        factor: factor of its reductions.
+        manual: whether to use manual optimization.
+
+    """
 
     def __init__(self, besides: bool, interval: str, factor: float, manual: bool) -> None:
         super().__init__()
@@ -173,20 +167,11 @@ class Plateaus(Paced):
 
 
 def trainer(out: Path, **options: Any) -> L.Trainer:
-    quiet: dict[str, Any] = {
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-        "logger": False,
-        "num_sanity_val_steps": 0,
-        "limit_val_batches": 2,
-    }
-    return L.Trainer(
-        strategy=AsyncLocalSGDStrategy(local_steps=5, start_timeout=120.0),
-        accelerator="cpu",
+    return quiet_trainer(
+        AsyncLocalSGDStrategy(local_steps=5, exchange=ExchangeOptions(start_timeout=120.0)),
         devices=RANKS,
         default_root_dir=out,
-        **{**quiet, **options},
+        **{"num_sanity_val_steps": 0, "limit_val_batches": 2, **options},
     )
 
 
@@ -205,7 +190,7 @@ def log_everything(out: Path) -> dict[str, Any]:
     before = run.validate(module, valid, verbose=False)[0]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        run.fit(module, data(), valid)
+        run.fit(module, line_loader(4000), valid)
     shown = [run.callback_metrics, run.logged_metrics, run.progress_bar_metrics]
     shown = [{name: float(value) for name, value in metrics.items()} for metrics in shown]
     after = run.validate(module, valid, verbose=False)[0]
@@ -226,7 +211,7 @@ def log_everything(out: Path) -> dict[str, Any]:
 def log_a_crowd(out: Path) -> dict[str, Any]:
     module = Crowd()
     run = trainer(out, max_steps=6, limit_val_batches=0)
-    run.fit(module, data())
+    run.fit(module, line_loader(4000))
     return {"arrived": sum(value.item() > 0 for value in run.callback_metrics.values())}
 
 
@@ -238,7 +223,7 @@ def follow_a_plateau(
         run = trainer(out, max_steps=60, val_check_interval=10, check_val_every_n_epoch=None)
     else:
         run = trainer(out, max_epochs=4)
-    run.fit(module, data(240), data(16))
+    run.fit(module, line_loader(240), line_loader(16))
     scheduler = run.lr_scheduler_configs[0].scheduler
     return {
         **module.noted,

@@ -1,13 +1,12 @@
-"""Small fits of many kinds of modules, one after the other: ``python modules_job.py OUT``.
+"""Short fits of many kinds of modules: ``python modules_job.py OUT [CASE...]``.
 
-Two ranks of unequal speed run every case below; each notes what it saw in ``OUT/rank_<n>.json``, by case. They are in
-one script because a start of processes costs more than all the fits.
+Two ranks of unequal speed run all cases one after the other, because starting processes takes longer than all fits.
+Each rank writes what it noted to ``OUT/rank_<n>.json``, by case.
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import sys
 import time
@@ -18,131 +17,20 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import BaseFinetuning, EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_async_localsgd import AsyncLocalSGDCallback, AsyncLocalSGDStrategy
-
-SECONDS = (0.001, 0.006)
-"""What a step takes longer, by rank."""
-
-STEPS = 12
-"""``max_steps`` of a case: local steps of each of the two ranks, on average."""
-
-CASES: dict[str, Callable[[Path], dict[str, Any]]] = {}
-
-
-def case(function: Callable[[Path], dict[str, Any]]) -> Callable[[Path], dict[str, Any]]:
-    """Adds a case under the function's name."""
-    CASES[function.__name__] = function
-    return function
-
-
-def digest(tensors: dict[str, Tensor]) -> str:
-    """Of every bit of some tensors."""
-    state = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        state.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode() + data.numpy().tobytes())
-    return state.hexdigest()
-
-
-class Module(L.LightningModule):
-    """A regression with a small network of any kind in ``net``."""
-
-    def __init__(self, net: nn.Module | None = None, lr: float = 0.05) -> None:
-        super().__init__()
-        self.lr = lr
-        self.net = net if net is not None else nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1))
-
-    def loss(self, batch: Any) -> Tensor:
-        inputs, targets = batch
-        return nn.functional.mse_loss(self.net(inputs.to(self.dtype)), targets.to(self.dtype))
-
-    def training_step(self, batch: Any, index: int) -> Tensor:
-        return self.loss(batch)
-
-    def validation_step(self, batch: Any, index: int) -> None:
-        self.log("val_loss", self.loss(batch), sync_dist=True)
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=self.lr, momentum=0.9)
-
-
-class Watch(L.Callback):
-    """Slows this rank down, and notes what it does and where it ends."""
-
-    def __init__(self) -> None:
-        self.steps = 0
-        self.seen: dict[str, Any] = {}
-
-    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        torch_optimizer = trainer.optimizers[0]
-        torch_optimizer.register_step_post_hook(self._count)
-
-    def _count(self, *_: Any) -> None:
-        self.steps += 1
-
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
-        if trainer.strategy.phase is not None and "exchanged" not in self.seen:
-            self.seen["exchanged"] = [entry.name for entry in trainer.strategy.phase.binding.layout.entries]
-        time.sleep(SECONDS[trainer.global_rank])
-
-    def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        state = module.state_dict()
-        self.seen |= {
-            "steps": self.steps,
-            "digest": digest(state),
-            "finite": all(bool(torch.isfinite(t).all()) for t in state.values() if t.is_floating_point()),
-        }
-
-
-def loader(samples: int = 256, batch_size: int = 8, shuffle: bool = True) -> DataLoader[Any]:
-    generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(samples, 8, generator=generator)
-    targets = (inputs[:, :1] * inputs[:, 1:2]).tanh() + 0.5 * inputs[:, 2:3]
-    return DataLoader(TensorDataset(inputs, targets), batch_size=batch_size, shuffle=shuffle)
-
-
-def trainer_of(
-    out: Path, callbacks: list[L.Callback], strategy: dict[str, Any] | None = None, **options: Any
-) -> L.Trainer:
-    """A quiet trainer of two ranks."""
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    if not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
-        quiet["enable_checkpointing"] = False
-    limits = {"max_steps": STEPS, "limit_val_batches": 0, "default_root_dir": out}
-    return L.Trainer(
-        strategy=AsyncLocalSGDStrategy(**{"local_steps": 4, "start_timeout": 60.0, **(strategy or {})}),
-        accelerator="cpu",
-        devices=2,
-        callbacks=[*callbacks, AsyncLocalSGDCallback(table=False)],
-        **{**quiet, **limits, **options},
-    )
-
-
-def fit(module: Any, out: Path, *callbacks: L.Callback, data: Any = None, **options: Any) -> dict[str, Any]:
-    """Trains ``module`` and returns what was noted."""
-    watch = Watch()
-    trainer = trainer_of(out, [watch, *callbacks], **options)
-    trainer.fit(module, data if data is not None else loader(), loader(32, shuffle=False))
-    return {"rank": trainer.global_rank, **watch.seen}
-
-
-def rank() -> int:
-    """This rank, before a trainer knows it."""
-    import os
-
-    return int(os.environ.get("LOCAL_RANK", "0"))
-
+from tests.lightning_contract.hook_order import hooks_around, hooks_of_a_step, recording
+from tests.lightning_contract.modules_base import CASES, STEPS, Module, SharedNames, case, fit, rank
+from tests.lightning_contract.modules_moving import Remembering
+from tests.lightning_models import EMAWeightAveraging, Pace, digest, loader, network
 
 # ----------------------------------------------------------------------- what is exchanged
 
 
 class Adapted(nn.Module):
-    """A frozen layer with a small trainable one beside it, and tensors of every kind that isn't trained."""
+    """A frozen layer with a trainable adapter, and untrained tensors of all kinds."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -162,15 +50,17 @@ class Adapted(nn.Module):
 
 @case
 def adapters(out: Path) -> dict[str, Any]:
-    torch.manual_seed(100 + rank())  # So that the frozen parts differ between ranks.
+    torch.manual_seed(100 + rank())  # The frozen parts differ between ranks.
     net = Adapted()
     first = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     scratch = net.scratch.clone()
-    seen = fit(Module(net), out)
+    shared = SharedNames()
+    seen = fit(Module(net), out, shared)
     frozen = ("base.weight", "base.bias", "coarse", "codes", "table")
     last = net.state_dict()
     return {
         **seen,
+        "shared": shared.names,
         "frozen_before": digest({name: first[name] for name in frozen}),
         "frozen_after": digest({name: last[name] for name in frozen}),
         "adapter_moved": not torch.equal(first["up.weight"], last["up.weight"]),
@@ -179,6 +69,8 @@ def adapters(out: Path) -> dict[str, Any]:
 
 
 class Tied(nn.Module):
+    """A network with a tied and an unused parameter."""
+
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Linear(8, 8)
@@ -206,6 +98,8 @@ def tied_and_unused(out: Path) -> dict[str, Any]:
 
 
 class Unfreeze(BaseFinetuning):
+    """Trains the first layer from the second epoch on."""
+
     def freeze_before_training(self, pl_module: L.LightningModule) -> None:
         self.freeze(pl_module.net[0])
 
@@ -223,6 +117,8 @@ def finetuning(out: Path) -> dict[str, Any]:
 
 
 class Mixed(nn.Module):
+    """A network with parameters of several dtypes, and with statistics."""
+
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Linear(8, 16)
@@ -260,7 +156,9 @@ def channels_last(out: Path) -> dict[str, Any]:
     return {**fit(Module(net), out), "kept": net[1].weight.stride() == strides != (8, 4, 2, 1)}
 
 
-class Late(Module):
+class ConfiguredLate(Module):
+    """Makes its network in ``configure_model``."""
+
     def __init__(self) -> None:
         super().__init__(nn.Identity())
 
@@ -272,7 +170,7 @@ class Late(Module):
 
 @case
 def configure_model(out: Path) -> dict[str, Any]:
-    return fit(Late(), out)
+    return fit(ConfiguredLate(), out)
 
 
 # ------------------------------------------------------------------------------- precision
@@ -294,33 +192,25 @@ for name in ("32-true", "bf16-mixed", "bf16-true", "16-true", "64-true"):
 
 
 class Overflowing(Module):
-    """Every fourth loss overflows, so that the scaler skips its step."""
+    """A module whose loss overflows in every fourth batch, so that the scaler skips the step."""
 
     def training_step(self, batch: Any, index: int) -> Tensor:
         return self.loss(batch) * (float("inf") if index % 4 == 2 else 1.0)
 
 
-class Batches(L.Callback):
-    def __init__(self) -> None:
-        self.taken = 0
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.taken += 1
-
-
 @case
 def scaled(out: Path) -> dict[str, Any]:
     plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=1024.0))
-    batches = Batches()
-    seen = fit(Overflowing(), out, batches, plugins=[plugin])
-    return {**seen, "batches": batches.taken}
+    pace = Pace([0.0])
+    seen = fit(Overflowing(), out, pace, plugins=[plugin])
+    return {**seen, "batches": pace.batches}
 
 
 # ---------------------------------------------------------------------------- optimization
 
 
 class Adversarial(L.LightningModule):
-    """Two players, each with its own optimizer and frozen while the other one moves."""
+    """A generator and a discriminator, each with its own optimizer and frozen during the other's steps."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -358,7 +248,9 @@ def adversarial(out: Path) -> dict[str, Any]:
 
 
 class Closures(Module):
-    def __init__(self, history: int = 5) -> None:
+    """A linear regression trained by L-BFGS, which evaluates the loss several times in a step."""
+
+    def __init__(self) -> None:
         super().__init__(nn.Linear(8, 1))
         self.calls = 0
 
@@ -380,6 +272,8 @@ def lbfgs(out: Path) -> dict[str, Any]:
 
 
 class Clipped(Module):
+    """Records the norm and the largest value of each clipped gradient."""
+
     def __init__(self) -> None:
         super().__init__()
         self.norms: list[float] = []
@@ -390,10 +284,10 @@ class Clipped(Module):
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.SGD(self.parameters(), lr=0.01)
-        optimizer.register_step_post_hook(self._look)  # The closure has run by then.
+        optimizer.register_step_post_hook(self._record)  # By then, the closure has run and the gradient is clipped.
         return optimizer
 
-    def _look(self, *_: Any) -> None:
+    def _record(self, *_: Any) -> None:
         gradient = torch.cat([parameter.grad.reshape(-1) for parameter in self.parameters()])
         self.norms.append(float(gradient.norm()))
         self.values.append(float(gradient.abs().max()))
@@ -430,48 +324,6 @@ def compiled_part(out: Path) -> dict[str, Any]:
 # ------------------------------------------------------------------- hooks and averages
 
 
-HOOKS = [name for name in dir(L.LightningModule) if name.startswith("on_")] + [
-    "optimizer_step", "optimizer_zero_grad", "backward", "configure_gradient_clipping", "lr_scheduler_step",
-    "transfer_batch_to_device", "training_step", "configure_optimizers", "configure_callbacks", "setup", "teardown",
-]  # fmt: skip
-
-
-def recording(calls: list[str]) -> tuple[L.LightningModule, L.Callback]:
-    """A module and a callback that note in which order their hooks are called."""
-
-    def noting(base: type, prefix: str, names: list[str]) -> type:
-        def hook(name: str) -> Callable[..., Any]:
-            def call(self: Any, *arguments: Any, **named: Any) -> Any:
-                calls.append(f"{prefix}.{name}")
-                return getattr(super(made, self), name)(*arguments, **named)
-
-            return call
-
-        made = type(f"Noting{base.__name__}", (base,), {name: hook(name) for name in names})
-        return made
-
-    class Scheduled(Module):
-        def configure_optimizers(self) -> Any:
-            optimizer = super().configure_optimizers()
-            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 0.9**n)
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    names = [name for name in dir(L.Callback) if name.startswith("on_")] + ["setup", "teardown"]
-    return noting(Scheduled, "module", HOOKS)(), noting(L.Callback, "callback", names)()
-
-
-def hooks_of_a_step(calls: list[str]) -> list[str]:
-    """Of the third batch of training, from its first hook to its last."""
-    starts = [index for index, name in enumerate(calls) if name == "callback.on_train_batch_start"]
-    return calls[starts[2] : starts[3]]
-
-
-def hooks_around(calls: list[str]) -> list[str]:
-    """All but those of steps, each once."""
-    steps = set(hooks_of_a_step(calls))
-    return [name for name in dict.fromkeys(calls) if name not in steps]
-
-
 @case
 def hooks(out: Path) -> dict[str, Any]:
     calls: list[str] = []
@@ -480,8 +332,8 @@ def hooks(out: Path) -> dict[str, Any]:
     return {**seen, "step": hooks_of_a_step(calls), "around": hooks_around(calls)}
 
 
-class Ema(EMAWeightAveraging):
-    """Notes the average in the midst of a round in which nobody has handed in anything."""
+class Ema(EMAWeightAveraging or L.Callback):  # type: ignore[misc] # chosen by Lightning's release
+    """Records the average before the first push of the run is merged, and at the end."""
 
     def __init__(self) -> None:
         super().__init__(decay=0.5)
@@ -490,7 +342,7 @@ class Ema(EMAWeightAveraging):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *arguments: Any) -> None:
         super().on_train_batch_end(trainer, pl_module, *arguments)
-        if trainer.strategy.phase.server.view.version == 0:
+        if trainer.strategy.runtime.server.snapshot.version == 0:
             self.early = digest(dict(self._average_model.module.named_parameters()))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -498,21 +350,25 @@ class Ema(EMAWeightAveraging):
         super().on_train_end(trainer, pl_module)
 
 
-@case
 def averaged(out: Path) -> dict[str, Any]:
     module = Module(nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 1)))
     start = digest(dict(module.named_parameters()))
     ema = Ema()
     saved = ModelCheckpoint(dirpath=out / "averaged", save_last=True, every_n_train_steps=4)
-    seen = fit(module, out, ema, saved, strategy={"local_steps": 6}, limit_val_batches=2, val_check_interval=6)
+    options = {"limit_val_batches": 2, "val_check_interval": 6, "sync_batchnorm": True}
+    seen = fit(module, out, ema, saved, strategy={"local_steps": 6}, **options)
     return {
         **seen, "start": start, "early": ema.early, "average": ema.average,
         "updates": int(ema._average_model.n_averaged), "at_end": digest(module.state_dict()),
     }  # fmt: skip
 
 
+if EMAWeightAveraging is not None:
+    case(averaged)
+
+
 class Rates(L.Callback):
-    """The learning rate in every epoch of this rank."""
+    """Records the learning rate at the end of each epoch of this rank."""
 
     def __init__(self) -> None:
         self.seen: list[float] = []
@@ -525,7 +381,7 @@ class Rates(L.Callback):
 def averaged_by_epochs(out: Path) -> dict[str, Any]:
     swa = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1, annealing_epochs=2, annealing_strategy="linear")
     rates = Rates()
-    module = Module(nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Linear(16, 1)))
+    module = Module(network(batch_norm=True))
     seen = fit(module, out, swa, rates, max_steps=-1, max_epochs=4, data=loader(128))
     average = digest(dict(swa._average_model.named_parameters()))
     return {
@@ -535,33 +391,38 @@ def averaged_by_epochs(out: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-class Shown(L.Callback):
-    """What rank 0's module holds before, in and after a validation."""
+class ValidatedStates(L.Callback):
+    """Records the module's state before, in and after a validation, and the number of the rank's round."""
 
     def __init__(self) -> None:
-        self.states: list[tuple[str, str]] = []
+        self.states: list[tuple[str, str, int]] = []
 
-    def _note(self, what: str, module: L.LightningModule) -> None:
-        self.states.append((what, digest(module.state_dict())))
+    def _record(self, moment: str, module: L.LightningModule) -> None:
+        self.states.append((moment, digest(module.state_dict()), module.trainer.strategy.runtime.worker.round))
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.strategy.phase is not None:
-            self._note("before", pl_module)
+        if trainer.strategy.runtime is not None:
+            self._record("before", pl_module)
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.strategy.phase is not None:
-            self._note("shown", pl_module)
+        if trainer.strategy.runtime is not None:
+            self._record("validated", pl_module)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        self._note("after", pl_module)
+        self._record("after", pl_module)
 
 
 @case
-def validated_in_mid_round(out: Path) -> dict[str, Any]:
-    shown = Shown()
-    options = {"limit_val_batches": 2, "val_check_interval": 2, "num_sanity_val_steps": 0}
-    seen = fit(Module(), out, shown, strategy={"local_steps": 5, "grace": 0.0}, **options)
-    return {**seen, "states": shown.states}
+def validated_within_a_round(out: Path) -> dict[str, Any]:
+    recorder = ValidatedStates()
+    # Each rank pushes several rounds between two validations, so that they do not end its round.
+    options = {"max_steps": 80, "limit_val_batches": 2, "num_sanity_val_steps": 0}
+    options |= {"val_check_interval": 20, "check_val_every_n_epoch": None}
+    seen = fit(Module(), out, recorder, strategy={"local_steps": 6, "grace": 0.0}, **options)
+    return {**seen, "states": recorder.states}
+
+
+__all__ = ["CASES", "STEPS", "Closures", "Module", "Remembering"]
 
 
 def main(out: Path, names: list[str]) -> None:

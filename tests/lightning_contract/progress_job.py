@@ -1,7 +1,7 @@
-"""What budgets, intervals and schedules came to on every rank, for the cases of ``test_progress.py``.
+"""Records budgets, intervals and schedules of two ranks: ``python progress_job.py OUT [CASE...]``.
 
-``python progress_job.py OUT JSON`` runs all cases one after the other in one set of processes; every rank writes
-``OUT/<case>_<rank>.json``, and rank 0's logger ``OUT/<case>/metrics.csv``.
+All cases run one after the other in the same processes. Each rank writes ``OUT/<case>_<rank>.json``, and the logger of
+rank 0 writes ``OUT/<case>/metrics.csv``.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,29 +22,39 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_async_localsgd import AsyncLocalSGDStrategy
+from tests.lightning_models import PacedRegression, one_cycle, quiet_trainer
 
 FAST, SLOW = 0.004, 0.02
-"""Least seconds of a batch."""
+"""Minimum seconds of a batch."""
 
 
-class Model(L.LightningModule):
-    """Notes its rank's learning rates by global step, and at which global steps rank 0 validated."""
+SCHEDULES: dict[str, Callable[[torch.optim.Optimizer, float], lr_scheduler.LRScheduler]] = {
+    "one_cycle": one_cycle,
+    "warm_cosine": lambda optimizer, steps: lr_scheduler.LambdaLR(
+        optimizer, lambda n: min(1.0, (n + 1) / 10) * (0.55 + 0.45 * math.cos(math.pi * n / steps))
+    ),
+    "by_epoch": lambda optimizer, _: lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5),
+    "every_five": lambda optimizer, _: lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.9),
+    "several": lambda optimizer, _: lr_scheduler.ExponentialLR(optimizer, gamma=0.99),
+}
+
+
+class Model(PacedRegression):
+    """Records learning rates and global steps of its rank, and the global steps at which it was validated."""
 
     def __init__(self, case: dict[str, Any]) -> None:
-        super().__init__()
+        seconds = [SLOW if rank == case.get("slow_rank", 1) else FAST for rank in (0, 1)]
+        super().__init__(seconds, torch.nn.Linear(2, 1), lr=1.0, schedule=SCHEDULES.get(case.get("schedule", "")))
         self.case = case
-        self.layer = torch.nn.Linear(2, 1)
         self.rates: list[list[float]] = []
         self.validated: list[int] = []
         self.shown: list[int] = []
         self.epochs = 0
 
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        slow = self.case.get("slow_rank", 1)
-        time.sleep(SLOW if self.global_rank == slow else FAST)
-        loss = self.layer(batch[0]).square().mean()
+    def training_step(self, batch: Any, index: int) -> torch.Tensor:
+        loss = super().training_step(batch, index)
         self.log("loss", loss)
-        return loss
+        return 0.05 * loss  # The rates around 1 are easy to compare, and the run must not diverge with them.
 
     def on_train_batch_end(self, *_: Any) -> None:
         self.shown.append(self.trainer.global_step)
@@ -51,8 +62,9 @@ class Model(L.LightningModule):
         if self.case.get("stop_at") == len(self.shown) and self.global_rank == self.case.get("stopper", 0):
             self.trainer.should_stop = True
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("val", self.layer(batch[0]).mean())
+    def on_validation_epoch_start(self) -> None:
+        if not self.trainer.sanity_checking:
+            time.sleep(self.case.get("validation_seconds", 0.0))
 
     def on_validation_epoch_end(self) -> None:
         self.validated.append(-1 if self.trainer.sanity_checking else self.trainer.global_step)
@@ -61,29 +73,17 @@ class Model(L.LightningModule):
         self.epochs += 1
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.SGD(self.parameters(), lr=1.0)
+        configured = super().configure_optimizers()
         kind = self.case.get("schedule")
-        total = self.trainer.estimated_stepping_batches
-        if kind is None:
-            return optimizer
-        schedules: dict[str, Any] = {
-            "one_cycle": lambda: lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=int(total) + 1),
-            "warm_cosine": lambda: lr_scheduler.LambdaLR(
-                optimizer, lambda n: min(1.0, (n + 1) / 10) * (0.55 + 0.45 * math.cos(math.pi * n / total))
-            ),
-            "by_epoch": lambda: lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5),
-            "every_five": lambda: lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.9),
-            "several": lambda: lr_scheduler.ExponentialLR(optimizer, gamma=0.99),
-        }
-        config = {"scheduler": schedules[kind](), "interval": "step"}
         if kind == "by_epoch":
-            config["interval"] = "epoch"
+            configured["lr_scheduler"]["interval"] = "epoch"
         if kind == "every_five":
-            config["frequency"] = 5
+            configured["lr_scheduler"]["frequency"] = 5
         if kind == "several":
+            optimizer = configured["optimizer"]
             by_epoch = {"scheduler": lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5), "interval": "epoch"}
-            return [optimizer], [config, by_epoch]
-        return {"optimizer": optimizer, "lr_scheduler": config}
+            return [optimizer], [configured["lr_scheduler"], by_epoch]
+        return configured
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -97,13 +97,19 @@ CASES: dict[str, dict[str, Any]] = {
     "quarters": {"trainer": {"max_epochs": 2, "val_check_interval": 0.25}},
     "every_second_epoch": {"trainer": {"max_epochs": 4, "check_val_every_n_epoch": 2}},
     "within_epoch": {"trainer": {"max_epochs": 2, "val_check_interval": 5}},
+    # During a validation, the other rank uses up whole epochs, and does not push in between.
+    "busy_zero": {
+        "validation_seconds": 0.3,
+        "local_steps": 500,
+        "trainer": {"max_epochs": 4, "val_check_interval": 0.5, "num_sanity_val_steps": 0},
+    },
     "accumulated": {"trainer": {"max_epochs": 2, "accumulate_grad_batches": 4}},
     "time": {"trainer": {"max_time": {"seconds": 1}, "max_epochs": -1}},
     "stopped": {"stop_at": 6, "trainer": {"max_epochs": 5}},
     "stopped_elsewhere": {"stop_at": 3, "stopper": 1, "trainer": {"max_epochs": 5}},
     "min_steps": {"stop_at": 6, "trainer": {"max_steps": 60, "min_steps": 30}},
     "min_epochs": {"stop_at": 6, "trainer": {"max_epochs": 4, "min_epochs": 2}},
-    # Rounds that nobody comes to the end of: what other ranks take is an estimate for long.
+    # No rank completes a round, so the steps of other ranks remain estimates.
     "min_steps_elsewhere": {
         "stop_at": 6,
         "stopper": 1,
@@ -134,19 +140,16 @@ def run(name: str, out: Path) -> None:
     checkpoint = ModelCheckpoint(
         dirpath=out / f"{name}_checkpoints", filename="{step}", every_n_train_steps=10, save_top_k=-1
     )
-    trainer = L.Trainer(
-        strategy=AsyncLocalSGDStrategy(local_steps=case.get("local_steps", 5)),
-        accelerator="cpu",
+    trainer = quiet_trainer(
+        AsyncLocalSGDStrategy(local_steps=case.get("local_steps", 5)),
         devices=2,
         logger=CSVLogger(out, name="", version=name),
         callbacks=[LearningRateMonitor(), checkpoint],
         log_every_n_steps=5,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         **{"num_sanity_val_steps": 1, **case["trainer"]},
     )
     model = Model(case)
-    data = TensorDataset(torch.randn(80, 2))
+    data = TensorDataset(torch.randn(80, 2), torch.zeros(80, 1))
     trainer.fit(model, DataLoader(data, batch_size=2, shuffle=True), DataLoader(data, batch_size=40))
     (out / f"{name}_{trainer.global_rank}.json").write_text(
         json.dumps(
@@ -166,5 +169,5 @@ def run(name: str, out: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for one in json.loads(sys.argv[2]).get("cases", CASES):
-        run(one, Path(sys.argv[1]))
+    for name in sys.argv[2:] or CASES:
+        run(name, Path(sys.argv[1]))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
+import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import BatchSizeFinder
@@ -16,13 +17,16 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_async_localsgd.lightning.callback import format_table
 from tests.lightning_contract import callbacks_job
+from tests.lightning_models import quiet_trainer
 from tests.processes import Outcome, jobs
 
 NAMES = [name for name in callbacks_job.RUNS if not name.startswith("failing")]
 
 
 def run(out: Path, *names: str) -> Outcome:
+    """Run some of the job's runs."""
     with jobs() as started:
         code, text = started.finish(started.start([sys.executable, callbacks_job.__file__, out, *names]), timeout=280)
     return Outcome(code, text, out)
@@ -30,7 +34,7 @@ def run(out: Path, *names: str) -> Outcome:
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outcome]:
-    """All runs that end well, in one go."""
+    """Run all runs that do not fail."""
     found = run(tmp_path_factory.mktemp("callbacks"), *NAMES)
     if found.code != 0:
         pytest.fail(f"the job ended with {found.code}:\n{found.text[-6000:]}")
@@ -50,35 +54,55 @@ def test_all_ranks_finish_with_one_model(outcome: Outcome, name: str) -> None:
     assert all(rank["steps"] > 0 for rank in ranks)
 
 
-def test_early_stopping_of_rank_0_ends_all(outcome: Outcome) -> None:
+def test_early_stopping_on_rank_0_ends_all_ranks(outcome: Outcome) -> None:
     for rank in noted(outcome, "early_stopping"):
-        assert (rank["waited"], rank["best"]) == (2, 1.0), "rank 0's state, on every rank"
+        assert (rank["waited"], rank["best"]) == (2, 1.0), "all ranks have the state of rank 0"
         assert rank["steps"] < 1000
+        assert rank["patience"] == 2, "user code sees the callback on all ranks"
     for rank in noted(outcome, "early_stopping_on_training"):
         assert rank["waited"] == 1
         assert rank["steps"] < 1000
 
 
+def test_several_reporting_callbacks_all_report(outcome: Outcome) -> None:
+    """Their number and their positions do not change what the loop does."""
+    first, _ = noted(outcome, "reporters")
+    assert first["validated"] == [4, 8, 12, 16, 20, 24]
+    assert first["order_kept"]
+    folder = outcome.out / "reporters"
+    pushes = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    assert sum(push["steps"] for push in pushes) == 48
+    assert (events[0]["kind"], events[-1]["kind"]) == ("begin", "end")
+    assert sum(event["kind"] == "push" for event in events) == len(pushes)
+    (written,) = folder.rglob("async_localsgd_summary.json")
+    summary = json.loads(written.read_text())
+    assert summary["steps"] == 48
+    # Other runs of this job print tables, too, and a run with a time limit may happen to end with the same steps.
+    assert outcome.text.count(format_table(summary)) == 1, "two callbacks write one table"
+
+
 def files(folder: Path) -> set[str]:
-    """All files, but for the workers' optimizer states in the run's folder and beside checkpoints."""
+    """Return all files except workers' optimizer states in the run's folder."""
     found = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("worker-"))
     return {str(path.relative_to(folder)) for path in found}
 
 
-def test_checkpoints_are_rank_0s_and_known_to_all(outcome: Outcome) -> None:
+def test_rank_0_saves_checkpoints_and_all_ranks_know_their_paths(outcome: Outcome) -> None:
     folder = outcome.out / "checkpoints"
     ranks = noted(outcome, "checkpoints")
-    for name in ("best", "score", "last", "top", "training"):
+    for name in ("best", "score", "last", "top", "training", "folder"):
         assert ranks[0][name] == ranks[1][name], name
-    # The two best by a metric that only rises, and the last.
+    assert ranks[0]["folder"] == str(folder / "best")
+    # The best two by a metric that only rises, and the last.
     assert ranks[0]["top"].keys() == files(folder / "best") - {"last.ckpt"}
     assert len(ranks[0]["top"]) == 2
     assert ranks[0]["score"] == max(ranks[0]["top"].values())
     assert Path(ranks[0]["best"]).name == max(ranks[0]["top"], key=ranks[0]["top"].__getitem__)
     assert Path(ranks[0]["last"]) == folder / "best" / "last.ckpt"
-    # In steps of the run, not of rank 0, which took more than its share; one of its steps may be several of the run.
+    # Steps of the run are counted, not those of rank 0. During one step of rank 0, the run may take several.
     assert sorted(int(name[5:-5]) // 10 for name in files(folder / "steps")) == [1, 2, 3, 4, 5, 6]
-    assert files(folder / "times"), "every tenth of a second"
+    assert files(folder / "times"), "one each tenth of a second"
     assert files(folder / "training") == {Path(ranks[0]["training"]).name}
     assert files(folder) == {
         str(path.relative_to(folder)) for part in ("best", "steps", "times", "training") for path in
@@ -87,12 +111,12 @@ def test_checkpoints_are_rank_0s_and_known_to_all(outcome: Outcome) -> None:
     assert torch.load(ranks[0]["last"], weights_only=True)["global_step"] == 60
 
 
-def test_time_limits_and_stops_on_one_rank_end_all(outcome: Outcome) -> None:
+def test_time_limit_or_stop_on_one_rank_ends_all_ranks(outcome: Outcome) -> None:
     for name in ("timer_of_one_rank", "max_time", "should_stop_on_rank_0", "should_stop_on_rank_1"):
         assert sum(rank["steps"] for rank in noted(outcome, name)) < 1000, name
 
 
-def test_loggers_write_one_directory_each(outcome: Outcome) -> None:
+def test_each_logger_writes_one_directory(outcome: Outcome) -> None:
     folder = outcome.out / "monitors"
     ranks = noted(outcome, "monitors")
     written = files(folder)
@@ -107,30 +131,30 @@ def test_loggers_write_one_directory_each(outcome: Outcome) -> None:
     named = {name for row in rows for name, value in row.items() if value}
     assert {"train_loss_step", "train_loss_epoch", "val_loss", "lr-SGD", "lr-SGD-momentum"} <= named
     assert any(name.startswith("DeviceStatsMonitor.on_train_batch_end") for name in named)
-    # The x-axis is the run's, and ends where the budget does.
+    # The x-axis counts steps of the run, and ends with the budget.
     assert max(int(row["step"]) for row in rows) <= 40
     assert ranks[0]["rates"] >= 2
 
 
-def test_progress_bars_show_the_run(outcome: Outcome) -> None:
-    assert "80/80" in outcome.text, "of all workers"
-    assert "40/40" in outcome.text
+def test_progress_bars_show_steps_of_the_run(outcome: Outcome) -> None:
+    assert re.search(r"\b80/80\b", outcome.text), "steps of both ranks"
+    assert re.search(r"\b40/40\b", outcome.text)
 
 
-def test_accumulation_follows_the_epochs(outcome: Outcome) -> None:
+def test_number_of_accumulated_batches_follows_the_epochs(outcome: Outcome) -> None:
     for rank in noted(outcome, "accumulation"):
         assert rank["factors"] == [1, 2]
         assert rank["batches"] > rank["steps"]
 
 
-def test_a_backbone_is_unfrozen_on_all_ranks(outcome: Outcome) -> None:
+def test_backbone_is_unfrozen_on_all_ranks(outcome: Outcome) -> None:
     for rank in noted(outcome, "finetuning"):
         assert rank["trainable"]
         assert rank["moved"]
         assert rank["groups"] == 2
 
 
-def test_learning_rates_are_tried_by_rank_0_alone(outcome: Outcome) -> None:
+def test_only_rank_0_tries_learning_rates(outcome: Outcome) -> None:
     for name in ("rate_finder", "tuner"):
         ranks = noted(outcome, name)
         assert ranks[0]["lr"] == ranks[1]["lr"] != 1e-3
@@ -139,13 +163,13 @@ def test_learning_rates_are_tried_by_rank_0_alone(outcome: Outcome) -> None:
     assert [rank["sweep"] for rank in noted(outcome, "tuner")] == [20, 0]
 
 
-def test_profilers_write_a_file_for_each_rank(outcome: Outcome) -> None:
+def test_profilers_write_one_file_per_rank(outcome: Outcome) -> None:
     assert files(outcome.out / "profilers") == {
         f"fit-{kind}-{n}.txt" for kind in ("simple", "advanced") for n in (0, 1)
     }
 
 
-def test_an_exception_of_rank_0_ends_the_job_and_is_shown(tmp_path: Path) -> None:
+def test_exception_of_rank_0_is_printed_and_ends_the_job(tmp_path: Path) -> None:
     found = run(tmp_path, "failing_0")
     assert found.code != 0
     assert "RuntimeError: a fault of rank 0's own" in found.text
@@ -155,30 +179,25 @@ def test_an_exception_of_rank_0_ends_the_job_and_is_shown(tmp_path: Path) -> Non
         assert "async_localsgd" in torch.load(path, weights_only=True), name
 
 
-def test_an_exception_of_another_rank_is_shown_and_its_own(tmp_path: Path) -> None:
+def test_exception_of_another_rank_is_printed_and_ends_only_that_rank(tmp_path: Path) -> None:
     found = run(tmp_path, "failing_1")
     assert "RuntimeError: a fault of rank 1's own" in found.text
-    assert found.code == 0, "the others have met the budget"
+    assert found.code == 0, "the other rank has met the budget"
     assert found.rank(0)["failing_1"]["state"] == "finished"
     assert not (tmp_path / "rank_1.json").exists()
     assert not list((tmp_path / "failing_1" / "exception").glob("*"))
 
 
-class Sized(BoringModel):
+class ModelWithBatchSize(BoringModel):
+    """Has the attribute that batch size finders change."""
+
     def __init__(self) -> None:
         super().__init__()
         self.batch_size = 2
 
 
-def lonely(**options: Any) -> L.Trainer:
-    return L.Trainer(
-        strategy="async_localsgd", accelerator="cpu", devices=1, max_steps=2, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, **options,
-    )  # fmt: skip
-
-
-def test_batch_size_finders_are_refused_as_with_ddp(tmp_path: Path) -> None:
+def test_batch_size_finders_are_rejected_like_with_ddp(tmp_path: Path) -> None:
     with pytest.raises(MisconfigurationException, match="Batch size finder is not supported with distributed"):
-        lonely(callbacks=[BatchSizeFinder()], default_root_dir=tmp_path).fit(Sized())
+        quiet_trainer(callbacks=[BatchSizeFinder()], default_root_dir=tmp_path).fit(ModelWithBatchSize())
     with pytest.raises(ValueError, match="Tuning the batch size is currently not supported with distributed"):
-        Tuner(lonely(default_root_dir=tmp_path)).scale_batch_size(Sized())
+        Tuner(quiet_trainer(default_root_dir=tmp_path)).scale_batch_size(ModelWithBatchSize())

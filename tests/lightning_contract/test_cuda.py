@@ -1,13 +1,12 @@
-"""CUDA devices: one process for each, copies through pinned memory, NCCL where ranks are in step.
+"""CUDA devices: one process per device, copies through pinned memory, and NCCL for collectives.
 
-Two ranks on one device stand in for two devices where there is only one; NCCL refuses that, so gloo takes its place.
+If there is only one device, two ranks share it. They use gloo, because NCCL needs one device per rank.
 """
 
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -19,22 +18,24 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import nn
 
 from lightning_async_localsgd import AsyncLocalSGDStrategy, SimulatedAsyncLocalSGDStrategy
-from lightning_async_localsgd.layout import Binding, Layout
-from lightning_async_localsgd.messages import Reply
-from lightning_async_localsgd.worker import Worker
-from tests.processes import Jobs, jobs
+from lightning_async_localsgd.protocol.layout import Binding, Layout
+from lightning_async_localsgd.protocol.messages import Reply
+from lightning_async_localsgd.runtime.worker import Worker
+from tests.lightning_models import quiet_trainer
+from tests.processes import Jobs
 
 JOB = Path(__file__).with_name("cuda_job.py")
 
 
 def needs_gpus(number: int) -> Callable[[Callable[..., None]], Any]:
-    there = torch.cuda.device_count()
-    skip = pytest.mark.skipif(there < number, reason=f"needs {number} CUDA device(s), has {there}")
+    """Return a decorator that skips a test on machines with fewer CUDA devices."""
+    found = torch.cuda.device_count()
+    skip = pytest.mark.skipif(found < number, reason=f"needs {number} CUDA device(s), has {found}")
     return lambda test: pytest.mark.gpu(skip(test))
 
 
 class Mixed(nn.Module):
-    """Parameters of two dtypes and statistics, some of them on the CPU."""
+    """Has parameters of two dtypes and statistics on a device, and a buffer on the CPU."""
 
     def __init__(self, device: str) -> None:
         super().__init__()
@@ -46,14 +47,14 @@ class Mixed(nn.Module):
 
 @pytest.fixture
 def modules() -> tuple[Mixed, Mixed]:
-    """The same module on the CPU and on a device."""
+    """Return the same module on the CPU and on a device."""
     torch.manual_seed(0)
     here, there = Mixed("cpu"), Mixed("cuda")
     there.load_state_dict(here.state_dict())
     return here, there
 
 
-def test_flat_vectors_of_a_module_on_the_cpu_are_ordinary_memory() -> None:
+def test_flat_vectors_of_a_module_on_the_cpu_are_not_pinned() -> None:
     module = Mixed("cpu")
     flat = Binding(Layout.of(module), module).new_flat()
     assert not flat.is_pinned()
@@ -69,7 +70,7 @@ def test_flat_vectors_of_a_module_on_a_device_are_pinned() -> None:
 
 
 @needs_gpus(1)
-def test_copies_are_complete_when_they_return(modules: tuple[Mixed, Mixed]) -> None:
+def test_copies_are_complete_when_the_call_returns(modules: tuple[Mixed, Mixed]) -> None:
     bindings = [Binding(Layout.of(module), module) for module in modules]
     flats = [binding.new_flat() for binding in bindings]
     values = torch.randn(bindings[0].layout.numel)
@@ -77,7 +78,7 @@ def test_copies_are_complete_when_they_return(modules: tuple[Mixed, Mixed]) -> N
         flat.copy_(values)
         binding.load(flat)
         rounded = flat.clone()
-        flat.fill_(torch.nan)  # Would show if a copy were still reading, or came later.
+        flat.fill_(torch.nan)  # If a copy still read from here, or were made later, NaN would be in the result.
         binding.read(flat)
         torch.testing.assert_close(flat, rounded, rtol=0, atol=0)
     torch.testing.assert_close(*flats, rtol=0, atol=0)
@@ -85,7 +86,7 @@ def test_copies_are_complete_when_they_return(modules: tuple[Mixed, Mixed]) -> N
     pushes = [binding.new_flat() for binding in bindings]
     for module, binding, flat, push in zip(modules, bindings, flats, pushes, strict=True):
         with torch.no_grad():
-            # Still being computed when the push is formed.
+            # The device still computes this when the push is made.
             for _ in range(200):
                 for parameter in module.parameters():
                     parameter.mul_(1.0)
@@ -98,7 +99,13 @@ def test_copies_are_complete_when_they_return(modules: tuple[Mixed, Mixed]) -> N
 
 
 class Device:
-    """Stands in for a binding whose device is behind by so many seconds."""
+    """A binding whose device needs some seconds to finish queued work.
+
+    Args:
+        clock: the time, which passes in :meth:`synchronize`.
+        behind: seconds of queued work.
+
+    """
 
     def __init__(self, clock: list[float], behind: float) -> None:
         module = nn.Linear(2, 2)
@@ -113,9 +120,9 @@ class Device:
         return getattr(self._binding, name)
 
 
-def test_what_a_device_still_computes_belongs_to_the_round() -> None:
+def test_queued_work_of_a_device_counts_as_compute_time_of_the_round() -> None:
     clock = [0.0]
-    exchange = Mock(wanted_version=-1)
+    exchange = Mock(recalled_version=-1)
     reply = Reply(
         incarnation="i",
         sequence=0,
@@ -123,7 +130,7 @@ def test_what_a_device_still_computes_belongs_to_the_round() -> None:
         staleness=0,
         local_steps=4,
         progress=0.0,
-        pace=1.0,
+        progress_per_step=1.0,
         wait_seconds=0.0,
         stop=False,
         refused=None,
@@ -141,16 +148,17 @@ def test_what_a_device_still_computes_belongs_to_the_round() -> None:
 
 
 def trainer(folder: Path, **options: Any) -> L.Trainer:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    return L.Trainer(**{"accelerator": "gpu", "devices": 1, "default_root_dir": folder, **quiet, **options})
+    return quiet_trainer(**{"accelerator": "gpu", "default_root_dir": folder, **options})
 
 
 @needs_gpus(1)
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed", "bf16-mixed", "bf16-true"])
-def test_one_device_trains_validates_saves_and_resumes(tmp_path: Path, precision: Any) -> None:
+def test_one_device_trains_saves_resumes_and_validates(tmp_path: Path, precision: Any) -> None:
     module = BoringModel()
     strategy = AsyncLocalSGDStrategy(local_steps=5)
-    fit = trainer(tmp_path, strategy=strategy, precision=precision, max_steps=20, val_check_interval=5)
+    fit = trainer(
+        tmp_path, strategy=strategy, precision=precision, max_steps=20, val_check_interval=5, enable_checkpointing=True
+    )
     fit.fit(module)
     assert fit.strategy.root_device.type == "cuda"
     assert fit.global_step == 20
@@ -163,45 +171,42 @@ def test_one_device_trains_validates_saves_and_resumes(tmp_path: Path, precision
     again.validate(module, verbose=False)
 
 
-class Places(L.Callback):
-    """Where the states of the workers that are not at turn are."""
+class StateDevices(L.Callback):
+    """Records the devices of optimizer states of workers that are not being computed."""
 
     def __init__(self) -> None:
         self.seen: set[str] = set()
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        inner = trainer.strategy._training._inner  # type: ignore[attr-defined]
-        for worker, state in inner._states.items():
-            if worker != inner._at_turn:
-                values = (value for held, _ in state["optimizers"] for one in held.values() for value in one.values())
-                tensors = [getattr(value, "tensor", value) for value in values]  # Moved ones know where they belong.
+        states = trainer.strategy.controller._worker_states  # type: ignore[attr-defined]
+        for worker, state in states._states.items():
+            if worker != states._current:
+                held = [state for tensors, _ in state["optimizers"] for state in tensors.values()]
+                values = [value for state in held for value in state.values()]
+                tensors = [getattr(value, "tensor", value) for value in values]  # Offloaded ones are wrapped.
                 self.seen |= {tensor.device.type for tensor in tensors if tensor.ndim}
 
 
 @needs_gpus(1)
 @pytest.mark.parametrize("on_cpu", [False, True])
-def test_inner_states_of_a_simulated_cluster_are_where_they_are_wanted(tmp_path: Path, on_cpu: bool) -> None:
+def test_inner_states_on_cpu_decides_where_a_simulated_cluster_keeps_optimizer_states(
+    tmp_path: Path, on_cpu: bool
+) -> None:
     class Model(BoringModel):
         def configure_optimizers(self) -> Any:
             return torch.optim.Adam(self.parameters(), lr=1e-3)
 
     strategy = SimulatedAsyncLocalSGDStrategy([0.1, 0.2, 0.3], local_steps=4, inner_states_on_cpu=on_cpu)
-    places = Places()
-    fit = trainer(tmp_path, strategy=strategy, max_steps=20, callbacks=[places], enable_checkpointing=False)
+    devices = StateDevices()
+    fit = trainer(tmp_path, strategy=strategy, max_steps=20, callbacks=[devices])
     fit.fit(Model())
     assert fit.global_step == 20
-    assert places.seen == {"cpu" if on_cpu else "cuda"}
-
-
-@pytest.fixture
-def started() -> Iterator[Jobs]:
-    with jobs() as started:
-        yield started
+    assert devices.seen == {"cpu" if on_cpu else "cuda"}
 
 
 def launch(started: Jobs, tmp_path: Path, **options: Any) -> list[dict[str, Any]]:
-    code, text = started.finish(started.start([sys.executable, JOB, tmp_path, json.dumps(options)]))
-    assert code == 0, text[-6000:]
+    """Run the job and return the notes of its ranks."""
+    started.run(JOB, tmp_path, json.dumps(options))
     ranks = [json.loads((tmp_path / f"rank_{n}.json").read_text()) for n in (0, 1)]
     assert ranks[0]["digest"] == ranks[1]["digest"]
     assert sum(rank["steps"] for rank in ranks) == 100
@@ -210,13 +215,13 @@ def launch(started: Jobs, tmp_path: Path, **options: Any) -> list[dict[str, Any]
 
 
 @needs_gpus(1)
-def test_two_ranks_that_share_a_device(started: Jobs, tmp_path: Path) -> None:
+def test_two_ranks_on_one_device(started: Jobs, tmp_path: Path) -> None:
     ranks = launch(started, tmp_path, share=True, backend="gloo")
     assert [(rank["device"], rank["backend"]) for rank in ranks] == [("cuda:0", "gloo")] * 2
 
 
 @needs_gpus(2)
 @pytest.mark.parametrize("start_method", ["popen", "spawn"])
-def test_two_ranks_with_a_device_each(started: Jobs, tmp_path: Path, start_method: str) -> None:
+def test_two_ranks_with_one_device_each(started: Jobs, tmp_path: Path, start_method: str) -> None:
     ranks = launch(started, tmp_path, start_method=start_method)
     assert [(rank["device"], rank["backend"]) for rank in ranks] == [("cuda:0", "nccl"), ("cuda:1", "nccl")]

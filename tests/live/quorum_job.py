@@ -1,24 +1,22 @@
-"""A job whose every number can be computed by hand: ``python quorum_job.py OUT JSON``.
+"""A run that a test can compute again: ``python quorum_job.py OUT JSON``, with options of the strategy.
 
-Each rank trains on samples of its own, made of its rank and their index. Rank 0 writes the final model to
-``OUT/final.pt``.
+Each rank trains on its own samples, and writes the final model to ``OUT/final_<n>.pt``.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_async_localsgd import AsyncLocalSGDCallback, AsyncLocalSGDStrategy
+from lightning_async_localsgd import AsyncLocalSGDCallback, AsyncLocalSGDStrategy, ExchangeOptions
 from lightning_async_localsgd.outer import Nesterov
+from tests.lightning_models import PacedRegression, inverse_time, network, quiet_trainer
 
 RANKS = 3
 ROUNDS = 6
@@ -26,9 +24,13 @@ LOCAL_STEPS = 5
 BATCH = 8
 
 
-def network(seed: int) -> nn.Module:
+SECONDS = (0.0, 0.004, 0.008)
+"""Minimum seconds of a local step, by rank."""
+
+
+def seeded_network(seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1))
+    return network(8, batch_norm=True)
 
 
 def loss_of(net: nn.Module, inputs: Tensor) -> Tensor:
@@ -36,21 +38,11 @@ def loss_of(net: nn.Module, inputs: Tensor) -> Tensor:
 
 
 def sample(rank: int, index: int) -> Tensor:
-    return torch.randn(4, generator=torch.Generator().manual_seed(1000 * rank + index))
-
-
-def learning_rate(step: int) -> float:
-    """Relative to the first one."""
-    return 1.0 / (1.0 + 0.1 * step)
-
-
-def inner_optimizer(net: nn.Module) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate)
+    return torch.randn(8, generator=torch.Generator().manual_seed(1000 * rank + index))
 
 
 class OwnSamples(Dataset[Tensor]):
-    """One rank's."""
+    """The samples of one rank."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
@@ -62,21 +54,14 @@ class OwnSamples(Dataset[Tensor]):
         return sample(self.rank, index)
 
 
-class Product(L.LightningModule):
+class Product(PacedRegression):
     """Learns the product of two of its inputs."""
 
     def __init__(self, seed: int) -> None:
-        super().__init__()
-        self.net = network(seed)
+        super().__init__(SECONDS, seeded_network(seed), torch.optim.AdamW, 1e-2, inverse_time)
 
-    def training_step(self, batch: Tensor, index: int) -> Tensor:
-        # Ranks are of unequal speed.
-        time.sleep(0.004 * self.trainer.global_rank)
+    def loss(self, batch: Tensor) -> Tensor:
         return loss_of(self.net, batch)
-
-    def configure_optimizers(self) -> Any:
-        optimizer, scheduler = inner_optimizer(self.net)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
 def main(out: Path, options: dict[str, Any]) -> None:
@@ -85,24 +70,19 @@ def main(out: Path, options: dict[str, Any]) -> None:
         local_steps=LOCAL_STEPS,
         outer_optimizer=Nesterov(lr=0.7, momentum=0.9),
         dynamic_local_steps=False,
-        start_timeout=60.0,
+        exchange=ExchangeOptions(start_timeout=60.0),
         **options,
     )
-    trainer = L.Trainer(
-        strategy=strategy,
-        accelerator="cpu",
+    trainer = quiet_trainer(
+        strategy,
         devices=RANKS,
         max_steps=ROUNDS * LOCAL_STEPS,
         use_distributed_sampler=False,
-        logger=False,
         callbacks=[AsyncLocalSGDCallback(ledger=out / "ledger.jsonl")],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         default_root_dir=out,
     )
     rank = trainer.global_rank
-    module = Product(seed=rank)  # Others than rank 0's, which the first dispatch replaces.
+    module = Product(seed=rank)  # The first dispatch replaces the weights of other ranks.
     trainer.fit(module, DataLoader(OwnSamples(rank), batch_size=BATCH))
     torch.save(module.net.state_dict(), out / f"final_{rank}.pt")
 

@@ -1,13 +1,12 @@
-"""The run that is logged and replayed: ``python replay_job.py live|replay OUT JSON``.
+"""A run that is logged and replayed: ``python replay_job.py live|replay OUT JSON``.
 
-``live`` runs three unequal ranks and writes ``OUT/events.jsonl``; ``replay`` plays that file in one process. Both leave
-the digest of the final model in a file of their name. In ``JSON`` are options of the trainer and of the strategy; where
-the latter takes an object, there are the arguments that it is made from.
+``live`` runs three ranks of unequal speed and writes ``OUT/events.jsonl``. ``replay`` replays this file in one process.
+Both write the digest of the final model to ``OUT/live`` or ``OUT/replay``. The JSON has options of the trainer and of
+the strategy. If an option of the strategy is an object, the JSON has the object's arguments.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from pathlib import Path
@@ -15,46 +14,21 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_async_localsgd import (
     AsyncLocalSGDCallback,
     AsyncLocalSGDStrategy,
     EmulatedDevices,
+    ExchangeOptions,
     MergeOptions,
     SimulatedAsyncLocalSGDStrategy,
 )
 from lightning_async_localsgd.staleness import Polynomial
+from tests.lightning_models import Regression, cosine, digest, loader, network, quiet_trainer
 
 RANKS = 3
 
 OBJECTS = {"staleness": Polynomial, "merge": MergeOptions}
-
-
-class Model(L.LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = torch.nn.Sequential(
-            torch.nn.Linear(8, 32), torch.nn.BatchNorm1d(32), torch.nn.Tanh(), torch.nn.Linear(32, 1)
-        )
-
-    def training_step(self, batch: Any, index: int) -> torch.Tensor:
-        return torch.nn.functional.mse_loss(self.net(batch[0]), batch[1])
-
-    def validation_step(self, batch: Any, index: int) -> None:
-        self.log("val_loss", torch.nn.functional.mse_loss(self.net(batch[0]), batch[1]))
-
-    def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
-        total = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-
-def loader(samples: int, shuffle: bool) -> DataLoader[Any]:
-    generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(samples, 8, generator=generator)
-    return DataLoader(TensorDataset(inputs, inputs[:, :1].sin()), batch_size=8, shuffle=shuffle)
 
 
 def main(kind: str, out: Path, options: dict[str, Any]) -> None:
@@ -65,31 +39,25 @@ def main(kind: str, out: Path, options: dict[str, Any]) -> None:
     policies = {"local_steps": 6, **policies}
     events = out / "events.jsonl"
     if kind == "live":
-        strategy = AsyncLocalSGDStrategy(**policies)
+        exchange = ExchangeOptions(overlap=policies.pop("overlap", False))
+        strategy = AsyncLocalSGDStrategy(exchange=exchange, **policies)
         callbacks = [EmulatedDevices([0.01, 0.015, 0.04]), AsyncLocalSGDCallback(table=False, events=events)]
     else:
         strategy = SimulatedAsyncLocalSGDStrategy(replay=events, **policies)
         callbacks = [AsyncLocalSGDCallback(table=False)]
-    trainer = L.Trainer(
-        strategy=strategy,
-        accelerator="cpu",
+    trainer = quiet_trainer(
+        strategy,
         devices=RANKS if kind == "live" else 1,
         callbacks=callbacks,
         default_root_dir=out,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         gradient_clip_val=1.0,
         **{"max_steps": 40, **options.get("trainer", {})},
     )
-    module = Model()
-    trainer.fit(module, loader(480, True), loader(64, False))
+    module = Regression(network(32, batch_norm=True), torch.optim.AdamW, 1e-2, cosine)
+    trainer.fit(module, loader(480), loader(64, shuffle=False))
     if trainer.is_global_zero:
-        bits = b"".join(
-            tensor.numpy().tobytes() for tensor in module.state_dict().values() if tensor.is_floating_point()
-        )
-        (out / kind).write_text(hashlib.sha256(bits).hexdigest())
+        state = {name: tensor for name, tensor in module.state_dict().items() if tensor.is_floating_point()}
+        (out / kind).write_text(digest(state))
 
 
 if __name__ == "__main__":

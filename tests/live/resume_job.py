@@ -1,12 +1,11 @@
-"""A run that is interrupted, or goes on: ``python resume_job.py OUT JSON``, ranks of unequal speed.
+"""A run that is interrupted or resumed: ``python resume_job.py OUT JSON``, with ranks of unequal speed.
 
-Every rank notes in ``OUT/<name>_<rank>.json`` what it began with and which samples, of which epoch's order, it has
-trained on in which of its rounds; rank 0 puts the server's state, as it was loaded, into ``OUT/<name>_server.pt``.
+Each rank writes to ``OUT/<name>_<rank>.json`` its initial state, and the epoch, the round and the samples of each of
+its batches. Rank 0 writes the server's state, as it was loaded, to ``OUT/<name>_server.pt``.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -18,47 +17,32 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_async_localsgd import AsyncLocalSGDCallback, AsyncLocalSGDStrategy
-from lightning_async_localsgd.coordinator import Coordinator
-from lightning_async_localsgd.sampling import EpochOrder
+from lightning_async_localsgd import (
+    AsyncLocalSGDCallback,
+    AsyncLocalSGDStrategy,
+    DelayedNesterov,
+    ExchangeOptions,
+)
+from lightning_async_localsgd.lightning.data.sampling import EpochOrder
+from lightning_async_localsgd.protocol.moments import SecondMoments
+from lightning_async_localsgd.server.coordinator import Coordinator
+from tests.lightning_models import Pace, Regression, digest, inverse_time, quiet_trainer, sine
 
 SECONDS = (0.02, 0.03, 0.06, 0.03)
-"""Least seconds of a local step, by rank."""
+"""Minimum seconds of a local step, by rank."""
 
 SAMPLES = 192
 BATCH = 4
 EPOCHS = 3
 
 
-def digest(tree: Any) -> str:
-    """Of every bit of the tensors in nested dictionaries and lists, and of all other values."""
-    state = hashlib.sha256()
-
-    def add(value: Any) -> None:
-        if isinstance(value, Tensor):
-            state.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        elif isinstance(value, dict):
-            for key in sorted(value, key=str):
-                state.update(str(key).encode())
-                add(value[key])
-        elif isinstance(value, (list, tuple)):
-            for one in value:
-                add(one)
-        else:
-            state.update(repr(value).encode())
-
-    add(tree)
-    return state.hexdigest()
-
-
 def watch_items() -> dict[tuple[int, ...], int]:
-    """Will hold the epoch of every batch that is drawn, by its samples.
+    """Return a dictionary that receives the epoch of each batch that is drawn, by the samples of the batch.
 
-    That need not be the one which the rank is in: what is left of the epoch before, because the worker that had it is
-    gone, is handed out first.
+    The epoch need not be that of the rank, because batches that a lost worker left over from the last epoch come first.
     """
     epochs: dict[tuple[int, ...], int] = {}
     draw = EpochOrder.item
@@ -72,8 +56,25 @@ def watch_items() -> dict[tuple[int, ...], int]:
     return epochs
 
 
+def own_state(state: dict[str, Any]) -> dict[int, Any]:
+    """Return an optimizer's state without the second moments, which are those of all workers together."""
+    return {
+        number: {key: value for key, value in values.items() if key != "exp_avg_sq"}
+        for number, values in state["state"].items()
+    }
+
+
+def has_global_moments(runtime: Any, optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether the second moments are those that came with the model. There are none before the first step."""
+    moments, layout = SecondMoments([optimizer]), runtime.binding.layout
+    sent = layout.views(runtime.worker.model, "moment")
+    read = {f"{name}:second_moment": moments.read(each) for name, each in runtime.module.named_parameters()}
+    assert sent.keys() == read.keys()
+    return all(value is not None and torch.allclose(value, sent[name]) for name, value in read.items())
+
+
 class Numbered(Dataset[Any]):
-    """Samples that know their numbers."""
+    """A dataset of numbered samples."""
 
     def __len__(self) -> int:
         return SAMPLES
@@ -83,28 +84,32 @@ class Numbered(Dataset[Any]):
         return index, torch.randn(8, generator=generator)
 
 
-class Module(L.LightningModule):
+class Model(Regression):
+    """Learns the sine of its first input."""
+
     def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1))
+        super().__init__(optimizer=torch.optim.AdamW, lr=1e-2, schedule=inverse_time)
 
-    def training_step(self, batch: Any, index: int) -> Tensor:
-        return nn.functional.mse_loss(self.net(batch[1]), batch[1][:, :1].sin())
-
-    def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 1 / (1 + n / 10))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+    def loss(self, batch: Any) -> Tensor:
+        return super().loss((batch[1], sine(batch[1])))
 
 
-class Notes(L.Callback):
-    """Notes what happens, and has a state of its own."""
+class Notes(Pace):
+    """Gives ranks unequal speeds, lets rank 0 fail if requested, and notes what a rank trains on.
+
+    Args:
+        out: folder of the notes.
+        name: name of the run.
+        options: options of the job.
+        messages: log messages, which are noted, too.
+
+    """
 
     def __init__(self, out: Path, name: str, options: dict[str, Any], messages: list[str]) -> None:
+        super().__init__(SECONDS)
         self.out = out
         self.name = name
         self.options = options
-        self.batches = 0
         self.loaded: dict[str, Any] = {}
         self.seen: list[Any] = []
         self.start: dict[str, Any] = {}
@@ -118,27 +123,27 @@ class Notes(L.Callback):
         self.loaded = dict(state)
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, index: int) -> None:
-        phase = trainer.strategy.phase
+        runtime = trainer.strategy.runtime
         if not self.start:
             optimizer = trainer.optimizers[0]
             self.start = {
                 "global_step": trainer.global_step,
                 "epoch": trainer.current_epoch,
-                "optimizer": digest(optimizer.state_dict()["state"]),
+                "optimizer": digest(own_state(optimizer.state_dict())),
+                "has_global_moments": has_global_moments(runtime, optimizer),
                 "steps": sorted(int(state["step"]) for state in optimizer.state_dict()["state"].values()),
                 "rate": optimizer.param_groups[0]["lr"],
                 "schedule": trainer.lr_scheduler_configs[0].scheduler.last_epoch,
                 "callback": self.loaded,
             }
         samples = batch[0].tolist()
-        self.seen.append([self.epochs[tuple(samples)], phase.worker.round, samples])
+        self.seen.append([self.epochs[tuple(samples)], runtime.worker.round, samples])
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        self.batches += 1
-        time.sleep(SECONDS[trainer.global_rank])
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        super().on_train_batch_end(trainer, module)
         fate = self.options.get("fate")
-        in_second = sum(epoch == 1 for epoch, _, _ in self.seen)
-        if fate is None or trainer.global_rank > 0 or in_second < 6:
+        batches_of_second_epoch = sum(epoch == 1 for epoch, _, _ in self.seen)
+        if fate is None or trainer.global_rank > 0 or batches_of_second_epoch < 6:
             return
         if fate == "raise":
             raise RuntimeError("a fault of rank 0's own")
@@ -160,7 +165,7 @@ class Notes(L.Callback):
 
 
 class Messages(logging.Handler):
-    """What was logged."""
+    """Records log messages."""
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
@@ -187,15 +192,20 @@ def run(out: Path, options: dict[str, Any]) -> None:
 
     Coordinator.load_state_dict = loaded  # type: ignore[method-assign]
     strategy = AsyncLocalSGDStrategy(
-        local_steps=4, start_timeout=60.0, silence_timeout=10.0, checkpoint_every=options.get("every", 4)
+        local_steps=4,
+        outer_optimizer=DelayedNesterov(),
+        exchange=ExchangeOptions(start_timeout=60.0, silence_timeout=10.0),
+        checkpoint_every=options.get("every", 4),
     )
-    trainer = L.Trainer(
-        strategy=strategy, accelerator="cpu", devices=options["ranks"], max_epochs=EPOCHS, logger=False,
-        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, default_root_dir=out,
+    trainer = quiet_trainer(
+        strategy,
+        devices=options["ranks"],
+        max_epochs=EPOCHS,
+        default_root_dir=out,
         callbacks=[Notes(out, name, options, messages.texts), AsyncLocalSGDCallback(table=False)],
-    )  # fmt: skip
+    )
     loader = DataLoader(Numbered(), batch_size=BATCH, shuffle=True)
-    trainer.fit(Module(), loader, ckpt_path=options.get("ckpt_path"))
+    trainer.fit(Model(), loader, ckpt_path=options.get("ckpt_path"))
     trainer.save_checkpoint(out / f"{name}.ckpt")
 
 

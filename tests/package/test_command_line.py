@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import re
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lightning_async_localsgd import AsyncLocalSGDStrategy
+from lightning_async_localsgd import AsyncLocalSGDStrategy, ExchangeOptions, MergeOptions
 from tests.package.conftest import FreshEnvironment
 
 # Takes command lines from a file and tells what comes of each: one start of Python for all of them.
@@ -28,7 +29,7 @@ for arguments in json.load(open(sys.argv[1])):
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             strategy = LightningCLI(BoringModel, BoringDataModule, run=False).trainer.strategy
-            built = [type(strategy).__module__, type(strategy).__name__, strategy.local_steps]
+            built = [type(strategy).__module__, type(strategy).__name__, strategy.pacing.local_steps]
         except SystemExit as end:
             code = end.code
         except (TypeError, ValueError) as error:
@@ -50,7 +51,7 @@ trainer:
       outer_optimizer: {outer_optimizer}
       grace: {grace}
       quorum: {quorum}
-      warmup_steps: {warmup_steps}
+      sync_warmup_steps: {sync_warmup_steps}
       staleness: {staleness}
       merge: {merge}
       exchange:
@@ -61,11 +62,11 @@ OURS = "{class_path: lightning_async_localsgd.DelayedNesterov, init_args: {lr: 0
 TORCHS = "{class_path: torch.optim.SGD, init_args: {lr: 0.4, momentum: 0.8}}"
 POLYNOMIAL = "{class_path: lightning_async_localsgd.staleness.Polynomial, init_args: {power: 0.25}}"
 OPTIONS: dict[str, dict[str, Any]] = {
-    "ours": {"outer_optimizer": OURS, "grace": "auto", "quorum": 1, "warmup_steps": 20, "staleness": POLYNOMIAL,
+    "ours": {"outer_optimizer": OURS, "grace": "auto", "quorum": 1, "sync_warmup_steps": 20, "staleness": POLYNOMIAL,
              "merge": "{clip_norm: 3.0}"},
-    "torchs": {"outer_optimizer": TORCHS, "grace": "1.5", "quorum": 2, "warmup_steps": 0, "staleness": "null",
+    "torchs": {"outer_optimizer": TORCHS, "grace": "1.5", "quorum": 2, "sync_warmup_steps": 0, "staleness": "null",
                "merge": "{weights: tokens^2/steps, average: rda, quorum_seconds: 30}"},
-    "default": {"outer_optimizer": "null", "grace": "0", "quorum": "all", "warmup_steps": 0, "staleness": "null",
+    "default": {"outer_optimizer": "null", "grace": "0", "quorum": "all", "sync_warmup_steps": 0, "staleness": "null",
                 "merge": "null"},
 }  # fmt: skip
 
@@ -111,7 +112,7 @@ def outcomes(with_wheel: FreshEnvironment, folder: Path) -> dict[str, Any]:
         "all": [*COMMON, options[0], "--trainer.strategy.quorum=all", "--print_config"],
         "wrong quorum": [*COMMON, options[0], "--trainer.strategy.quorum=most"],
         "no quorum": [*COMMON, options[0], "--trainer.strategy.quorum=0"],
-        "quorum and rule": [
+        "quorum and outer optimizer": [
             *COMMON,
             options[0],
             "--trainer.strategy.quorum=2",
@@ -128,11 +129,11 @@ def outcomes(with_wheel: FreshEnvironment, folder: Path) -> dict[str, Any]:
 
 
 def test_name(outcomes: dict[str, Any]) -> None:
-    assert outcomes["name"]["built"] == ["lightning_async_localsgd.strategy", "AsyncLocalSGDStrategy", 50]
+    assert outcomes["name"]["built"] == ["lightning_async_localsgd.lightning.strategy", "AsyncLocalSGDStrategy", 1]
 
 
 def test_options_on_the_command_line(outcomes: dict[str, Any]) -> None:
-    assert outcomes["options"]["built"] == ["lightning_async_localsgd.strategy", "AsyncLocalSGDStrategy", 7]
+    assert outcomes["options"]["built"] == ["lightning_async_localsgd.lightning.strategy", "AsyncLocalSGDStrategy", 7]
     options = yaml.safe_load(outcomes["options, printed"]["out"])["trainer"]["strategy"]["init_args"]
     assert options.keys() == inspect.signature(AsyncLocalSGDStrategy).parameters.keys()
     assert (options["local_steps"], options["grace"], options["dynamic_local_steps"]) == (7, 0.5, True)
@@ -142,18 +143,19 @@ def test_how_pushes_are_merged_on_the_command_line(outcomes: dict[str, Any]) -> 
     assert outcomes["merging"]["code"] == 0, outcomes["merging"]["err"]
     options = yaml.safe_load(outcomes["merging"]["out"])["trainer"]["strategy"]["init_args"]
     assert options["quorum"] == 3
-    assert options["merge"] == {"weights": "samples", "average": "mean", "clip_norm": None, "quorum_seconds": None}
+    assert options["merge"] == {**dataclasses.asdict(MergeOptions()), "weights": "samples"}
     assert options["staleness"]["init_args"] == {"slope": 0.5, "start": 2}
     assert yaml.safe_load(outcomes["all"]["out"])["trainer"]["strategy"]["init_args"]["quorum"] == "all"
 
 
 @pytest.mark.parametrize("name", ["ours", "torchs", "default"])
 def test_nested_objects_in_a_file(outcomes: dict[str, Any], name: str) -> None:
-    assert outcomes[name]["built"] == ["lightning_async_localsgd.strategy", "AsyncLocalSGDStrategy", 30], outcomes[name]
+    home = "lightning_async_localsgd.lightning.strategy"
+    assert outcomes[name]["built"] == [home, "AsyncLocalSGDStrategy", 30], outcomes[name]
     options = yaml.safe_load(outcomes[f"{name}, printed"]["out"])["trainer"]["strategy"]["init_args"]
-    exchange = {"transport": "tcp", "port": 0, "encrypt": True, "frozen": "auto", "insecure": False}
+    exchange = {**dataclasses.asdict(ExchangeOptions()), "transport": "tcp", "port": 0, "encrypt": True}
     assert {**options["exchange"], "port": 0} == exchange
-    for option in ("quorum", "warmup_steps"):
+    for option in ("quorum", "sync_warmup_steps"):
         assert options[option] == OPTIONS[name][option]
     merge = yaml.safe_load(OPTIONS[name]["merge"])
     assert merge is None or merge.items() <= options["merge"].items()
@@ -166,7 +168,7 @@ def test_nested_objects_in_a_file(outcomes: dict[str, Any], name: str) -> None:
         assert (printed["init_args"]["lr"], printed["init_args"]["momentum"]) == (0.4, 0.8)
 
 
-def test_what_is_printed_is_a_configuration_again(
+def test_printed_configuration_can_be_read_again(
     outcomes: dict[str, Any], with_wheel: FreshEnvironment, folder: Path
 ) -> None:
     lines = {}
@@ -198,7 +200,7 @@ def test_help_explains_every_option(outcomes: dict[str, Any]) -> None:
         ("wrong weights", ["weights", "guess"]),
     ],
 )
-def test_a_wrong_value_is_named(outcomes: dict[str, Any], line: str, words: list[str]) -> None:
+def test_wrong_value_is_named(outcomes: dict[str, Any], line: str, words: list[str]) -> None:
     assert outcomes[line]["code"] == 2
     for word in words:
         assert word in outcomes[line]["err"]
@@ -208,7 +210,7 @@ def test_a_wrong_value_is_named(outcomes: dict[str, Any], line: str, words: list
     ("line", "words"),
     [
         ("no quorum", ["quorum=0", "'all'"]),
-        ("quorum and rule", ["quorum=2", "DelayedNesterov", "Nesterov"]),
+        ("quorum and outer optimizer", ["quorum=2", "DelayedNesterov", "Nesterov"]),
         ("too many", ["quorum=3", "1 worker(s)"]),
         ("wrong clip", ["clip_norm", "-1"]),
     ],

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 import statistics
+import tarfile
 import time
 import zipfile
 from email import message_from_bytes
 from pathlib import Path
 
 import pytest
+from hatchling.builders.sdist import SdistBuilder
 
-from tests.package.conftest import OURS, FreshEnvironment
+from tests.package.conftest import OURS, PROJECT, FreshEnvironment
 
 
 def test_wheel_has_the_package_the_entry_point_and_nothing_else(wheel: Path) -> None:
@@ -21,7 +23,7 @@ def test_wheel_has_the_package_the_entry_point_and_nothing_else(wheel: Path) -> 
         entry_points = archive.read(f"{info}/entry_points.txt").decode()
         metadata = message_from_bytes(archive.read(f"{info}/METADATA"))
     source = wheel.parent / "checkout" / "src"
-    modules = {str(path.relative_to(source)) for path in source.rglob("*.py")}
+    modules = {str(path.relative_to(source)) for path in source.rglob("*.py*") if path.suffix in (".py", ".pyi")}
     own = {name for name in files if not name.startswith(f"{info}/")}
     assert own == {*modules, f"{OURS}/py.typed"}
     assert entry_points.split() == ["[torch.backends]", "async_localsgd", "=", f"{OURS}_autoload:install"]
@@ -30,6 +32,26 @@ def test_wheel_has_the_package_the_entry_point_and_nothing_else(wheel: Path) -> 
     version = re.search(r'__version__ = "(.+)"', (source / OURS / "__init__.py").read_text())
     assert version is not None
     assert metadata["Version"] == version[1]
+    urls = dict(url.split(", ") for url in metadata.get_all("Project-URL"))
+    assert urls.keys() == {"Repository", "Documentation", "Changelog", "Issues"}
+    assert all(url.startswith("https://github.com/") for url in urls.values())
+
+
+def test_sdist_has_the_tests_but_not_the_results_of_the_study(tmp_path: Path) -> None:
+    (built,) = SdistBuilder(str(PROJECT)).build(directory=str(tmp_path), versions=["standard"])
+    with tarfile.open(built) as archive:
+        files = {name.partition("/")[2] for name in archive.getnames()}
+    needed = {
+        "pyproject.toml",
+        "README.md",
+        "CHANGELOG.md",
+        "docs/study.md",
+        "tests/conftest.py",
+        "src/lightning_async_localsgd/py.typed",
+    }
+    assert needed <= files
+    assert not any(name.startswith("docs/results") for name in files)
+    assert Path(built).stat().st_size < 1.5 * 2**20
 
 
 def test_no_code_runs_when_python_starts(
@@ -52,7 +74,7 @@ def test_no_code_runs_when_python_starts(
         print(f"\n  start of Python: {medians['without']:.1f} ms without, {medians['with']:.1f} ms with the package")
 
 
-def test_the_module_that_torch_loads_imports_nothing(
+def test_module_loaded_by_torch_imports_nothing(
     with_wheel: FreshEnvironment, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code = f"""

@@ -1,9 +1,12 @@
-"""The strategy's names are there after an installation alone, and a failure of that never reaches anybody else."""
+"""Registration of the strategy's names by installation alone, without breaking programs that do not use them."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.package.conftest import FreshEnvironment, copy_of_project
+from tests.processes import OF_A_LAUNCHER
 
 LIVE = ["async_localsgd", "async_localsgd_fork", "async_localsgd_notebook", "async_localsgd_spawn"]
 NAMES = sorted([*LIVE, "async_localsgd_simulated"])
@@ -39,7 +43,7 @@ if __name__ == "__main__":
 """
 
 
-ASK = """
+LOOK_UP = """
 import torch, lightning.pytorch as pl
 pl.Trainer(strategy="ddp", devices=1, accelerator="cpu", logger=False, enable_checkpointing=False)
 try:
@@ -53,28 +57,28 @@ def names(environment: FreshEnvironment, imports: str = "", **variables: str) ->
     return json.loads(environment.output("-c", PRINT_NAMES.format(imports=imports), **variables))
 
 
-def test_control_without_the_package_there_are_no_names(bare: FreshEnvironment) -> None:
+def test_without_the_package_no_names_are_registered(bare: FreshEnvironment) -> None:
     assert names(bare) == []
 
 
 @pytest.mark.parametrize("imports", ["", "import torch", "import lightning as L"])
-def test_names_are_there_without_an_import(with_wheel: FreshEnvironment, imports: str) -> None:
+def test_names_are_registered_without_an_import(with_wheel: FreshEnvironment, imports: str) -> None:
     assert names(with_wheel, f"{imports}\nassert 'lightning_async_localsgd' not in sys.modules") == NAMES
 
 
-def test_names_without_torchs_autoload_need_an_import(with_wheel: FreshEnvironment) -> None:
+def test_without_autoload_of_torch_names_need_an_import(with_wheel: FreshEnvironment) -> None:
     off = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
     assert names(with_wheel, **off) == []
     assert names(with_wheel, "import lightning_async_localsgd, lightning.pytorch", **off) == NAMES
     assert names(with_wheel, "import lightning.pytorch, lightning_async_localsgd", **off) == NAMES
 
 
-def test_names_are_there_with_only_a_search_path(bare: FreshEnvironment, tmp_path: Path) -> None:
+def test_names_are_registered_by_an_import_from_the_search_path(bare: FreshEnvironment, tmp_path: Path) -> None:
     source = copy_of_project(tmp_path / "checkout") / "src"
     assert names(bare, "import lightning_async_localsgd", PYTHONPATH=str(source)) == NAMES
 
 
-def test_names_survive_a_reload_and_leave_lightnings_loader_alone(with_wheel: FreshEnvironment) -> None:
+def test_registration_survives_a_reload_and_keeps_lightnings_loader(with_wheel: FreshEnvironment) -> None:
     code = """
 import importlib, inspect
 import lightning.pytorch.strategies as strategies
@@ -85,22 +89,22 @@ importlib.reload(strategies)
     assert names(with_wheel, code) == NAMES
 
 
-def test_trainer_takes_the_name(installed: FreshEnvironment, tmp_path: Path) -> None:
+def test_trainer_accepts_the_name(installed: FreshEnvironment, tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(FIT)
     output = installed.output(script, "async_localsgd", "1")
-    assert "0 lightning_async_localsgd.strategy AsyncLocalSGDStrategy True" in output
+    assert "0 lightning_async_localsgd.lightning.strategy AsyncLocalSGDStrategy True" in output
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["async_localsgd", "async_localsgd_spawn"])
-def test_every_rank_takes_the_name(with_wheel: FreshEnvironment, tmp_path: Path, name: str) -> None:
+def test_every_rank_accepts_the_name(with_wheel: FreshEnvironment, tmp_path: Path, name: str) -> None:
     script = tmp_path / "train.py"
     script.write_text(FIT)
     output = with_wheel.output(script, name, "2")
-    assert "0 lightning_async_localsgd.strategy AsyncLocalSGDStrategy True" in output
-    if name == "async_localsgd":  # spawned processes don't run the script's last lines
-        assert "1 lightning_async_localsgd.strategy AsyncLocalSGDStrategy True" in output
+    assert "0 lightning_async_localsgd.lightning.strategy AsyncLocalSGDStrategy True" in output
+    if name == "async_localsgd":  # Spawned processes do not run the last lines of the script.
+        assert "1 lightning_async_localsgd.lightning.strategy AsyncLocalSGDStrategy True" in output
 
 
 def test_import_of_the_package_imports_neither_torch_nor_lightning(with_wheel: FreshEnvironment) -> None:
@@ -108,36 +112,51 @@ def test_import_of_the_package_imports_neither_torch_nor_lightning(with_wheel: F
     assert with_wheel.output("-c", code).strip() == "[]"
 
 
-def test_a_broken_package_is_reported_when_the_strategy_is_asked_for(
+def test_broken_package_is_reported_when_the_strategy_is_looked_up(
     make_environment: Callable[[], FreshEnvironment],
 ) -> None:
     environment = make_environment()
     (environment.site_packages / "lightning_async_localsgd" / "__init__.py").write_text("raise OSError('on purpose')")
-    assert environment.output("-c", ASK) == "OSError: on purpose\n"
+    assert environment.output("-c", LOOK_UP) == "OSError: on purpose\n"
 
 
-def test_a_checkout_that_has_gone_is_reported_when_the_strategy_is_asked_for(tmp_path: Path) -> None:
+def test_missing_checkout_is_reported_when_the_strategy_is_looked_up(tmp_path: Path) -> None:
     environment = FreshEnvironment(tmp_path / "env")
     checkout = copy_of_project(tmp_path / "checkout")
     environment.install("--editable", checkout)
     shutil.rmtree(checkout)
-    assert environment.output("-c", ASK) == "ModuleNotFoundError: No module named 'lightning_async_localsgd'\n"
+    assert environment.output("-c", LOOK_UP) == "ModuleNotFoundError: No module named 'lightning_async_localsgd'\n"
 
 
 @pytest.mark.parametrize("broken", ["_Finder", "_register_after_import", "_register", "START_METHODS"])
-def test_a_failing_registration_is_one_logged_line(with_wheel: FreshEnvironment, broken: str) -> None:
+def test_failing_registration_is_one_line_in_the_log(with_wheel: FreshEnvironment, broken: str) -> None:
     sabotage = f"import lightning_async_localsgd_autoload as broken\nbroken.{broken} = None\n"
-    done = with_wheel.run("-c", sabotage + ASK)
+    done = with_wheel.run("-c", sabotage + LOOK_UP)
     assert done.returncode == 0, done.stderr
     assert "ValueError: You selected an invalid strategy name" in done.stdout
-    assert done.stderr.count("will not be found by its name") == 1
+    assert done.stderr.count("registering strategy='async_localsgd' with Lightning failed") == 1
 
 
-def test_register_names_takes_any_class() -> None:
-    # Imported here: everything else in this file runs in environments of its own.
+@pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
+@pytest.mark.parametrize(("environment", "rank"), [({}, 0), ({"ASYNC_LOCALSGD_JOIN": "tcp://host:1"}, 1)])
+def test_process_that_joins_a_run_is_never_rank_0(package: str, environment: dict[str, str], rank: int) -> None:
+    """Lightning #11380: what a script does on rank 0 only, it also does before there is a trainer."""
+    code = (
+        "import lightning_async_localsgd_autoload\nlightning_async_localsgd_autoload.install()\n"
+        f"import {package}\nfrom {package}.utilities import rank_zero_only\nprint('rank', rank_zero_only.rank)"
+    )
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(OF_A_LAUNCHER)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**kept, **environment}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == f"rank {rank}"
+
+
+def test_any_class_can_be_registered() -> None:
+    # Imported here, because the other tests in this file run in environments of their own.
     from lightning.fabric.strategies.registry import _StrategyRegistry
 
-    from lightning_async_localsgd.registration import register_names, register_simulated
+    from lightning_async_localsgd.lightning.registration import register_names, register_simulated
 
     class Mine:
         def __init__(self, start_method: str) -> None:
@@ -155,7 +174,7 @@ def test_register_names_takes_any_class() -> None:
     assert registry.get("async_localsgd_simulated") == {}
 
 
-def test_public_names() -> None:
+def test_public_names_are_exported() -> None:
     import lightning_async_localsgd as package
 
     exports: Any = package

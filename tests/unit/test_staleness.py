@@ -22,7 +22,7 @@ from lightning_async_localsgd.staleness import (
     Staleness,
 )
 
-ages = st.integers(0, 10_000)
+staleness_values = st.integers(0, 10_000)
 cosines = st.none() | st.floats(-1.0, 1.0)
 powers = st.floats(0.01, 5.0)
 
@@ -40,57 +40,59 @@ stages: st.SearchStrategy[Staleness] = st.recursive(
 )
 
 
-@given(stages, ages, cosines)
-def test_factors_are_shares(stage: Staleness, age: int, cosine: float | None) -> None:
-    assert 0.0 <= stage.weigh(age, cosine) <= 1.0
+@given(stages, staleness_values, cosines)
+def test_factors_are_between_zero_and_one(stage: Staleness, staleness: int, cosine: float | None) -> None:
+    assert 0.0 <= stage.weigh(staleness, cosine) <= 1.0
 
 
-@given(stages, ages, ages, cosines)
-def test_an_older_push_never_weighs_more(stage: Staleness, age: int, more: int, cosine: float | None) -> None:
-    assert stage.weigh(age + more, cosine) <= stage.weigh(age, cosine)
+@given(stages, staleness_values, staleness_values, cosines)
+def test_factor_never_grows_with_the_staleness(
+    stage: Staleness, staleness: int, more: int, cosine: float | None
+) -> None:
+    assert stage.weigh(staleness + more, cosine) <= stage.weigh(staleness, cosine)
 
 
 @given(stages)
-def test_a_fresh_push_without_a_momentum_counts_in_full(stage: Staleness) -> None:
+def test_push_on_the_current_model_without_a_momentum_has_factor_one(stage: Staleness) -> None:
     assert stage.weigh(0, None) == 1.0
 
 
-@given(powers, ages, cosines)
-def test_polynomial(power: float, age: int, cosine: float | None) -> None:
-    assert Polynomial(power).weigh(age, cosine) == pytest.approx(math.exp(-power * math.log1p(age)))
+@given(powers, staleness_values, cosines)
+def test_polynomial(power: float, staleness: int, cosine: float | None) -> None:
+    assert Polynomial(power).weigh(staleness, cosine) == pytest.approx(math.exp(-power * math.log1p(staleness)))
 
 
-@given(powers, st.integers(0, 20), ages)
-def test_polynomial_threshold(power: float, threshold: int, age: int) -> None:
-    expected = Polynomial(power).weigh(age, None) if age <= threshold else 0.0
-    assert PolynomialThreshold(power, threshold).weigh(age, None) == expected
+@given(powers, st.integers(0, 20), staleness_values)
+def test_polynomial_threshold(power: float, threshold: int, staleness: int) -> None:
+    expected = Polynomial(power).weigh(staleness, None) if staleness <= threshold else 0.0
+    assert PolynomialThreshold(power, threshold).weigh(staleness, None) == expected
 
 
-def test_the_paper_s_poly_and_polythres() -> None:
+def test_poly_and_polythres_of_the_paper() -> None:
     assert Polynomial().weigh(3, None) == 0.5
     assert PolynomialThreshold().weigh(10, None) == pytest.approx(11**-0.5)
     assert PolynomialThreshold().weigh(11, None) == 0.0
 
 
-@given(st.floats(0.01, 20.0), st.integers(0, 20), ages)
-def test_hinge(slope: float, start: int, age: int) -> None:
-    expected = 1.0 if age <= start else 1.0 / (slope * (age - start) + 1.0)
-    assert Hinge(slope, start).weigh(age, None) == pytest.approx(expected)
+@given(st.floats(0.01, 20.0), st.integers(0, 20), staleness_values)
+def test_hinge(slope: float, start: int, staleness: int) -> None:
+    expected = 1.0 if staleness <= start else 1.0 / (slope * (staleness - start) + 1.0)
+    assert Hinge(slope, start).weigh(staleness, None) == pytest.approx(expected)
 
 
-@given(st.floats(0.0, 5.0), st.floats(-1.0, 1.0, exclude_max=True), ages, cosines)
-def test_exponential_cosine(rate: float, cutoff: float, age: int, cosine: float | None) -> None:
+@given(st.floats(0.0, 5.0), st.floats(-1.0, 1.0, exclude_max=True), staleness_values, cosines)
+def test_exponential_cosine(rate: float, cutoff: float, staleness: int, cosine: float | None) -> None:
     dropped = cosine is not None and cosine < cutoff
-    expected = 0.0 if dropped else math.exp(-rate * age)
-    assert ExponentialCosine(rate, cutoff).weigh(age, cosine) == expected
+    expected = 0.0 if dropped else math.exp(-rate * staleness)
+    assert ExponentialCosine(rate, cutoff).weigh(staleness, cosine) == expected
 
 
-def test_at_the_cutoff_nothing_is_dropped() -> None:
+def test_push_at_the_cutoff_is_not_dropped() -> None:
     assert ExponentialCosine(0.0, 0.25).weigh(5, 0.25) == 1.0
     assert ExponentialCosine(0.0, -1.0).weigh(5, -1.0) == 1.0
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.floats(0.01, 2.0), st.integers(1, 50), st.integers(0, 2**16))
 def test_delay_compensation(strength: float, size: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -104,7 +106,7 @@ def test_delay_compensation(strength: float, size: int, seed: int) -> None:
     assert torch.equal(base, kept[1])
 
 
-def test_delay_compensation_of_a_model_that_has_not_moved_changes_no_bit() -> None:
+def test_delay_compensation_of_an_unchanged_model_does_not_change_bits() -> None:
     gradient = torch.tensor([1e30, -3.0, -0.0, 1e-40])
     kept = gradient.clone()
     theta = torch.ones(4)
@@ -112,46 +114,46 @@ def test_delay_compensation_of_a_model_that_has_not_moved_changes_no_bit() -> No
     assert torch.equal(gradient, kept)
 
 
-def test_delay_compensation_goes_over_more_than_a_chunk() -> None:
+def test_delay_compensation_covers_all_chunks() -> None:
     gradient = torch.ones(CHUNK + 3)
     DelayCompensation(0.5).correct(gradient, torch.ones(CHUNK + 3), torch.zeros(CHUNK + 3))
     assert torch.equal(gradient, torch.full((CHUNK + 3,), 1.5))
 
 
-@given(st.lists(stages, min_size=1, max_size=4), ages, cosines)
-def test_composition_multiplies_and_asks_for_what_its_stages_need(
-    several: list[Staleness], age: int, cosine: float | None
+@given(st.lists(stages, min_size=1, max_size=4), staleness_values, cosines)
+def test_composition_multiplies_factors_and_combines_needs(
+    several: list[Staleness], staleness: int, cosine: float | None
 ) -> None:
     composed = Composed(several)
-    factors = [stage.weigh(age, cosine) for stage in several]
-    assert composed.weigh(age, cosine) == pytest.approx(math.prod(factors))
+    factors = [stage.weigh(staleness, cosine) for stage in several]
+    assert composed.weigh(staleness, cosine) == pytest.approx(math.prod(factors))
     assert composed.needs_base is any(stage.needs_base for stage in several)
     assert composed.needs_momentum is any(stage.needs_momentum for stage in several)
     if 0.0 in factors:
-        assert composed.weigh(age, cosine) == 0.0
+        assert composed.weigh(staleness, cosine) == 0.0
 
 
-def test_corrections_come_in_order() -> None:
-    one, other = DelayCompensation(0.5), DelayCompensation(0.25)
+def test_corrections_are_applied_in_order() -> None:
+    first, second = DelayCompensation(0.5), DelayCompensation(0.25)
     theta, base = torch.tensor([3.0]), torch.tensor([1.0])
     expected = torch.tensor([2.0])
-    one.correct(expected, theta, base)
-    other.correct(expected, theta, base)
+    first.correct(expected, theta, base)
+    second.correct(expected, theta, base)
     gradient = torch.tensor([2.0])
-    Composed([Polynomial(), one, Composed([other])]).correct(gradient, theta, base)
+    Composed([Polynomial(), first, Composed([second])]).correct(gradient, theta, base)
     assert torch.equal(gradient, expected)
     assert float(gradient) == 24.0
 
 
-def test_only_delay_compensation_needs_the_base_and_only_the_cutoff_a_momentum() -> None:
-    every = [Constant(), Polynomial(), PolynomialThreshold(), Hinge(1.0, 2), ExponentialCosine(1.0, 0.0)]
-    assert [stage.needs_base for stage in every] == [False] * 5
+def test_needs_of_each_stage() -> None:
+    others = [Constant(), Polynomial(), PolynomialThreshold(), Hinge(1.0, 2), ExponentialCosine(1.0, 0.0)]
+    assert [stage.needs_base for stage in others] == [False] * 5
     assert DelayCompensation(0.1).needs_base
-    assert [stage.needs_momentum for stage in every] == [False] * 4 + [True]
+    assert [stage.needs_momentum for stage in others] == [False] * 4 + [True]
 
 
 @given(stages)
-def test_stages_can_be_read_and_copied(stage: Staleness) -> None:
+def test_stages_can_be_evaluated_and_copied(stage: Staleness) -> None:
     assert repr(eval(repr(stage))) == repr(stage)
     assert repr(copy.deepcopy(stage)) == repr(stage)
 
@@ -177,6 +179,6 @@ def test_stages_can_be_read_and_copied(stage: Staleness) -> None:
         (lambda: Composed(Polynomial()), TypeError, r"Composed: stages .* got Polynomial\(power=0.5\); "),
     ],
 )
-def test_bad_values_are_refused_at_once(make: Callable[[], Any], error: type[Exception], message: str) -> None:
+def test_invalid_arguments_are_rejected(make: Callable[[], Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         make()

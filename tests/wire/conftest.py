@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 from lightning_async_localsgd.wire import Endpoints, WireServer
-from tests.wire.fakes import PATIENCE, FakeServer, Wire, sockets_of_ours, wait_for
+from tests.wire.fakes import PATIENCE, FakeServer, WireHarness, sockets_of_ours, wait_for
 from tests.wire.programs import Program, Start
 
 
 @pytest.fixture(autouse=True)
 def _nothing_is_left_behind() -> Iterator[None]:
-    """No test may leave a thread of ours or a listening socket behind."""
+    """Check that no test leaves one of our threads or a listening socket behind."""
     yield
     names = [thread.name for thread in threading.enumerate() if thread.name.startswith("async_localsgd")]
     assert not names
@@ -26,14 +26,16 @@ def _nothing_is_left_behind() -> Iterator[None]:
 
 
 @pytest.fixture
-def wire() -> Iterator[Wire]:
+def wire() -> Iterator[WireHarness]:
     with contextlib.ExitStack() as stack:
-        yield Wire(stack)
+        yield WireHarness(stack)
 
 
 @pytest.fixture(params=["ipc", "tcp", "curve"])
-def way(request: pytest.FixtureRequest, wire: Wire) -> Callable[..., tuple[FakeServer, WireServer, Endpoints]]:
-    """Opens a server on each kind of way in turn."""
+def open_wire(
+    request: pytest.FixtureRequest, wire: WireHarness
+) -> Callable[..., tuple[FakeServer, WireServer, Endpoints]]:
+    """Return a function that opens a server. Each test runs with ipc, tcp, and encrypted tcp."""
 
     def open_(numel: int = 1000, **options: Any) -> tuple[FakeServer, WireServer, Endpoints]:
         kind = request.param
@@ -47,11 +49,11 @@ def way(request: pytest.FixtureRequest, wire: Wire) -> Callable[..., tuple[FakeS
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    # Copies of a process that has imported everything once, and has done nothing else.
+    # Processes are forked from a server process that has imported everything once, and has done nothing else.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.wire.programs"])
-    # It listens on a file in the folder for temporary files as it is now: a test may give itself one whose path is too
-    # long for a socket's.
+    # The fork server listens on a socket file in the present temporary folder. A test may switch to a folder whose path
+    # is too long for a socket file.
     forkserver.ensure_running()
     programs: list[Program] = []
 

@@ -1,4 +1,4 @@
-"""A server without algorithms, for tests of the wire alone, and what it takes to talk to it."""
+"""A server without algorithms for tests of the wire alone, and helpers to connect to it."""
 
 from __future__ import annotations
 
@@ -15,15 +15,25 @@ from typing import Any
 import torch
 import zmq
 
-from lightning_async_localsgd.buffers import BufferLease, BufferPool
-from lightning_async_localsgd.layout import Layout
-from lightning_async_localsgd.messages import PROTOCOL_VERSION, Facts, Hello, Lease, LeaseRequest, Push, Reply
-from lightning_async_localsgd.wire import Endpoints, Outlet, WireExchange, WireServer, frames
-from lightning_async_localsgd.wire.auth import introduce
+from lightning_async_localsgd.protocol.buffers import BufferPool, PooledBuffer
+from lightning_async_localsgd.protocol.layout import Layout
+from lightning_async_localsgd.protocol.messages import (
+    PROTOCOL_VERSION,
+    Hello,
+    JoinInfo,
+    Lease,
+    LeaseRequest,
+    MessageError,
+    Push,
+    Reply,
+    Share,
+)
+from lightning_async_localsgd.wire import Endpoints, ReplyChannel, WireExchange, WireServer, frames
+from lightning_async_localsgd.wire.auth import set_credentials
 from tests.proxy import Proxy
 
 PATIENCE = 60.0
-"""Seconds after which something that should happen at once counts as never happening."""
+"""Seconds after which an event that should happen at once counts as failed."""
 
 
 def layout_of(numel: int, name: str = "weight") -> Layout:
@@ -41,51 +51,56 @@ def push(sequence: int, worker: int = 1, session: str = "life-1", incarnation: s
 def wait_for(condition: Callable[[], object], what: str = "") -> None:
     until = time.monotonic() + PATIENCE
     while not condition():
-        assert time.monotonic() < until, f"never happened: {what or condition}"
+        assert time.monotonic() < until, f"did not happen: {what or condition}"
         time.sleep(0.005)
 
 
-def ask(number: int, worker: int = 1, session: str = "life-1") -> LeaseRequest:
+REPLY = Reply("start-1", 0, 0, 0, 0, 0.0, 1.0, 0.0, False, None)
+"""Answers a share."""
+
+
+def lease_request(number: int, worker: int = 1, session: str = "life-1") -> LeaseRequest:
     return LeaseRequest(worker, session, number, "0", 100, 1, 0, False)
 
 
 class FakeServer:
-    """Subtracts every push from the model once, and answers at once unless told to hold its answers.
+    """Subtracts every push from the model once. Answers at once while :attr:`answering` is set.
 
     The lease of request n is item n.
     """
 
-    def __init__(self, numel: int, incarnation: str = "start-1", most: int = 8) -> None:
+    def __init__(self, numel: int, incarnation: str = "start-1", max_total: int = 8) -> None:
         self.incarnation = incarnation
         self.layout = layout_of(numel)
-        self.buffers = BufferPool(numel, limit=2, most=most)
-        self.wanted: dict[int, int] = {}
+        self.buffers = BufferPool(numel, max_active=2, max_total=max_total)
+        self.shares: dict[int, BufferPool] = {}
+        self.recalled: dict[int, int] = {}
         self.model = torch.arange(numel, dtype=torch.float32)
         self.version = 0
         self.joined: list[Hello] = []
         self.pushed: list[tuple[Push, bool]] = []
         self.applied: dict[str, int] = {}
-        self.departed: list[tuple[int, str, str]] = []
+        self.lost_sessions: list[tuple[int, str, str]] = []
         self.revived: list[tuple[int, str]] = []
-        self.introduced: list[int] = []
-        self.asked: list[LeaseRequest] = []
+        self.join_requests: list[int] = []
+        self.lease_requests: list[LeaseRequest] = []
         self.answering = threading.Event()
         self.answering.set()
-        self.refusing: str | None = None
-        self.outlets: dict[int, Outlet] = {}
+        self.refusal: str | None = None
+        self.channels: dict[int, ReplyChannel] = {}
         self._events: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="fake-server")
         self._thread.start()
 
-    def join(self, hello: Hello, outlet: Outlet) -> None:
+    def join(self, hello: Hello, channel: ReplyChannel) -> None:
         self.joined.append(hello)
-        self.outlets[hello.worker] = outlet
-        if self.refusing is not None:
-            outlet.refuse(self.refusing)
-        elif not hello.rejoining:
-            self._events.put(lambda: self.answer(0, None, outlet))
+        self.channels[hello.worker] = channel
+        if self.refusal is not None:
+            channel.refuse(self.refusal)
+        elif not hello.reconnecting:
+            self._events.put(lambda: self.answer(0, None, channel))
 
-    def push(self, push: Push, lease: BufferLease | None, outlet: Outlet) -> None:
+    def push(self, push: Push, buffer: PooledBuffer | None, channel: ReplyChannel) -> None:
         def event() -> None:
             refused = None
             if push.incarnation != self.incarnation:
@@ -94,30 +109,46 @@ class FakeServer:
                 refused = "already applied"
             else:
                 self.applied[push.session] = push.sequence
-                if lease is not None:
-                    self.model -= lease.tensor
+                if buffer is not None:
+                    self.model -= buffer.tensor
                     self.version += 1
-            self.answer(push.sequence, refused, outlet, lease)
+            self.answer(push.sequence, refused, channel, buffer)
 
-        self.pushed.append((push, lease is not None))
+        self.pushed.append((push, buffer is not None))
         self._events.put(event)
 
-    def lease(self, request: LeaseRequest, answer: Callable[[Lease], None]) -> None:
+    def share_buffers(self, share: Share) -> BufferPool:
+        if not share.parameters.isdecimal():
+            raise MessageError("no such parameter")
+        return self.shares.setdefault(int(share.parameters), BufferPool(int(share.parameters)))
+
+    def share(self, share: Share, buffer: PooledBuffer, channel: ReplyChannel) -> None:
+        """Double the values. The name of the parameter is the number of its elements."""
+
+        def event() -> None:
+            buffer.tensor.mul_(2.0)
+            buffer.restart()
+            channel.dispatch(replace(REPLY, sequence=share.sequence, shared=share.parameters), buffer)
+
+        buffer.mark_complete()
+        self._events.put(event)
+
+    def request_lease(self, request: LeaseRequest, answer: Callable[[Lease], None]) -> None:
         def event() -> None:
             assert self.answering.wait(PATIENCE)
             answer(Lease(request.number, request.epoch, request.number, request.number + 1, None))
 
-        self.asked.append(request)
+        self.lease_requests.append(request)
         self._events.put(event)
 
-    def introduce(self, worker: int, answer: Callable[[Facts], None]) -> None:
-        self.introduced.append(worker)
-        number = worker if worker >= 0 else 100 + len(self.introduced)
-        facts = Facts(self.incarnation, "", number, 2, 7, 1, "the-run", "hash", refused=self.refusing)
-        self._events.put(lambda: answer(facts))
+    def request_join_info(self, worker: int, answer: Callable[[JoinInfo], None]) -> None:
+        self.join_requests.append(worker)
+        number = worker if worker >= 0 else 100 + len(self.join_requests)
+        info = JoinInfo(2, 7, 1, "the-run", "hash", incarnation=self.incarnation, worker=number, refused=self.refusal)
+        self._events.put(lambda: answer(info))
 
     def lost(self, worker: int, session: str, reason: str) -> None:
-        self.departed.append((worker, session, reason))
+        self.lost_sessions.append((worker, session, reason))
 
     def revive(self, worker: int, session: str) -> None:
         self.revived.append((worker, session))
@@ -131,21 +162,23 @@ class FakeServer:
         while (event := self._events.get()) is not None:
             event()
 
-    def answer(self, sequence: int, refused: str | None, outlet: Outlet, lease: BufferLease | None = None) -> None:
-        """The model goes out in the buffer that the push came in; two of them are then enough for any number."""
+    def answer(
+        self, sequence: int, refused: str | None, channel: ReplyChannel, buffer: PooledBuffer | None = None
+    ) -> None:
+        """Send the model in the buffer that the push came in. Two buffers are then enough for any number of workers."""
         assert self.answering.wait(PATIENCE)
         until = time.monotonic() + PATIENCE
-        while lease is None:
-            lease = self.buffers.try_acquire()
+        while buffer is None:
+            buffer = self.buffers.try_acquire()
             assert time.monotonic() < until
             time.sleep(0.001)
-        lease.tensor.copy_(self.model)
-        lease.touch()
-        outlet.dispatch(Reply(self.incarnation, sequence, self.version, 0, 50, 0.0, 1.0, 0.0, False, refused), lease)
+        buffer.tensor.copy_(self.model)
+        buffer.record_progress()
+        channel.dispatch(Reply(self.incarnation, sequence, self.version, 0, 50, 0.0, 1.0, 0.0, False, refused), buffer)
 
 
 def sockets_of_ours() -> list[str]:
-    """Names of the Unix sockets that this process listens on."""
+    """Return the names of the Unix sockets that this process listens on."""
     ours = set()
     for descriptor in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
@@ -154,7 +187,7 @@ def sockets_of_ours() -> list[str]:
 
 
 def listening() -> dict[str, str]:
-    """All Unix sockets of runs on this machine that somebody listens on, with their inodes."""
+    """Return the listening Unix sockets of all runs on this machine, with their inodes."""
     with open("/proc/net/unix") as file:
         lines = [line.split() for line in file if "@async_localsgd_" in line]
     return {line[-1]: line[6] for line in lines if line[3] == "00010000"}
@@ -165,15 +198,15 @@ def open_descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-class Wire:
-    """Starts servers and workers' ends, and closes them all."""
+class WireHarness:
+    """Opens servers and exchanges, and closes them all at the end of a test."""
 
     def __init__(self, stack: contextlib.ExitStack) -> None:
         self._stack = stack
 
     def server(self, numel: int = 1000, **options: Any) -> tuple[FakeServer, WireServer]:
-        most = options.pop("most", 8)
-        fake = FakeServer(numel, options.pop("incarnation", "start-1"), most)
+        max_total = options.pop("max_total", 8)
+        fake = FakeServer(numel, options.pop("incarnation", "start-1"), max_total)
         self._stack.callback(fake.close)
         server = WireServer(fake, **{"silence_timeout": 30.0, **options})
         self._stack.callback(server.close)
@@ -186,8 +219,8 @@ class Wire:
         self._stack.callback(exchange.close)
         return exchange
 
-    def road(self, endpoints: Endpoints | None, record: bool = False) -> tuple[Proxy, Endpoints]:
-        """A proxy in front of a server, and how to reach the server through it."""
+    def proxy(self, endpoints: Endpoints | None, record: bool = False) -> tuple[Proxy, Endpoints]:
+        """Open a proxy in front of a server. Return it and the endpoints to reach the server through it."""
         assert endpoints is not None
         proxy = self._stack.enter_context(Proxy(endpoints.address, record))
         return proxy, replace(endpoints, address=proxy.address)
@@ -199,38 +232,38 @@ class Wire:
 
 
 class RawWorker:
-    """Knows the token but says what it likes; one connection."""
+    """One connection of a peer that knows the token and may send anything."""
 
     def __init__(self, endpoints: Endpoints | None) -> None:
         assert endpoints is not None
         self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.setsockopt(zmq.RECONNECT_IVL, -1)
-        introduce(self.socket, endpoints)
+        set_credentials(self.socket, endpoints)
         self.socket.connect(endpoints.address)
 
-    def say(self, *parts: bytes) -> None:
+    def send(self, *parts: bytes) -> None:
         assert self.socket.poll(int(1000 * PATIENCE), zmq.POLLOUT)
         self.socket.send_multipart(parts)
 
-    def hear(self, kind: bytes) -> list[bytes]:
-        """The next message of ``kind``; others are skipped."""
+    def receive(self, kind: bytes) -> list[bytes]:
+        """Return the next message of ``kind``, and skip other messages."""
         while True:
-            assert self.socket.poll(int(1000 * PATIENCE)), f"no {kind!r} came"
+            assert self.socket.poll(int(1000 * PATIENCE)), f"no {kind!r} arrived"
             parts = self.socket.recv_multipart()
             if parts[0][:1] == kind:
                 return parts
 
-    def answered(self) -> bool:
-        """Whether the answer to a beat is among what has come."""
+    def has_pong(self) -> bool:
+        """Return whether a pong is among the messages that have arrived."""
         while self.socket.poll(0):
-            if self.socket.recv_multipart()[0][:1] == frames.ANSWER:
+            if self.socket.recv_multipart()[0][:1] == frames.PONG:
                 return True
         return False
 
-    def greet(self, layout: Layout, worker: int = 1, session: str = "life-1") -> None:
-        self.say(frames.HELLO + hello(layout, worker, session).encode(), bytes(frames.NONCE_BYTES))
-        self.hear(frames.WELCOME)
+    def say_hello(self, layout: Layout, worker: int = 1, session: str = "life-1") -> None:
+        self.send(frames.HELLO + hello(layout, worker, session).encode(), bytes(frames.NONCE_BYTES))
+        self.receive(frames.WELCOME)
 
     def close(self) -> None:
         self.socket.close(0)

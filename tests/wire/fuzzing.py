@@ -1,7 +1,7 @@
-"""What the fuzz tests throw messages at: the server's part of the wire without sockets and threads, and a real server.
+"""The target of the fuzz tests: the server's part of the wire without sockets and threads, and a real server.
 
-Whoever gets so far knows the token. Nothing that he says may reach the model unless it is a whole push, nor end the
-server, nor keep a worker in good order from its work.
+A peer that gets this far knows the token. Unless it sends a complete push, its messages must not change the model, end
+the server, or affect another worker.
 """
 
 from __future__ import annotations
@@ -16,34 +16,29 @@ from typing import Any
 import torch
 import zmq
 
-from lightning_async_localsgd.budget import Budget
-from lightning_async_localsgd.buffers import BufferPool
-from lightning_async_localsgd.coordinator import Coordinator
-from lightning_async_localsgd.global_model import GlobalModel
-from lightning_async_localsgd.grace import GraceWindow
-from lightning_async_localsgd.messages import (
+from lightning_async_localsgd.protocol.buffers import BufferPool
+from lightning_async_localsgd.protocol.messages import (
     MAX_TEXT,
     PROTOCOL_VERSION,
     Hello,
-    Knock,
+    JoinRequest,
     Lease,
     LeaseRequest,
     Message,
     Push,
     Reply,
 )
-from lightning_async_localsgd.outer import DelayedNesterov
-from lightning_async_localsgd.pacing import SpeedAwareSteps
-from lightning_async_localsgd.server import Server
+from lightning_async_localsgd.server.server import Server
 from lightning_async_localsgd.wire import frames
 from lightning_async_localsgd.wire.hub import Hub
-from tests.wire.fakes import ask, hello, layout_of, push
+from tests.harness import make_coordinator
+from tests.wire.fakes import hello, layout_of, lease_request, push
 
 NUMEL = 10
 INCARNATION = "start-1"
 
 
-class _Piece:
+class _FakeFrame:
     """A received frame."""
 
     def __init__(self, data: bytes, descriptor: int) -> None:
@@ -54,12 +49,12 @@ class _Piece:
         return self._descriptor
 
 
-class _Sent:
+class _FakeTracker:
     done = True
 
 
-class Line:
-    """In place of the ROUTER socket; a connection's name is the number of its descriptor."""
+class FakeRouter:
+    """Replaces the ROUTER socket. A connection's routing id is the number of its descriptor."""
 
     def __init__(self) -> None:
         self.inbox: deque[list[bytes]] = deque()
@@ -76,7 +71,7 @@ class Line:
             self._current = deque(self.inbox.popleft())
             self._from = self._current[0]
         part = self._current.popleft()
-        return part if copy else _Piece(part, int(self._from))
+        return part if copy else _FakeFrame(part, int(self._from))
 
     def recv_into(self, memory: memoryview, flags: int = 0) -> int:
         part = self._current.popleft()
@@ -88,7 +83,7 @@ class Line:
         assert option == zmq.RCVMORE
         return int(bool(self._current))
 
-    def send(self, part: Any, flags: int = 0, copy: bool = True, track: bool = False) -> _Sent:
+    def send(self, part: Any, flags: int = 0, copy: bool = True, track: bool = False) -> _FakeTracker:
         if not self._going and bytes(part) not in self.open:
             raise zmq.ZMQError(zmq.EHOSTUNREACH)
         self._going.append(bytes(part))
@@ -96,31 +91,31 @@ class Line:
             identity, *parts = self._going
             self._going = []
             self.sent.setdefault(identity, []).append(parts)
-        return _Sent()
+        return _FakeTracker()
 
     def send_multipart(self, parts: Sequence[bytes], flags: int = 0) -> None:
         for number, part in enumerate(parts):
             self.send(part, zmq.SNDMORE if number < len(parts) - 1 else 0)
 
 
-class Way:
-    """In place of a bound address."""
+class FakeListener:
+    """Replaces a bound listener."""
 
     def __init__(self) -> None:
-        self.socket = Line()
+        self.socket = FakeRouter()
         self.ends: list[int] = []
 
-    def events(self) -> list[int]:
+    def read_events(self) -> list[int]:
         ends, self.ends = self.ends, []
         return ends
 
-    def introduce(self, descriptor: int) -> None:
+    def mark_authenticated(self, descriptor: int) -> None:
         pass
 
     def is_open(self, descriptor: int) -> bool:
         return b"%d" % descriptor in self.socket.open
 
-    def hang_up(self, descriptor: int) -> bool:
+    def disconnect(self, descriptor: int) -> bool:
         self.close(descriptor)
         return True
 
@@ -132,23 +127,23 @@ class Way:
 
 
 Step = tuple[int, list[bytes] | None]
-"""What a connection says; None ends it."""
+"""A connection and the message that it sends; None ends the connection."""
 
-_FORMS: dict[bytes, type[Message]] = {
+_MESSAGES: dict[bytes, type[Message]] = {
     frames.HELLO: Hello,
     frames.PUSH: Push,
-    frames.BEAT: frames.Beat,
-    frames.ASK: LeaseRequest,
-    frames.KNOCK: Knock,
+    frames.PING: frames.Ping,
+    frames.LEASE_REQUEST: LeaseRequest,
+    frames.JOIN_REQUEST: JoinRequest,
 }
-_KINDS = (*_FORMS, frames.DATA, frames.CREDIT, frames.BYE)
+_KINDS = (*_MESSAGES, frames.DATA, frames.CREDIT, frames.BYE)
 _NUMBERS = [-1, 0, 1, 2, 3, 2**31, 2**32, 2**53 - 1, 2**53, 2**64 - 1, 10**400, -(2**53)]
 _TEXTS = ["", "0", "{}", "[]", "null", "1e999", '{"0":1}', '{"0":9}', '{"0":-1}', '{"0":[]}', '{"1":1e300}']
 _TEXTS += ["\ud800", "\0", "x" * MAX_TEXT, "x" * (MAX_TEXT + 1), '{"0":' * 900, "life-1", "life-3"]
 
 
-class Bytes(random.Random):
-    """No chance at all: what a fuzzer has put together decides, and zeros after that."""
+class FuzzerBytes(random.Random):
+    """A source of randomness that returns the bytes of a fuzzer, and zeros after them."""
 
     def __init__(self, data: bytes) -> None:
         super().__init__(0)
@@ -165,12 +160,12 @@ class Bytes(random.Random):
         return self.getrandbits(8) / 256
 
 
-class Speaker:
-    """Somebody who knows the token, and often what would be right to say.
+class RandomPeer:
+    """A peer that knows the token and sends random messages, many of them valid.
 
     Args:
-        chance: decides what is said.
-        may_end_the_run: also hands in last rounds and asks that training ends, as whoever knows the token may.
+        chance: source of randomness.
+        may_end_the_run: also send last pushes and requests to end training, as every peer with the token may.
 
     """
 
@@ -179,15 +174,15 @@ class Speaker:
         self._may_end_the_run = may_end_the_run
 
     def conversation(self) -> list[Step]:
-        """A worker's first words, up to some point, and others from there on."""
+        """Return the first messages of a valid worker, up to some point, and random messages after them."""
         chance = self._random
-        greeting: list[Step] = [
+        valid: list[Step] = [
             (1, [frames.HELLO + hello(layout_of(NUMEL), 0).encode(), bytes(frames.NONCE_BYTES)]),
-            (2, [frames.BEAT + frames.Beat(0, "life-1", "00").encode()]),
+            (2, [frames.PING + frames.Ping(0, "life-1", "00").encode()]),
             (1, [frames.pack_part(frames.CREDIT, 1, 1)]),
             (1, [frames.PUSH + push(1, 0, incarnation=INCARNATION).encode()]),
         ]
-        return greeting[: chance.randint(0, 4)] + [self._step() for _ in range(chance.randint(0, 25))]
+        return valid[: chance.randint(0, 4)] + [self._step() for _ in range(chance.randint(0, 25))]
 
     def _step(self) -> Step:
         chance = self._random
@@ -196,17 +191,17 @@ class Speaker:
         if chance.random() < 0.05:
             return chance.randint(1, 3), [chance.randbytes(chance.randint(0, 80))]
         kind = chance.choice(_KINDS)
-        connection = 2 if kind in (frames.BEAT, frames.ASK, frames.KNOCK) else 1
+        connection = 2 if kind in (frames.PING, frames.LEASE_REQUEST, frames.JOIN_REQUEST) else 1
         if chance.random() < 0.05:
             connection = chance.randint(1, 3)
-        if kind in _FORMS:
-            head = kind + self._body(_FORMS[kind])
+        if kind in _MESSAGES:
+            head = kind + self._body(_MESSAGES[kind])
         elif kind == frames.BYE:
             head = kind
         else:
             head = frames.pack_part(kind, self._transfer(), self._transfer())
         rest = [bytes(frames.NONCE_BYTES)] if kind == frames.HELLO else []
-        # Every length but that of the whole model.
+        # Any length except that of the whole model.
         if kind == frames.DATA or chance.random() < 0.05:
             rest.append(chance.randbytes(chance.choice([0, 1, 4 * NUMEL - 1, 4 * NUMEL + 1, 100])))
         if chance.random() < 0.05:
@@ -218,9 +213,9 @@ class Speaker:
 
     def _body(self, form: type[Message]) -> bytes:
         chance = self._random
-        body = {name: self._right(name, str(field.type)) for name, field in form.__dataclass_fields__.items()}
+        body = {name: self._valid_value(name, str(field.type)) for name, field in form.__dataclass_fields__.items()}
         for _ in range(chance.choice([0, 0, 0, 1, 1, 2])):
-            body[chance.choice(list(body))] = self._wrong()
+            body[chance.choice(list(body))] = self._invalid_value()
         if chance.random() < 0.03:
             del body[chance.choice(list(body))]
         if not self._may_end_the_run:
@@ -231,7 +226,7 @@ class Speaker:
             data = data[:at] + chance.randbytes(3) + data[at + chance.randint(0, 5) :]
         return data
 
-    def _right(self, name: str, kind: str) -> Any:
+    def _valid_value(self, name: str, kind: str) -> Any:
         chance = self._random
         known: dict[str, list[Any]] = {
             "protocol": [PROTOCOL_VERSION],
@@ -248,44 +243,42 @@ class Speaker:
         }
         return chance.choice(known[name if name in known else kind])
 
-    def _wrong(self) -> Any:
+    def _invalid_value(self) -> Any:
         chance = self._random
         return chance.choice(
             [chance.choice(_NUMBERS), chance.choice(_TEXTS), None, True, [], float("nan"), float("inf"), -1.0, 1e308]
         )
 
 
-class Target:
-    """A server with a worker in good order, and the connections of somebody who is not."""
+class FuzzTarget:
+    """A server, connections of random peers, and a valid worker that checks the server."""
 
     def __init__(self) -> None:
         self.layout = layout_of(NUMEL)
-        self.model = GlobalModel(self.layout, DelayedNesterov(), 1)
-        self.coordinator = Coordinator(
-            self.model, SpeedAwareSteps(5), GraceWindow(0.0), Budget(None), cohort=1, incarnation=INCARNATION
-        )
-        self.buffers = BufferPool(NUMEL, limit=2, most=4)
+        self.coordinator = make_coordinator(1, total=None, local_steps=5, layout=self.layout, incarnation=INCARNATION)
+        self.model = self.coordinator.model
+        self.buffers = BufferPool(NUMEL, max_active=2, max_total=4)
         self.server = Server(self.coordinator, self.buffers, threaded=False)
-        self.way = Way()
+        self.listener = FakeListener()
         self._commands: deque[Callable[[], None]] = deque()
         self.hub = Hub(self.server, "the token", 30.0, self._commands.append)
         self._lives = 0
 
     def feed(self, connection: int, parts: Sequence[bytes]) -> None:
-        """A message arrives over a connection."""
+        """Deliver a message over a connection."""
         name = b"%d" % connection
-        self.way.socket.open.add(name)
-        self.way.socket.inbox.append([name, *parts])
+        self.listener.socket.open.add(name)
+        self.listener.socket.inbox.append([name, *parts])
         self.turn()
 
     def turn(self) -> None:
-        """What the wire's thread does in one turn."""
+        """Do what the wire's thread does in one iteration."""
         self._run_commands()
-        self.hub.note_ends(self.way)  # type: ignore[arg-type]
-        while self.hub.receive(self.way):  # type: ignore[arg-type]
+        self.hub.collect_closed(self.listener)  # type: ignore[arg-type]
+        while self.hub.receive(self.listener):  # type: ignore[arg-type]
             self._run_commands()
-        self.hub.forget_ended()
-        self.hub.serve_waiting()
+        self.hub.handle_closed()
+        self.hub.assign_buffers()
         self.hub.tick()
 
     def _run_commands(self) -> None:
@@ -293,26 +286,26 @@ class Target:
             self._commands.popleft()()
 
     def hang_up(self, connection: int) -> None:
-        """A connection ends."""
-        self.way.close(connection)
+        """End a connection."""
+        self.listener.close(connection)
         self.turn()
 
-    def said(self, connection: int, kind: bytes) -> list[bytes]:
-        """The last message of that kind that went out over a connection."""
-        return [parts for parts in self.way.socket.sent[b"%d" % connection] if parts[0][:1] == kind][-1]
+    def last_sent(self, connection: int, kind: bytes) -> list[bytes]:
+        """Return the last message of ``kind`` that was sent over a connection."""
+        return [parts for parts in self.listener.socket.sent[b"%d" % connection] if parts[0][:1] == kind][-1]
 
     def check(self) -> None:
-        """A worker in good order joins, is given data, pushes and leaves."""
+        """Check that a valid worker can join, get a lease, push and leave."""
         self._lives += 1
-        session, bulk, heart = f"good-{self._lives}", 2 * self._lives + 1000, 2 * self._lives + 1001
+        session, bulk, heartbeat = f"good-{self._lives}", 2 * self._lives + 1000, 2 * self._lives + 1001
         version = self.model.version
         self.feed(bulk, [frames.HELLO + hello(self.layout, 0, session).encode(), bytes(frames.NONCE_BYTES)])
-        self.feed(heart, [frames.BEAT + frames.Beat(0, session, "00").encode()])
-        assert self.said(heart, frames.ANSWER)
-        # How long the others' data loader is, whoever asks first has said.
-        request = dataclasses.replace(ask(1, 0, session), stream="good")
-        self.feed(heart, [frames.ASK + request.encode()])
-        lease = Lease.decode(self.said(heart, frames.LEASE)[0][1:])
+        self.feed(heartbeat, [frames.PING + frames.Ping(0, session, "00").encode()])
+        assert self.last_sent(heartbeat, frames.PONG)
+        # Another stream, because the random peer may have set the length of stream "0".
+        request = dataclasses.replace(lease_request(1, 0, session), stream="good")
+        self.feed(heartbeat, [frames.LEASE_REQUEST + request.encode()])
+        lease = Lease.decode(self.last_sent(heartbeat, frames.LEASE)[0][1:])
         assert lease.refused is None
         reply = self._dispatched(bulk)
         assert reply.version == version
@@ -322,23 +315,23 @@ class Target:
         reply = self._dispatched(bulk)
         assert (reply.sequence, reply.version, reply.refused) == (1, version + 1, None)
         self.feed(bulk, [frames.BYE])
-        self.hang_up(heart)
+        self.hang_up(heartbeat)
         self.hang_up(bulk)
-        self.way.socket.sent.clear()
+        self.listener.socket.sent.clear()
 
     def _dispatched(self, connection: int) -> Reply:
-        header, reply = self.said(connection, frames.REPLY)
+        header, reply = self.last_sent(connection, frames.REPLY)
         transfer = frames.unpack_transfer(header)
-        assert self.said(connection, frames.MODEL)[0] == frames.pack_part(frames.MODEL, transfer, 0)
+        assert self.last_sent(connection, frames.MODEL)[0] == frames.pack_part(frames.MODEL, transfer, 0)
         self.feed(connection, [frames.pack_part(frames.CREDIT, transfer, 1)])
         return Reply.decode(reply)
 
 
-def throw(chance: random.Random) -> None:
-    """One conversation, and a look at what it has left."""
-    target = Target()
+def run_random_conversation(chance: random.Random) -> None:
+    """Run a random conversation, and check that it leaves nothing behind."""
+    target = FuzzTarget()
     version = target.model.version
-    for connection, parts in Speaker(chance).conversation():
+    for connection, parts in RandomPeer(chance).conversation():
         if parts is None:
             target.hang_up(connection)
         else:

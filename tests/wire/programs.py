@@ -1,4 +1,4 @@
-"""What the processes of the tests run; each reports over a pipe and does what it is told over it."""
+"""Programs that tests run in other processes. Each is controlled over a pipe, and reports over it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from lightning_async_localsgd.exchange import ExchangeError
+from lightning_async_localsgd.protocol.exchange import ExchangeError
 from lightning_async_localsgd.wire import Endpoints, WireExchange, WireServer
 from tests.wire.fakes import PATIENCE, FakeServer, hello, layout_of, push
 
 
 class Program:
-    """A process of the test's own, ended with it whatever happens."""
+    """A process that a test has started. It is ended with the test."""
 
     def __init__(self, process: BaseProcess, pipe: Connection) -> None:
         self.process = process
@@ -29,15 +29,15 @@ class Program:
         assert self.process.pid is not None
         return self.process.pid
 
-    def hears(self) -> Any:
-        assert self.pipe.poll(PATIENCE), "the process says nothing"
+    def receive(self) -> Any:
+        assert self.pipe.poll(PATIENCE), "the process sends nothing"
         return self.pipe.recv()
 
-    def told(self, word: str) -> Any:
+    def request(self, word: str) -> Any:
         self.pipe.send(word)
-        return self.hears()
+        return self.receive()
 
-    def killed(self) -> None:
+    def kill(self) -> None:
         os.kill(self.pid, signal.SIGKILL)
         self.process.join(PATIENCE)
         assert self.process.exitcode == -signal.SIGKILL
@@ -47,7 +47,7 @@ Start = Callable[..., Program]
 
 
 def worker(pipe: Connection, endpoints: Endpoints, numel: int, number: int, silence_timeout: float) -> None:
-    """Joins, then pushes once for every "push" it reads, checks for every "check", and ends on "end"."""
+    """Join. Then push for every "push" that arrives, check for every "check", and end on "end"."""
     torch.set_num_threads(1)
     layout = layout_of(numel)
     exchange = WireExchange(endpoints, layout, silence_timeout=silence_timeout, connect_timeout=30.0)
@@ -73,7 +73,7 @@ def worker(pipe: Connection, endpoints: Endpoints, numel: int, number: int, sile
 
 
 def server(pipe: Connection, numel: int) -> None:
-    """Serves until it reads a word; "drop answers" makes it hold them."""
+    """Serve until a command arrives. On "hold", stop answering and wait for another command."""
     fake = FakeServer(numel)
     wire = WireServer(fake, ipc=True, tcp=True, silence_timeout=30.0)
     pipe.send((wire.local_endpoints, wire.endpoints))

@@ -1,4 +1,4 @@
-"""Forked processes don't keep connections of their parent open."""
+"""Forked processes close the connections of their parent."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ def open_in_child(descriptor: int) -> bool:
     return os.waitstatus_to_exitcode(status) == 0
 
 
-def test_a_child_closes_its_copy() -> None:
-    mine, other = socket.socketpair()
-    with mine, other:
-        assert open_in_child(mine.fileno())
-        close_in_children(mine.fileno())
-        assert not open_in_child(mine.fileno())
-        assert open_in_child(other.fileno())
-        mine.send(b"still open here")
-        assert other.recv(100) == b"still open here"
+def test_child_closes_its_copy_of_a_socket() -> None:
+    registered, kept = socket.socketpair()
+    with registered, kept:
+        assert open_in_child(registered.fileno())
+        close_in_children(registered.fileno())
+        assert not open_in_child(registered.fileno())
+        assert open_in_child(kept.fileno())
+        registered.send(b"still open here")
+        assert kept.recv(100) == b"still open here"
 
 
-def test_a_descriptor_that_is_used_again_is_left_alone() -> None:
+def test_reused_descriptor_is_not_closed() -> None:
     first, second = socket.socketpair()
     close_in_children(first.fileno())
-    descriptor = os.dup2(second.fileno(), first.fileno())  # Closes the first, and takes its number.
+    descriptor = os.dup2(second.fileno(), first.fileno())  # Closes the first socket and reuses its descriptor.
     with second:
         assert open_in_child(descriptor)
     first.close()
-    close_in_children(descriptor)  # Closed: nothing to note.
+    close_in_children(descriptor)  # The descriptor is closed, so this does nothing.

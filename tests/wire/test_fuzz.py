@@ -1,4 +1,4 @@
-"""Random messages and bytes at the server's port: it lives on, applies nothing, keeps nothing, and says so in no log.
+"""Fuzz tests of the server's port: random messages and bytes change nothing, keep no memory, and log no error.
 
 Every part runs with some inputs in the ordinary suite, and with many more among the slow tests: more than 10,000
 messages over a socket, and 3,000 streams of bytes.
@@ -21,10 +21,10 @@ import zmq
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lightning_async_localsgd.messages import (
-    Facts,
+from lightning_async_localsgd.protocol.messages import (
     Hello,
-    Knock,
+    JoinInfo,
+    JoinRequest,
     Lease,
     LeaseRequest,
     Message,
@@ -34,10 +34,10 @@ from lightning_async_localsgd.messages import (
 )
 from lightning_async_localsgd.wire import WireServer, frames
 from lightning_async_localsgd.wire.auth import password
-from tests.wire.fakes import FakeServer, RawWorker, Wire, wait_for
-from tests.wire.fuzzing import NUMEL, Speaker, throw
+from tests.wire.fakes import FakeServer, RawWorker, WireHarness, wait_for
+from tests.wire.fuzzing import NUMEL, RandomPeer, run_random_conversation
 from tests.wire.test_hostile import ZMTP3, Bystander, dial
-from tests.wire.test_strangers import MIB, memory
+from tests.wire.test_unauthenticated import MIB, memory
 
 values = st.one_of(
     st.integers(-2, 2**70), st.text(max_size=40), st.none(), st.booleans(), st.floats(), st.lists(st.none())
@@ -46,7 +46,7 @@ values = st.one_of(
 
 @st.composite
 def bodies(draw: st.DrawFn, form: type[Message]) -> bytes:
-    """A message with its fields, or nearly so."""
+    """Draw a message with its fields, or nearly so."""
     right = {"int": st.integers(-2, 2**53), "bool": st.booleans(), "float": st.floats(), "str": st.text(max_size=40)}
     fields = form.__dataclass_fields__.items()
     body = {name: draw(st.one_of(right.get(str(field.type), values), values)) for name, field in fields}
@@ -57,16 +57,14 @@ def bodies(draw: st.DrawFn, form: type[Message]) -> bytes:
 def searching(examples: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
     return settings(
         max_examples=examples,
-        deadline=None,
-        derandomize=True,
         database=None,
         suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
     )
 
 
 @contextlib.contextmanager
-def nothing_happens(caplog: pytest.LogCaptureFixture, fake: FakeServer, server: WireServer) -> Iterator[None]:
-    """Neither to the model nor to the memory, and no error is logged."""
+def unaffected(caplog: pytest.LogCaptureFixture, fake: FakeServer, server: WireServer) -> Iterator[None]:
+    """Check that the model and the memory stay as they are, and that no error is logged."""
     version, before = fake.version, memory()
     with caplog.at_level(logging.ERROR):
         yield
@@ -79,10 +77,12 @@ def nothing_happens(caplog: pytest.LogCaptureFixture, fake: FakeServer, server: 
 # ------------------------------------------------------------------- messages
 
 
-@pytest.mark.parametrize("form", [Hello, Push, Reply, LeaseRequest, Lease, Knock, Facts, frames.Beat, frames.Answer])
+@pytest.mark.parametrize(
+    "form", [Hello, Push, Reply, LeaseRequest, Lease, JoinRequest, JoinInfo, frames.Ping, frames.Pong]
+)
 @searching(150)
 @given(data=st.data())
-def test_whatever_is_decoded_is_a_message_or_refused(form: type[Message], data: st.DataObject) -> None:
+def test_random_data_is_decoded_to_a_valid_message_or_refused(form: type[Message], data: st.DataObject) -> None:
     try:
         message = form.decode(data.draw(st.one_of(st.binary(max_size=200), bodies(form))))
     except MessageError:
@@ -90,32 +90,32 @@ def test_whatever_is_decoded_is_a_message_or_refused(form: type[Message], data: 
     assert form.decode(message.encode()) == message
 
 
-# --------------------------------------- with the token, without sockets, over a real server
+# --------------------------------------- with the token, without sockets, with a real server
 
 
 seeds = st.integers(0, 2**64 - 1)
-"""Of conversations, which are made without hypothesis: much faster, and so many more."""
+"""Seeds of conversations. The conversations are made without hypothesis, which is much faster."""
 
 
 @searching(200)
 @given(seed=seeds)
-def test_no_conversation_ends_the_server(seed: int) -> None:
-    throw(random.Random(seed))
+def test_random_conversation_does_not_end_the_server(seed: int) -> None:
+    run_random_conversation(random.Random(seed))
 
 
 @pytest.mark.slow
 @searching(800)
 @given(seed=seeds)
-def test_none_of_very_many_conversations_ends_the_server(seed: int) -> None:
-    throw(random.Random(seed))
+def test_many_random_conversations_do_not_end_the_server(seed: int) -> None:
+    run_random_conversation(random.Random(seed))
 
 
 @pytest.mark.slow
-def test_no_conversation_that_reaches_new_code_ends_the_server(tmp_path: Path) -> None:
+def test_coverage_guided_conversations_do_not_end_the_server(tmp_path: Path) -> None:
     pytest.importorskip("atheris", reason="a coverage-guided fuzzer, which is not there for all versions of Python")
     script = Path(__file__).with_name("guided_fuzz.py")
     command = [sys.executable, str(script), "-runs=1000", "-seed=1", "-max_len=2000", "-len_control=0"]
-    # In a folder of its own: that is where it would put an input that fails.
+    # In a folder of its own, where the fuzzer would write an input that fails.
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-6000:]
     assert "Done 1000 runs" in done.stderr
@@ -124,10 +124,10 @@ def test_no_conversation_that_reaches_new_code_ends_the_server(tmp_path: Path) -
 # ------------------------------------------------- with the token, over a real socket
 
 
-def run_conversations(wire: Wire, caplog: pytest.LogCaptureFixture, examples: int) -> int:
-    """Returns how many messages were sent."""
+def run_conversations(wire: WireHarness, caplog: pytest.LogCaptureFixture, examples: int) -> int:
+    """Run conversations over sockets. Return the number of messages sent."""
     fake, server = wire.server(NUMEL)
-    said = 0
+    sent = 0
     assert server.local_endpoints is not None
     bystander = Bystander(wire, fake, server.local_endpoints)
     steady: RawWorker = wire.raw(server.local_endpoints)
@@ -135,49 +135,51 @@ def run_conversations(wire: Wire, caplog: pytest.LogCaptureFixture, examples: in
     @searching(examples)
     @given(seed=seeds)
     def search(seed: int) -> None:
-        nonlocal said
+        nonlocal sent
         ends: dict[int, RawWorker] = {}
 
-        def told(connection: int, parts: list[bytes]) -> bool:
-            """Whether it could be said: a connection whose place another one of its session has taken is closed."""
-            end = ends[connection]
-            if not end.socket.poll(0, zmq.POLLOUT):
+        def send(connection: int, parts: list[bytes]) -> bool:
+            """Send a message. If the session has replaced its connection, close it and return False."""
+            try:
+                ends[connection].socket.send_multipart(parts, zmq.NOBLOCK)
+            except zmq.Again:
                 ends.pop(connection).close()
                 return False
-            end.socket.send_multipart(parts, zmq.NOBLOCK)
             return True
 
-        for connection, parts in Speaker(random.Random(seed), may_end_the_run=True).conversation():
+        for connection, parts in RandomPeer(random.Random(seed), may_end_the_run=True).conversation():
             if parts is not None:
-                if connection not in ends or not told(connection, parts):
+                if connection not in ends or not send(connection, parts):
                     ends[connection] = wire.raw(server.local_endpoints)
-                    ends[connection].say(*parts)
-                said += 1
+                    ends[connection].send(*parts)
+                sent += 1
             elif connection in ends:
                 ends.pop(connection).close()
         for connection in list(ends):
-            # When this is answered, everything has been read.
-            if told(connection, [frames.BEAT + frames.Beat(0, "life-1", "00").encode()]):
+            # When this ping is answered, the server has read everything before it.
+            if send(connection, [frames.PING + frames.Ping(0, "life-1", "00").encode()]):
                 end = ends.pop(connection)
-                wait_for(lambda end=end: end.answered() or not end.socket.poll(0, zmq.POLLOUT), "it is read")
+                wait_for(lambda end=end: end.has_pong() or not end.socket.poll(0, zmq.POLLOUT), "all messages are read")
                 end.close()
 
-    with nothing_happens(caplog, fake, server):
+    with unaffected(caplog, fake, server):
         search()
-        steady.say(frames.BEAT + frames.Beat(9, "life-9", "00").encode())
-        steady.hear(frames.ANSWER)
+        steady.send(frames.PING + frames.Ping(9, "life-9", "00").encode())
+        steady.receive(frames.PONG)
     assert bystander.works()
-    assert not [departed for departed in fake.departed if departed[0] == 9]
-    return said
+    assert not [session for session in fake.lost_sessions if session[0] == 9]
+    return sent
 
 
-def test_no_message_over_a_socket_disturbs_the_others(wire: Wire, caplog: pytest.LogCaptureFixture) -> None:
+def test_random_messages_over_sockets_do_not_affect_other_workers(
+    wire: WireHarness, caplog: pytest.LogCaptureFixture
+) -> None:
     assert run_conversations(wire, caplog, 60) > 500
 
 
 @pytest.mark.slow
-def test_none_of_very_many_messages_over_a_socket_disturbs_the_others(
-    wire: Wire, caplog: pytest.LogCaptureFixture
+def test_many_random_messages_over_sockets_do_not_affect_other_workers(
+    wire: WireHarness, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert run_conversations(wire, caplog, 800) > 10_000
 
@@ -199,13 +201,13 @@ def command(name: bytes, body: bytes) -> bytes:
 
 @st.composite
 def streams(draw: st.DrawFn, token: str) -> bytes:
-    """A connection's bytes: what a worker would send, up to some point, and something else from there on."""
+    """Draw the bytes of a connection: those of a valid worker, with random changes."""
     greeting = ZMTP3 + draw(st.sampled_from([b"PLAIN", b"CURVE", b"NULL", b"GSSAPI"])).ljust(20, b"\0") + bytes(32)
     right = password(token)
     login = command(b"HELLO", b"\x06worker" + bytes([len(right)]) + right)
     ready = command(b"INITIATE", b"\x0bSocket-Type\0\0\0\x06DEALER\x08Identity\0\0\0\0")
-    beat = frame(frames.BEAT + frames.Beat(1, "life-1", "00").encode(), 0)
-    pieces = [greeting, login, ready, beat, draw(st.binary(max_size=300))]
+    ping = frame(frames.PING + frames.Ping(1, "life-1", "00").encode(), 0)
+    pieces = [greeting, login, ready, ping, draw(st.binary(max_size=300))]
     stream = b"".join(pieces[: draw(st.integers(0, 5))])
     for _ in range(draw(st.integers(0, 3))):
         if not stream:
@@ -223,8 +225,10 @@ def streams(draw: st.DrawFn, token: str) -> bytes:
     return stream + draw(st.binary(max_size=40))
 
 
-def run_streams(way: Callable[..., Any], wire: Wire, caplog: pytest.LogCaptureFixture, examples: int) -> None:
-    fake, server, endpoints = way(NUMEL)
+def run_streams(
+    open_wire: Callable[..., Any], wire: WireHarness, caplog: pytest.LogCaptureFixture, examples: int
+) -> None:
+    fake, server, endpoints = open_wire(NUMEL)
     bystander = Bystander(wire, fake, endpoints)
 
     @searching(examples)
@@ -233,19 +237,21 @@ def run_streams(way: Callable[..., Any], wire: Wire, caplog: pytest.LogCaptureFi
         with dial(endpoints) as connection, contextlib.suppress(OSError):
             connection.sendall(stream)
 
-    with nothing_happens(caplog, fake, server):
+    with unaffected(caplog, fake, server):
         search()
         assert len(fake.joined) == 1
     assert bystander.works()
-    assert not fake.departed
+    assert not fake.lost_sessions
 
 
-def test_no_bytes_disturb_anybody(way: Callable[..., Any], wire: Wire, caplog: pytest.LogCaptureFixture) -> None:
-    run_streams(way, wire, caplog, 150)
+def test_random_bytes_do_not_affect_any_worker(
+    open_wire: Callable[..., Any], wire: WireHarness, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_streams(open_wire, wire, caplog, 150)
 
 
 @pytest.mark.slow
-def test_none_of_very_many_bytes_disturb_anybody(
-    way: Callable[..., Any], wire: Wire, caplog: pytest.LogCaptureFixture
+def test_many_random_bytes_do_not_affect_any_worker(
+    open_wire: Callable[..., Any], wire: WireHarness, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run_streams(way, wire, caplog, 1000)
+    run_streams(open_wire, wire, caplog, 1000)

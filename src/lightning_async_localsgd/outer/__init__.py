@@ -1,4 +1,4 @@
-"""Outer optimizers: the rules by which pseudo-gradients change the global model."""
+"""Outer optimizers, which change the global model by the workers' pseudo-gradients."""
 
 from __future__ import annotations
 
@@ -35,23 +35,25 @@ __all__ = [
 
 
 def resolve_outer_optimizer(value: object) -> OuterOptimizer:
-    """The rule that an ``outer_optimizer`` option means; always an object of its own.
+    """Return the outer optimizer that the value of an ``outer_optimizer`` option stands for.
+
+    The result is a new object, so its state is not shared with the option.
 
     Args:
-        value: None for :class:`DelayedNesterov` with its defaults, an :class:`OuterOptimizer`, a torch optimizer's
-            class, or a callable that makes a torch optimizer from parameters (``functools.partial``).
+        value: None for ``DelayedNesterov(lr="auto", momentum="auto")``, an :class:`OuterOptimizer`, a torch optimizer
+            class, or a callable that makes a torch optimizer from parameters, such as a ``functools.partial``.
 
     Raises:
-        TypeError: ``value`` is something else.
-        ValueError: a torch optimizer refuses to be used as outer optimizer.
+        TypeError: ``value`` is anything else.
+        ValueError: the torch optimizer cannot be used as an outer optimizer.
 
     """
     if value is None:
-        return DelayedNesterov()
+        return DelayedNesterov(lr="auto", momentum="auto")
     if isinstance(value, OuterOptimizer):
         return copy.deepcopy(value)
-    is_rule_class = isinstance(value, type) and issubclass(value, OuterOptimizer)
-    if is_rule_class or isinstance(value, Optimizer) or not callable(value):
+    is_class = isinstance(value, type) and issubclass(value, OuterOptimizer)
+    if is_class or isinstance(value, Optimizer) or not callable(value):
         shown = f"object {type(value).__name__}(...)" if isinstance(value, Optimizer) else repr(value)
         raise TypeError(
             f"unknown outer optimizer {shown}; use an instance such as DelayedNesterov(lr=0.7), a"

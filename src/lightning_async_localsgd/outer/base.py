@@ -1,4 +1,4 @@
-"""What an outer optimizer is: the rule by which a worker's pseudo-gradient changes the global model."""
+"""The interface of outer optimizers, which change the global model by the workers' pseudo-gradients."""
 
 from __future__ import annotations
 
@@ -9,119 +9,143 @@ from typing import Any
 from torch import Tensor
 
 CHUNK = 256 * 1024
-"""Elements (1 MiB of fp32) that whole-model passes work on at a time: small enough to stay in the cache between the
-operations of a rule, and the only scratch memory that a rule needs."""
+"""Number of elements (1 MiB in fp32) that are processed at a time in passes over the whole model.
+
+A chunk is small enough to stay in the CPU cache between the operations of an optimizer. It also limits the scratch
+memory that an optimizer needs.
+"""
 
 
 class OuterOptimizer(ABC):
-    """A recipe, and once :meth:`setup` was called, its state beside the global model.
+    """Base class of outer optimizers.
 
-    Constructing one is cheap and allocates nothing, so that it can be given as an option, pickled and copied. All
-    state belongs to the parameters by name. Methods are called by one thread.
+    The constructor stores hyper-parameters and allocates no tensors, so an instance can be used as an option, pickled
+    and copied. :meth:`setup` attaches the instance to a model and allocates its state. State is saved by parameter
+    name. All methods of one instance are called from one thread.
     """
 
     @abstractmethod
     def setup(self, theta: Tensor, views: Mapping[str, Tensor], workers: int) -> None:
-        """Takes charge of a model and starts from fresh state.
+        """Attach the optimizer to a model and reset its state.
 
         Args:
-            theta: the global model's parameters, flat fp32; this very memory is changed by :meth:`step`.
+            theta: parameters of the global model, flat fp32. :meth:`step` changes this tensor in place.
             views: shaped views into ``theta`` by parameter name.
-            workers: live workers, >= 1.
+            workers: number of live workers, >= 1.
 
         Raises:
-            ValueError: the hyper-parameters don't fit ``workers``.
+            ValueError: the hyper-parameters do not fit ``workers``.
 
         """
 
     @abstractmethod
     def step(self, gradient: Tensor, views: Mapping[str, Tensor]) -> None:
-        """Applies one push to ``theta``, in place.
+        """Apply one push to ``theta`` in place.
 
         Args:
-            gradient: the pseudo-gradient (dispatched - local), flat and finite; must not be changed.
+            gradient: pseudo-gradient (dispatched minus local parameters), flat fp32 and finite. Must not be changed.
             views: shaped views into ``gradient`` by parameter name.
 
         """
 
     @abstractmethod
     def set_workers(self, workers: int) -> None:
-        """From now on there are ``workers`` live workers, >= 1. May change ``theta``; never fails during training."""
+        """Set the number of live workers, >= 1.
+
+        May change ``theta``. Must not fail for any number of workers, because training is running.
+        """
+
+    def set_local_steps(self, local_steps: int) -> None:
+        """Set H, the local steps of the fastest worker's round, >= 1. By default, rounds do not matter.
+
+        Called before every dispatch. May change ``theta``, and must not fail.
+        """
+        return
 
     @property
     def momentum_buffer(self) -> Tensor | None:
-        """The momentum as one flat tensor like ``theta``, for monitoring; None where a rule keeps none."""
+        """The momentum as a flat tensor of the length of ``theta``, or None without a momentum. Read-only."""
         return None
 
     def restart_momentum(self) -> None:
-        """Sets the momentum to zero; the rest of the state stays. Called between two steps, after :meth:`setup`.
+        """Reset the momentum to zero and keep the rest of the state.
+
+        Called between two steps, after :meth:`setup`.
 
         Raises:
-            ValueError: the rule has no momentum that could be restarted. Depends on its hyper-parameters alone.
+            ValueError: the optimizer has no momentum that can be restarted. This depends on the hyper-parameters only.
 
         """
         raise ValueError(
-            f"{self!r} has no momentum that could be restarted; use a rule with a momentum > 0, such as"
-            " DelayedNesterov(momentum=0.9), or no restarts"
+            f"{self!r} has no momentum that can be restarted; use an outer optimizer with momentum > 0, such as"
+            " DelayedNesterov(momentum=0.9), or do not restart the momentum"
         )
 
     @property
-    def collects(self) -> bool:
-        """Whether the rule itself averages N pushes, and so has to be given each push on its own."""
+    def averages_pushes(self) -> bool:
+        """Whether the optimizer averages N pushes itself, and therefore needs each push separately."""
         return False
 
     @property
     def in_period(self) -> bool:
-        """Whether pushes were taken in that are not in the momentum yet. Meaningful after :meth:`setup`."""
+        """Whether the momentum still lacks pushes that :meth:`step` has received. Valid after :meth:`setup`."""
         return False
 
     @property
-    def held_back(self) -> int:
-        """Pushes that were taken in and have not moved ``theta`` yet. Meaningful after :meth:`setup`."""
+    def unapplied_pushes(self) -> int:
+        """Number of received pushes that have not changed ``theta`` yet. Valid after :meth:`setup`."""
         return 0
 
     @property
     def replaces_model(self) -> bool:
-        """Whether every step is exactly ``theta - gradient``. Meaningful after :meth:`setup`.
+        """Whether every step is exactly ``theta - gradient``. Valid after :meth:`setup`.
 
-        A single worker may then keep its weights as they are: the new global model is its local model, and two fp32
-        subtractions would only round it.
+        With a single worker, the new global model then equals the local model. The worker can keep its weights, which
+        avoids the rounding of two fp32 subtractions.
         """
         return False
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """Copies of the whole state: tensors by parameter name, and else what ``torch.load(weights_only=True)`` reads.
+        """Return a copy of the whole state.
 
-        Nothing in it shares memory with the rule.
+        Tensors are stored by parameter name. ``torch.load(weights_only=True)`` can read all values, and none shares
+        memory with the optimizer.
         """
 
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues from ``state``; called after :meth:`setup`, when ``theta`` has been restored.
+        """Restore a saved state.
 
-        May change ``theta`` where the period or the number of workers is another one than when it was saved.
+        Called after :meth:`setup`, when ``theta`` has been restored. May change ``theta`` if the period or the number
+        of workers differs from the saved one.
 
         Raises:
-            ValueError: ``state`` is of another rule or model; the text names what does not fit. Nothing was changed.
+            ValueError: ``state`` belongs to another optimizer class or another model. The text names the difference,
+                and nothing has been changed.
 
         """
 
 
 def chunks(*flats: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Views of :data:`CHUNK` elements of flat tensors of one length, side by side.
+    """Yield views of :data:`CHUNK` elements of flat tensors that have the same length.
 
-    Chunking changes no bit of what an elementwise operation computes.
+    Elementwise operations give the same bits on chunks as on whole tensors.
     """
     for start in range(0, flats[0].numel(), CHUNK):
         yield tuple(flat[start : start + CHUNK] for flat in flats)
 
 
-def check_named(what: str, saved: Any, views: Mapping[str, Tensor]) -> None:
-    """Checks that ``saved`` holds exactly the tensors in ``views``, by name and shape.
+def check_saved_tensors(what: str, saved: Any, views: Mapping[str, Tensor]) -> None:
+    """Check that ``saved`` holds a tensor for each of ``views``, with its shape, and nothing else.
+
+    Args:
+        what: subject of the error's text.
+        saved: tensors by parameter name, as read from a checkpoint.
+        views: tensors of this run's model by parameter name.
 
     Raises:
-        ValueError: it does not; the text begins with ``what`` and names the tensors.
+        ValueError: ``saved`` does not match. The text names the tensors.
 
     """
     if not isinstance(saved, Mapping):
@@ -129,9 +153,27 @@ def check_named(what: str, saved: Any, views: Mapping[str, Tensor]) -> None:
     missing = [name for name in views if name not in saved]
     unexpected = [str(name) for name in saved if name not in views]
     if missing or unexpected:
-        parts = [f"{word} {names[:5]}" for word, names in (("lacks", missing), ("has unknown", unexpected)) if names]
-        raise ValueError(f"{what} is of another model: it {' and '.join(parts)}")
+        parts = [f"{word} {names[:5]}" for word, names in (("missing", missing), ("unexpected", unexpected)) if names]
+        raise ValueError(f"{what} does not match this model: {', '.join(parts)}")
     for name, view in views.items():
         shape = list(saved[name].shape) if isinstance(saved[name], Tensor) else type(saved[name]).__name__
         if shape != list(view.shape):
-            raise ValueError(f"{what} is of another model: {name!r} is {shape}, expected {list(view.shape)}")
+            raise ValueError(f"{what} does not match this model: {name!r} is {shape}, expected {list(view.shape)}")
+
+
+def check_saved_integers(owner: str, state: Mapping[str, Any], names: list[str]) -> None:
+    """Check that ``state`` has an integer under each of ``names``.
+
+    Raises:
+        ValueError: an entry is missing or not an integer.
+
+    """
+    for name in names:
+        if type(state.get(name)) is not int:
+            raise ValueError(f"the saved state of {owner} has no integer {name!r}")
+
+
+def parameter_slices(theta: Tensor, views: Mapping[str, Tensor]) -> dict[str, slice]:
+    """Return the slice of ``theta`` that each of ``views`` covers, by parameter name."""
+    starts = {name: view.storage_offset() - theta.storage_offset() for name, view in views.items()}
+    return {name: slice(start, start + views[name].numel()) for name, start in starts.items()}

@@ -1,37 +1,36 @@
-"""Buffered aggregation: nothing is applied until N pushes are there, then one Nesterov step on their mean."""
+"""Buffered aggregation: one Nesterov step on the mean of every N pushes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_async_localsgd.hyperparameters import fraction, positive
-from lightning_async_localsgd.outer.base import CHUNK, OuterOptimizer, chunks
-from lightning_async_localsgd.outer.vectors import ModelVectors, check_integers
+from lightning_async_localsgd.outer.base import check_saved_integers
+from lightning_async_localsgd.outer.flat import FlatOptimizer
+from lightning_async_localsgd.protocol.checks import check_fraction, check_positive
 
 
-class Buffer(OuterOptimizer):
-    """FedBuff (Nguyen et al., arXiv 2106.06639) with Nesterov's momentum: *Async Buffer* in arXiv 2401.09135.
+class Buffer(FlatOptimizer):
+    """FedBuff (Nguyen et al., arXiv 2106.06639) with Nesterov momentum, called *Async Buffer* in arXiv 2401.09135.
 
-    With N the period, beta the momentum and eps the learning rate::
+    With g a push, N the period, beta the momentum and eps the learning rate::
 
         Delta += g
         every N-th push:  m = beta*m + Delta/N;  theta -= eps*(Delta/N + beta*m);  Delta = 0
 
-    With N = k pushes from one model this is a round of synchronous DiLoCo, bit for bit. What sets it apart from
-    :class:`.DelayedNesterov` is that a push that has arrived is not in the model yet when its worker is dispatched
-    again. Pushes that are left at the end of training, fewer than N, are never applied, and a warning says how many.
+    N = k pushes from one model give the same bits as a round of synchronous DiLoCo. In contrast to
+    :class:`.DelayedNesterov`, a push is not in the model yet when its worker is dispatched again. The last pushes of a
+    run, fewer than N, are never applied. A warning reports how many.
 
-    With ``period="auto"`` N follows the number of live workers; when it falls to what has been collected, the step is
-    taken at once, on the mean of what is there.
+    With ``period="auto"``, N follows the number of live workers. If N falls to the number of buffered pushes or below,
+    the step on their mean is taken at once.
 
     Args:
-        lr: eps, the learning rate of one synchronous round, > 0. It is that of a step on N pushes, whatever N is: with
-            N = k/2 the model moves twice as far in the same number of pushes.
+        lr: eps, the learning rate of one step on N pushes, > 0. With N = k this is one synchronous round. With N = k/2
+            there are twice as many steps, so the model moves twice as far in the same number of pushes.
         momentum: beta, in [0, 1).
         period: N >= 1, or ``"auto"`` for the number of live workers.
 
@@ -40,81 +39,73 @@ class Buffer(OuterOptimizer):
 
     Example::
 
+        >>> import torch
+        >>> from lightning_async_localsgd.outer import Buffer
         >>> theta = torch.ones(1)
-        >>> rule = Buffer(lr=0.5, momentum=0.0)
-        >>> rule.setup(theta, {"w": theta}, workers=2)
-        >>> rule.step(torch.tensor([0.4]), {})
+        >>> outer_optimizer = Buffer(lr=0.5, momentum=0.0)
+        >>> outer_optimizer.setup(theta, {"w": theta}, workers=2)
+        >>> outer_optimizer.step(torch.tensor([0.4]), {})
         >>> theta
         tensor([1.])
-        >>> rule.step(torch.tensor([0.8]), {})
+        >>> outer_optimizer.step(torch.tensor([0.8]), {})
         >>> theta
         tensor([0.7000])
 
     """
 
+    vector_names = ("momentum", "delta")
+
     def __init__(self, lr: float = 0.7, momentum: float = 0.9, period: int | Literal["auto"] = "auto") -> None:
-        self.lr = positive("Buffer", "lr", lr, "0.7 is usual, as in synchronous DiLoCo")
-        self.momentum = fraction("Buffer", "momentum", momentum, "0.9 is usual, 0 is off")
+        super().__init__(
+            lr=check_positive("Buffer", "lr", lr, "0.7 is usual, as in synchronous DiLoCo"),
+            momentum=check_fraction("Buffer", "momentum", momentum, "0.9 is usual, 0 turns it off"),
+        )
         if period != "auto" and (type(period) is not int or period < 1):
             raise ValueError(f'Buffer: period must be an integer >= 1 or "auto", got {period!r}; "auto" is usual')
         self.period = period
-        self._theta: Tensor | None = None
 
     def __repr__(self) -> str:
         return f"Buffer(lr={self.lr}, momentum={self.momentum}, period={self.period!r})"
 
     @override
     def setup(self, theta: Tensor, views: Mapping[str, Tensor], workers: int) -> None:
-        self._vectors = ModelVectors("Buffer", theta, views, ["momentum", "delta"])
-        self._scratch = torch.empty(min(CHUNK, theta.numel()), dtype=theta.dtype)
-        self._theta = theta
-        self._collected = 0
-        self._period = self._period_of(workers)
+        super().setup(theta, views, workers)
+        self._pushes_in_period = 0
+        self._period = workers if self.period == "auto" else self.period
 
     @override
     def step(self, gradient: Tensor, views: Mapping[str, Tensor]) -> None:
         self._ready()
         self._vectors["delta"].add_(gradient)
-        self._collected += 1
-        if self._collected >= self._period:
+        self._pushes_in_period += 1
+        if self._pushes_in_period >= self._period:
             self._apply()
 
     @override
     def set_workers(self, workers: int) -> None:
         self._ready()
-        self._period = self._period_of(workers)
-        if self._collected >= self._period:
+        self._check_workers(workers)
+        if self.period == "auto":
+            self._period = workers
+        if self._pushes_in_period >= self._period:
             self._apply()
 
     @property
     @override
-    def momentum_buffer(self) -> Tensor | None:
-        self._ready()
-        return self._vectors["momentum"]
-
-    @override
-    def restart_momentum(self) -> None:
-        self._ready()
-        if self.momentum == 0.0:
-            super().restart_momentum()
-        self._vectors.rest("momentum")
-
-    @property
-    @override
-    def collects(self) -> bool:
+    def averages_pushes(self) -> bool:
         return True
 
     @property
     @override
     def in_period(self) -> bool:
         self._ready()
-        return self._collected > 0
+        return self._pushes_in_period > 0
 
     @property
     @override
-    def held_back(self) -> int:
+    def unapplied_pushes(self) -> int:
         self._ready()
-        return self._collected
+        return self._pushes_in_period
 
     @property
     @override
@@ -124,34 +115,22 @@ class Buffer(OuterOptimizer):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        self._ready()
-        return {**self._vectors.state_dict(), "collected": self._collected}
+        return {**super().state_dict(), "pushes_in_period": self._pushes_in_period}
 
     @override
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._ready()
-        check_integers("Buffer", state, ["collected"])
-        self._vectors.load_state_dict(state)
-        self._collected = state["collected"]
-        if self._collected >= self._period:
-            # More workers, or another setting, would have collected more.
+        check_saved_integers("Buffer", state, ["pushes_in_period"])
+        super().load_state_dict(state)
+        self._pushes_in_period = state["pushes_in_period"]
+        if self._pushes_in_period >= self._period:
+            # The state was saved with a longer period than the present one.
             self._apply()
 
     def _apply(self) -> None:
-        """One Nesterov step on the mean of what is collected, in the operations and the order of torch's."""
-        for flat, m, delta in chunks(self._ready(), self._vectors["momentum"], self._vectors["delta"]):
-            delta.div_(self._collected)
+        """Take a Nesterov step on the mean of the buffered pushes."""
+        for theta, m, delta in self._chunks():
+            delta.div_(self._pushes_in_period)
             m.mul_(self.momentum).add_(delta)
-            flat.add_(torch.add(delta, m, alpha=self.momentum, out=self._scratch[: flat.numel()]), alpha=-self.lr)
+            self._descend(theta, delta, m, self.lr, self.momentum)
             delta.fill_(-0.0)
-        self._collected = 0
-
-    def _period_of(self, workers: int) -> int:
-        if workers < 1:
-            raise ValueError(f"Buffer: workers must be >= 1, got {workers}")
-        return workers if self.period == "auto" else self.period
-
-    def _ready(self) -> Tensor:
-        if self._theta is None:
-            raise RuntimeError("Buffer was used before setup()")
-        return self._theta
+        self._pushes_in_period = 0

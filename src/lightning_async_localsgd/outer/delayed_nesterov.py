@@ -1,4 +1,4 @@
-"""Delayed Nesterov: pushes act at once, the momentum only every N-th push."""
+"""Delayed Nesterov: each push is applied at once, and the momentum is updated at every N-th push."""
 
 from __future__ import annotations
 
@@ -6,50 +6,58 @@ import logging
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_async_localsgd.hyperparameters import fraction, is_number, positive
-from lightning_async_localsgd.outer.base import CHUNK, OuterOptimizer, chunks
-from lightning_async_localsgd.outer.vectors import ModelVectors, check_integers
+from lightning_async_localsgd.outer.base import check_saved_integers
+from lightning_async_localsgd.outer.flat import FlatOptimizer
+from lightning_async_localsgd.policies.outer_step import automatic_lr, automatic_momentum
+from lightning_async_localsgd.protocol.checks import check_fraction, check_positive, is_number
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
+
+_VECTORS = ("momentum", "delta")
 
 
-class DelayedNesterov(OuterOptimizer):
-    r"""Algorithm 3 of *Asynchronous Local-SGD Training for Language Modeling* (Liu et al., arXiv 2401.09135v2).
+class DelayedNesterov(FlatOptimizer):
+    """Delayed Nesterov, Algorithm 3 of Liu et al., *Asynchronous Local-SGD Training for Language Modeling*.
 
-    With N the period, c the activation, beta the momentum, k live workers and t counting pushes::
+    The paper is arXiv 2401.09135v2. With g a push, N the period, c the activation, beta the momentum, k the number of
+    live workers and t the number of pushes so far::
 
         Delta += g
         if (t+1) % N == 0:  m = beta*m + Delta/N;  theta -= eps*((1 - c*N + c)*beta*m + g/N);  Delta = 0
         else:               theta -= eps*(c*beta*m + g/N)
         t += 1
 
-    where eps = lr * N / k, so that ``lr`` means the same whatever the period: k pushes together move the model as far
-    as one synchronous round with learning rate ``lr``.
+    where eps = lr * N / k. This factor gives ``lr`` the same meaning for every period: k pushes together move the model
+    as far as one synchronous round with learning rate ``lr``.
 
-    When membership changes within a period, after n pushes, the period ends there: m = beta*m + Delta/n and
-    theta -= eps*(1 - c*n)*beta*m, so that the momentum's weights within a period add up to 1 in any case. The pushes
-    themselves are in the model already.
+    If the number of workers or an automatic momentum changes after n pushes of a period, the period ends early with
+    m = beta*m + Delta/n and theta -= eps*(1 - c*n)*beta*m. The n pushes themselves are already in the model. So the
+    weights of the momentum within a period always sum to 1.
 
     Args:
-        lr: learning rate of one synchronous round of k pushes, > 0.
-        momentum: beta, in [0, 1). With 0, pushes are averaged and nothing else.
+        lr: learning rate of one synchronous round of k pushes, > 0. ``"auto"`` is sqrt(k) * (1 - momentum), so that k
+            equal pushes move the model by sqrt(k) of one of them in the long run.
+        momentum: beta, in [0, 1). With 0, pushes are only averaged, and no vectors are allocated. ``"auto"`` is
+            1 - 50 / (sqrt(k) * H), from 0 to 0.9, where H is the number of local steps of the fastest worker's round.
+            That is 0 if rounds are short and workers are few.
         period: N >= 1, or ``"auto"`` for the number of live workers.
-        activation: c, in [0, 1/N]: share of the momentum that acts already between two updates of it.
+        activation: c, in [0, 1/N]; the share of the momentum that is applied at each push between two updates of the
+            momentum.
 
     Raises:
         ValueError: a value is outside its range.
 
     Example::
 
+        >>> import torch
         >>> from lightning_async_localsgd.outer import DelayedNesterov
         >>> theta = torch.ones(2)
-        >>> rule = DelayedNesterov(lr=0.5, momentum=0.0)
-        >>> rule.setup(theta, {"w": theta}, workers=2)
-        >>> rule.step(torch.tensor([0.4, 0.0]), {})
+        >>> outer_optimizer = DelayedNesterov(lr=0.5, momentum=0.0)
+        >>> outer_optimizer.setup(theta, {"w": theta}, workers=2)
+        >>> outer_optimizer.step(torch.tensor([0.4, 0.0]), {})
         >>> theta
         tensor([0.9000, 1.0000])
 
@@ -57,112 +65,127 @@ class DelayedNesterov(OuterOptimizer):
 
     def __init__(
         self,
-        lr: float = 0.7,
-        momentum: float = 0.9,
+        lr: float | Literal["auto"] = 0.7,
+        momentum: float | Literal["auto"] = 0.9,
         period: int | Literal["auto"] = "auto",
         activation: float = 0.0,
     ) -> None:
-        self.lr = positive("DelayedNesterov", "lr", lr, "the paper's scale is lr=0.7")
-        self.momentum = fraction("DelayedNesterov", "momentum", momentum, "0.9 is usual, 0 is off")
+        self._lr_is_automatic, self._momentum_is_automatic = lr == "auto", momentum == "auto"
+        # Until setup(), values of a single worker.
+        if momentum == "auto":
+            momentum = automatic_momentum(1, 1)
+        if lr == "auto":
+            lr = automatic_lr(1, momentum if is_number(momentum) else 0.0)
+        super().__init__(
+            lr=check_positive("DelayedNesterov", "lr", lr, '"auto" is usual, the paper uses 0.7'),
+            momentum=check_fraction(
+                "DelayedNesterov", "momentum", momentum, '"auto" is usual, the paper uses 0.9, 0 turns it off'
+            ),
+        )
+        self.vector_names = _VECTORS if self.momentum > 0.0 else ()
         if period != "auto" and (type(period) is not int or period < 1):
-            raise ValueError(f'DelayedNesterov: period must be an integer >= 1 or "auto", got {period!r}')
+            raise ValueError(
+                f'DelayedNesterov: period must be an integer >= 1 or "auto", got {period!r}; "auto" is usual'
+            )
         if not (is_number(activation) and 0.0 <= activation <= 1.0):
             raise ValueError(
-                f"DelayedNesterov: activation must be in [0, 1/period], got {activation!r}; 0 is the paper's choice"
+                f"DelayedNesterov: activation must be in [0, 1/period], got {activation!r}; the paper uses 0"
             )
         self.period = period
         self.activation = float(activation)
         if period != "auto":
             self._check_activation(period)
         self._warned = False
-        self._theta: Tensor | None = None
 
     def __repr__(self) -> str:
+        lr = "auto" if self._lr_is_automatic else self.lr
+        momentum = "auto" if self._momentum_is_automatic else self.momentum
         return (
-            f"DelayedNesterov(lr={self.lr}, momentum={self.momentum}, period={self.period!r},"
-            f" activation={self.activation})"
+            f"DelayedNesterov(lr={lr!r}, momentum={momentum!r}, period={self.period!r}, activation={self.activation})"
         )
 
     @override
     def setup(self, theta: Tensor, views: Mapping[str, Tensor], workers: int) -> None:
-        if workers < 1:
-            raise ValueError(f"DelayedNesterov: workers must be >= 1, got {workers}")
-        self._period = workers if self.period == "auto" else self.period
-        self._check_activation(self._period)
-        self._workers = workers
-        self._theta = theta
-        self._vectors = ModelVectors("DelayedNesterov", theta, views, ["momentum", "delta"])
-        self._m, self._delta = self._vectors["momentum"], self._vectors["delta"]
-        self._scratch = torch.empty(min(CHUNK, theta.numel()), dtype=theta.dtype)
+        self._check_workers(workers)
+        period = workers if self.period == "auto" else self.period
+        self._check_activation(period)
+        if self._momentum_is_automatic:
+            self.vector_names = ()  # Until there is a momentum.
+        super().setup(theta, views, workers)
+        self._views = views
+        self._adapt_to(workers, local_steps=1)
+        self._period = period
         self._pushes = 0
-        self._collected = 0
+        self._pushes_in_period = 0
 
     @override
     def step(self, gradient: Tensor, views: Mapping[str, Tensor]) -> None:
-        theta = self._ready()
+        self._ready()
         self._pushes += 1
-        self._collected += 1
-        closing = self._collected >= self._period
+        self._pushes_in_period += 1
+        closing = self._pushes_in_period >= self._period
+        lr = self.lr / self._workers
+        if not self.vector_names:
+            for theta, g in self._chunks(gradient):
+                theta.add_(g, alpha=-lr)
+        else:
+            self._step_with_momentum(gradient, lr, closing)
+        if closing:
+            self._pushes_in_period = 0
+
+    def _step_with_momentum(self, gradient: Tensor, lr: float, closing: bool) -> None:
         activation = min(self.activation, 1.0 / self._period)
         share = 1.0 - activation * self._period + activation if closing else activation
-        # theta -= eps*(share*beta*m + g/N) as theta -= lr/k * (g + N*share*beta*m): for N = k = 1 these are the very
-        # operations of torch.optim.SGD(nesterov=True), in its order.
+        # theta -= eps*(share*beta*m + g/N) is computed as theta -= lr/k * (g + N*share*beta*m). For N = k = 1 these are
+        # the operations of torch.optim.SGD(nesterov=True) in the same order.
         weight = self._period * share * self.momentum
-        for flat, m, delta, g in chunks(theta, self._m, self._delta, gradient):
+        for theta, m, delta, g in self._chunks(gradient):
             delta.add_(g)
             if closing:
                 m.mul_(self.momentum).add_(delta, alpha=1.0 / self._period)
                 delta.fill_(-0.0)
             if closing or weight != 0.0:
-                scratch = torch.add(g, m, alpha=weight, out=self._scratch[: g.numel()])
-                flat.add_(scratch, alpha=-self.lr / self._workers)
+                self._descend(theta, g, m, lr, weight)
             else:
-                flat.add_(g, alpha=-self.lr / self._workers)
-        if closing:
-            self._collected = 0
+                theta.add_(g, alpha=-lr)
 
     @override
     def set_workers(self, workers: int) -> None:
         self._ready()
-        if workers < 1:
-            raise ValueError(f"DelayedNesterov: workers must be >= 1, got {workers}")
+        self._check_workers(workers)
         if workers == self._workers:
             return
-        self._close_period(self._period, self._workers)
-        self._workers = workers
+        self._close_period(self._period, self._workers, self._local_steps)
+        self._adapt_to(workers, self._local_steps)
         if self.period == "auto":
             self._period = workers
         if self.activation * self._period > 1.0 + 1e-9 and not self._warned:
-            # Training must not end because a worker has joined.
+            # A warning and not an error, because a worker that joins must not end the training.
             self._warned = True
-            log.warning(
-                f"DelayedNesterov: activation={self.activation} is more than 1/{self._period} now that there are"
-                f" {workers} workers; 1/{self._period} is used while they are that many"
+            _log.warning(
+                f"DelayedNesterov: activation={self.activation} is larger than 1/period = 1/{self._period} with"
+                f" {workers} live workers; it is limited to 1/period"
             )
 
-    @property
     @override
-    def momentum_buffer(self) -> Tensor | None:
+    def set_local_steps(self, local_steps: int) -> None:
         self._ready()
-        return self._m
-
-    @override
-    def restart_momentum(self) -> None:
-        self._ready()
-        if self.momentum == 0.0:
-            super().restart_momentum()
-        self._vectors.rest("momentum")
+        if local_steps == self._local_steps:
+            return
+        if self._momentum_is_automatic and automatic_momentum(self._workers, local_steps) != self.momentum:
+            self._close_period(self._period, self._workers, self._local_steps)
+        self._adapt_to(self._workers, local_steps)
 
     @property
     @override
-    def collects(self) -> bool:
+    def averages_pushes(self) -> bool:
         return True
 
     @property
     @override
     def in_period(self) -> bool:
         self._ready()
-        return self._collected > 0
+        return self._pushes_in_period > 0
 
     @property
     @override
@@ -172,47 +195,74 @@ class DelayedNesterov(OuterOptimizer):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        self._ready()
         return {
-            **self._vectors.state_dict(),
+            **super().state_dict(),
             "pushes": self._pushes,
-            "collected": self._collected,
+            "pushes_in_period": self._pushes_in_period,
             "period": self._period,
             "workers": self._workers,
+            "local_steps": self._local_steps,
         }
 
     @override
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._ready()
-        check_integers("DelayedNesterov", state, ["pushes", "collected", "period", "workers"])
-        self._vectors.load_state_dict(state)
+        names = ["pushes", "pushes_in_period", "period", "workers", "local_steps"]
+        check_saved_integers("DelayedNesterov", state, names)
+        if self._momentum_is_automatic and "momentum" in state:
+            self._allocate_momentum()
+        begins_momentum = bool(self.vector_names) and "momentum" not in state and "delta" not in state
+        if begins_momentum:  # With the next push, because the state was saved without momentum.
+            for vector in self._vectors.values():
+                vector.fill_(-0.0)
+        else:
+            super().load_state_dict(state)
         self._pushes = state["pushes"]
-        self._collected = state["collected"]
+        self._pushes_in_period = 0 if begins_momentum else state["pushes_in_period"]
         if (state["period"], state["workers"]) != (self._period, self._workers):
-            # Saved in the middle of a period that other workers, or another setting, had begun.
-            self._close_period(state["period"], state["workers"])
+            # The state may have been saved within a period with another length or number of workers.
+            self._close_period(state["period"], state["workers"], state["local_steps"])
+        self._adapt_to(self._workers, state["local_steps"])
 
-    def _close_period(self, period: int, workers: int) -> None:
-        """Ends a period of ``period`` pushes from ``workers`` workers after those that it has so far."""
-        n = self._collected
-        if n == 0:
+    def _close_period(self, period: int, workers: int, local_steps: int) -> None:
+        """End the current period early, if it has begun.
+
+        Args:
+            period: N, the number of pushes that the period was begun with.
+            workers: k, the number of live workers that the period was begun with.
+            local_steps: H at that time.
+
+        """
+        n = self._pushes_in_period
+        self._pushes_in_period = 0
+        if n == 0 or not self.vector_names:
             return
-        eps = self.lr * period / workers
+        momentum = automatic_momentum(workers, local_steps) if self._momentum_is_automatic else self.momentum
+        lr = automatic_lr(workers, momentum) if self._lr_is_automatic else self.lr
+        eps = lr * period / workers
         share = 1.0 - min(self.activation, 1.0 / period) * n
-        for flat, m, delta in chunks(self._ready(), self._m, self._delta):
-            m.mul_(self.momentum).add_(delta, alpha=1.0 / n)
-            flat.add_(m, alpha=-eps * share * self.momentum)
+        for theta, m, delta in self._chunks():
+            m.mul_(momentum).add_(delta, alpha=1.0 / n)
+            theta.add_(m, alpha=-eps * share * momentum)
             delta.fill_(-0.0)
-        self._collected = 0
+
+    def _adapt_to(self, workers: int, local_steps: int) -> None:
+        self._workers, self._local_steps = workers, local_steps
+        if self._momentum_is_automatic:
+            self.momentum = automatic_momentum(workers, local_steps)
+        if self._lr_is_automatic:
+            self.lr = automatic_lr(workers, self.momentum)
+        if self.momentum > 0.0:
+            self._allocate_momentum()
+
+    def _allocate_momentum(self) -> None:
+        """Allocate the vectors, unless there are some. They are kept if there is no momentum again later."""
+        if not self.vector_names:
+            self.vector_names = _VECTORS
+            super().setup(self._ready(), self._views, self._workers)
 
     def _check_activation(self, period: int) -> None:
         if self.activation * period > 1.0 + 1e-9:
             raise ValueError(
                 f"DelayedNesterov: activation must be in [0, 1/period] = [0, {1 / period:.4g}] with a period of"
-                f" {period}, got {self.activation}; lower it (0 is the paper's choice) or shorten the period"
+                f" {period}, got {self.activation}; lower it (the paper uses 0) or shorten the period"
             )
-
-    def _ready(self) -> Tensor:
-        if self._theta is None:
-            raise RuntimeError("DelayedNesterov was used before setup()")
-        return self._theta

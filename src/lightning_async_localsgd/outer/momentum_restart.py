@@ -1,4 +1,4 @@
-"""A rule whose momentum begins anew from time to time."""
+"""Momentum restart: the momentum of another outer optimizer is reset to zero at regular intervals."""
 
 from __future__ import annotations
 
@@ -10,44 +10,45 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_async_localsgd.hyperparameters import count
-from lightning_async_localsgd.outer.base import OuterOptimizer
-from lightning_async_localsgd.outer.vectors import check_integers
-from lightning_async_localsgd.outer.wrapper import Wrapper
+from lightning_async_localsgd.outer.base import OuterOptimizer, check_saved_integers
+from lightning_async_localsgd.outer.wrapper import OptimizerWrapper
+from lightning_async_localsgd.protocol.checks import check_count
 
 
-class MomentumRestart(Wrapper):
-    """Sets the momentum of ``rule`` to zero after every S of its steps (arXiv 2605.28585).
+class MomentumRestart(OptimizerWrapper):
+    """Momentum restart (arXiv 2605.28585): the momentum of ``optimizer`` is set to zero after every S of its steps.
 
-    A step is an update of the momentum: a push, or a whole period where the rule averages N pushes
-    (:class:`.DelayedNesterov`, :class:`.Buffer`), whether or not a change of membership has cut it short.
+    A step is an update of the momentum. That is one push, or one period if ``optimizer`` averages N pushes
+    (:class:`.DelayedNesterov`, :class:`.Buffer`). A period that a change of the number of workers ends early counts as
+    a step, too.
 
     Args:
-        rule: any with a momentum > 0, another wrapper included; its learning rate is meant as without restarts.
-        every: S >= 1. With 1 the momentum never outlives its step.
+        optimizer: outer optimizer with momentum > 0. This can also be a :class:`.HeLoCo`. Its learning rate has the
+            same meaning as without restarts.
+        every: S, >= 1. With 1, the momentum is reset after every step.
 
     Raises:
-        TypeError: ``rule`` is no outer optimizer.
-        ValueError: ``every`` is outside its range, or ``rule`` has no momentum that could be restarted.
+        TypeError: ``optimizer`` is not an outer optimizer.
+        ValueError: ``every`` is outside its range, or ``optimizer`` has no momentum that can be restarted.
 
     Example::
 
-        >>> from lightning_async_localsgd.outer import Momentum
+        >>> from lightning_async_localsgd.outer import Momentum, MomentumRestart
         >>> theta = torch.zeros(1)
-        >>> rule = MomentumRestart(Momentum(lr=1.0, momentum=0.5), every=2)
-        >>> rule.setup(theta, {"w": theta}, workers=1)
+        >>> outer_optimizer = MomentumRestart(Momentum(lr=1.0, momentum=0.5), every=2)
+        >>> outer_optimizer.setup(theta, {"w": theta}, workers=1)
         >>> for gradient in torch.ones(3, 1):
-        ...     rule.step(gradient, {"w": gradient})
-        >>> theta  # 1 + 1.5, and 1 again.
+        ...     outer_optimizer.step(gradient, {"w": gradient})
+        >>> theta  # 1 + 1.5, a restart, and 1 again
         tensor([-3.5000])
 
     """
 
-    def __init__(self, rule: OuterOptimizer, every: int) -> None:
-        super().__init__(rule)
-        self.every = count("MomentumRestart", "every", every, "it is the number of steps between two restarts")
-        # Whether there is something to restart: tried on a model of one parameter.
-        trial, theta = copy.deepcopy(rule), torch.zeros(1)
+    def __init__(self, optimizer: OuterOptimizer, every: int) -> None:
+        super().__init__(optimizer)
+        self.every = check_count("MomentumRestart", "every", every, "it is the number of steps between two restarts")
+        # A trial on a model with one parameter shows now whether the momentum can be restarted.
+        trial, theta = copy.deepcopy(optimizer), torch.zeros(1)
         trial.setup(theta, {"": theta.view(1, 1)}, 1)
         try:
             trial.restart_momentum()
@@ -55,7 +56,7 @@ class MomentumRestart(Wrapper):
             raise ValueError(f"MomentumRestart: {error}") from error
 
     def __repr__(self) -> str:
-        return f"MomentumRestart({self.rule!r}, every={self.every})"
+        return f"MomentumRestart({self.optimizer!r}, every={self.every})"
 
     @override
     def setup(self, theta: Tensor, views: Mapping[str, Tensor], workers: int) -> None:
@@ -66,14 +67,14 @@ class MomentumRestart(Wrapper):
     def step(self, gradient: Tensor, views: Mapping[str, Tensor]) -> None:
         super().step(gradient, views)
         if not self.in_period:
-            self._count(self._steps + 1)
+            self._set_steps(self._steps + 1)
 
     @override
     def set_workers(self, workers: int) -> None:
         was_in_period = self.in_period
         super().set_workers(workers)
         if was_in_period and not self.in_period:
-            self._count(self._steps + 1)
+            self._set_steps(self._steps + 1)
 
     @override
     def restart_momentum(self) -> None:
@@ -86,14 +87,14 @@ class MomentumRestart(Wrapper):
 
     @override
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        check_integers("MomentumRestart", state, ["steps"])
+        check_saved_integers("MomentumRestart", state, ["steps"])
         if type(state.get("in_period")) is not bool:
-            raise ValueError("the saved state of MomentumRestart lacks 'in_period', or it is neither True nor False")
+            raise ValueError("the saved state of MomentumRestart has no boolean 'in_period'")
         super().load_state_dict(state)
-        # With other workers than when it was saved, a period may have ended just now.
-        self._count(state["steps"] + (state["in_period"] and not self.in_period))
+        # If the number of workers differs from the saved one, loading may have ended the saved period.
+        self._set_steps(state["steps"] + (state["in_period"] and not self.in_period))
 
-    def _count(self, steps: int) -> None:
+    def _set_steps(self, steps: int) -> None:
         self._steps = steps
         if self._steps >= self.every:
             self.restart_momentum()

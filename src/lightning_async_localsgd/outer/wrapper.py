@@ -1,4 +1,4 @@
-"""What rules around another rule have in common."""
+"""The base class of outer optimizers that wrap another outer optimizer."""
 
 from __future__ import annotations
 
@@ -11,73 +11,82 @@ from typing_extensions import override
 from lightning_async_localsgd.outer.base import OuterOptimizer
 
 
-class Wrapper(OuterOptimizer):
-    """Passes everything on to a rule; subclasses change what they are about.
+class OptimizerWrapper(OuterOptimizer):
+    """Base class of outer optimizers that wrap another one.
+
+    Every call is forwarded to the wrapped optimizer. Subclasses override the methods that they change.
 
     Args:
-        rule: the one inside.
+        optimizer: outer optimizer to wrap.
 
     Raises:
-        TypeError: ``rule`` is none.
+        TypeError: ``optimizer`` is not an outer optimizer.
 
     """
 
-    def __init__(self, rule: OuterOptimizer) -> None:
-        given: object = rule
+    def __init__(self, optimizer: OuterOptimizer) -> None:
+        # The type is not checked by Python: a configuration file may hold anything.
+        given: object = optimizer
         if not isinstance(given, OuterOptimizer):
-            name = type(self).__name__
-            raise TypeError(f"{name}: rule must be an outer optimizer, got {rule!r}; write {name}(LookAhead(lr=0.2))")
-        self.rule = rule
+            raise TypeError(
+                f"{type(self).__name__}: optimizer must be an outer optimizer, got {optimizer!r}; use for example"
+                " LookAhead(lr=0.2)"
+            )
+        self.optimizer = optimizer
 
     @override
     def setup(self, theta: Tensor, views: Mapping[str, Tensor], workers: int) -> None:
-        self.rule.setup(theta, views, workers)
+        self.optimizer.setup(theta, views, workers)
 
     @override
     def step(self, gradient: Tensor, views: Mapping[str, Tensor]) -> None:
-        self.rule.step(gradient, views)
+        self.optimizer.step(gradient, views)
 
     @override
     def set_workers(self, workers: int) -> None:
-        self.rule.set_workers(workers)
+        self.optimizer.set_workers(workers)
+
+    @override
+    def set_local_steps(self, local_steps: int) -> None:
+        self.optimizer.set_local_steps(local_steps)
 
     @property
     @override
     def momentum_buffer(self) -> Tensor | None:
-        return self.rule.momentum_buffer
+        return self.optimizer.momentum_buffer
 
     @override
     def restart_momentum(self) -> None:
-        self.rule.restart_momentum()
+        self.optimizer.restart_momentum()
 
     @property
     @override
-    def collects(self) -> bool:
-        return self.rule.collects
+    def averages_pushes(self) -> bool:
+        return self.optimizer.averages_pushes
 
     @property
     @override
     def in_period(self) -> bool:
-        return self.rule.in_period
+        return self.optimizer.in_period
 
     @property
     @override
-    def held_back(self) -> int:
-        return self.rule.held_back
+    def unapplied_pushes(self) -> int:
+        return self.optimizer.unapplied_pushes
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"name": type(self.rule).__name__, "rule": self.rule.state_dict()}
+        return {"name": type(self.optimizer).__name__, "optimizer": self.optimizer.state_dict()}
 
     @override
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        own, name = type(self).__name__, type(self.rule).__name__
-        missing = [key for key in ("name", "rule") if key not in state]
+        wrapper, name = type(self).__name__, type(self.optimizer).__name__
+        missing = [key for key in ("name", "optimizer") if key not in state]
         if missing:
-            raise ValueError(f"the saved state of {own} lacks {missing}")
+            raise ValueError(f"the saved state of {wrapper} lacks {missing}")
         if state["name"] != name:
             raise ValueError(
-                f"the checkpoint was written with {own}({state['name']}(...)), this run has {own}({name}(...)); use the"
-                " same, or start from the checkpoint's weights only"
+                f"the checkpoint was written with {wrapper}({state['name']}(...)), this run has"
+                f" {wrapper}({name}(...)); use the same outer optimizer, or load the checkpoint's weights only"
             )
-        self.rule.load_state_dict(state["rule"])
+        self.optimizer.load_state_dict(state["optimizer"])

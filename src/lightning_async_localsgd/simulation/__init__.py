@@ -1,6 +1,6 @@
-"""A whole cluster in one process: virtual workers with clocks of their own, and the live server's own decisions.
+"""A simulated cluster in one process: virtual workers with virtual clocks, and the decisions of the live server.
 
-What is computed is real, every local step of every worker; only time is not: it is counted instead of waited for.
+All local steps of all workers are computed. Only time is simulated: the simulator counts time instead of waiting.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""A virtual cluster over the live server's decisions: a clock that jumps from one event to the next.
+"""Simulates a cluster with the live server's decisions and a clock that jumps from one event to the next.
 
-The server is the very one that runs on rank 0, without its thread: every event comes with the virtual time at which it
-happens. A worker's round is played as a whole at the moment when what comes of it reaches the server, since nothing
-that happens meanwhile can change it, except that its end may be asked for earlier.
+The server is the one that runs on rank 0, without its thread. Each event reaches the server with the virtual time at
+which the event happens. A worker's round is computed as a whole when its push reaches the server: nothing that happens
+in between can change the round, except that the worker may be recalled earlier.
 """
 
 from __future__ import annotations
@@ -13,28 +13,39 @@ import logging
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from lightning_async_localsgd.local_exchange import LocalExchange
-from lightning_async_localsgd.simulation.machine import Machine, PlannedRound, VirtualClock, VirtualWorker
-from lightning_async_localsgd.simulation.turns import Turns
+from typing_extensions import override
+
+from lightning_async_localsgd.runtime.local_exchange import LocalExchange
+from lightning_async_localsgd.simulation.machine import (
+    SESSION_PREFIX,
+    Machine,
+    SimulatedRound,
+    VirtualClock,
+    VirtualWorker,
+)
+from lightning_async_localsgd.simulation.simulator import Simulator
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from torch import Tensor
 
-    from lightning_async_localsgd.layout import Binding
-    from lightning_async_localsgd.messages import Push, Reply
-    from lightning_async_localsgd.server import Server
+    from lightning_async_localsgd.protocol.frozen import FrozenParameters
+    from lightning_async_localsgd.protocol.layout import Binding
+    from lightning_async_localsgd.protocol.messages import Push, Reply
+    from lightning_async_localsgd.protocol.options import ExchangeOptions
+    from lightning_async_localsgd.server.server import Server
     from lightning_async_localsgd.simulation.devices import Arrival, Cluster, Death
 
 _log = logging.getLogger(__name__)
 
-_HAPPENS, _ARRIVES = 0, 1
-"""At the same instant what the schedule says comes first, then pushes in the order of their workers' numbers."""
+_SCHEDULED, _PUSH = 0, 1
+"""Kinds of events in the order in which they happen at the same time. Pushes then come in the order of worker numbers.
+"""
 
 
 class LatePush:
-    """A push that is on its way though its round has been played: it took longer than was planned."""
+    """A push in transit. Its round was already computed, because the round took longer than expected."""
 
     def __init__(self, worker: VirtualWorker, push: Push, gradient: Tensor | None) -> None:
         self.worker = worker
@@ -42,16 +53,18 @@ class LatePush:
         self.gradient = None if gradient is None else gradient.clone()
 
 
-class VirtualCluster(Turns):
-    """Workers on machines of given speeds.
+class ClusterSimulator(Simulator):
+    """Simulates workers on machines of given speeds.
 
     Args:
-        server: without a thread of its own; its clock is ``clock``.
-        clock: the server's.
+        server: server without a thread. Its clock is ``clock``.
+        clock: the server's clock.
         cluster: the machines.
-        binding: the module's tensors, in which rounds are played.
-        seed: of the times of steps.
-        restored: see :meth:`state_dict`; empty at the beginning of a run.
+        binding: exchanged tensors of the module in which all rounds are computed.
+        seed: seed of the step times.
+        restored: state to resume from, see :meth:`state_dict`; empty for a new run.
+        frozen: see :class:`.Simulator`.
+        exchange_options: see :class:`.Simulator`.
 
     """
 
@@ -63,41 +76,50 @@ class VirtualCluster(Turns):
         binding: Binding,
         seed: int,
         restored: Mapping[str, Any],
+        frozen: FrozenParameters | None = None,
+        exchange_options: ExchangeOptions | None = None,
     ) -> None:
-        super().__init__(server, clock, binding)
+        super().__init__(server, clock, binding, frozen, exchange_options)
         self._cluster = cluster
-        self._machines = [Machine(n, cluster, seed, self._model_bytes) for n in range(len(cluster.devices))]
+        self._machines = [
+            Machine(n, cluster, seed, self._push_bytes, self._model_bytes) for n in range(len(cluster.devices))
+        ]
         for machine, state in zip(self._machines, restored.get("generators", ()), strict=False):
             version, words, gauss = state
             machine.generator.setstate((version, tuple(words), gauss))
-        self._lives = [0] * len(self._machines)
+        # Each worker of a resumed run continues from its own residual. A worker that comes back later has none.
+        self._residuals: dict[str, Tensor] = dict(restored.get("residuals", {}))
+        self._sessions = [0] * len(self._machines)
+        # With overlap: when a worker's last push left its machine, and how many steps it may take until the answer.
+        self._flights: dict[int, tuple[float, int]] = {}
         self._dead: set[int] = set()
-        self._serials = itertools.count()
-        # (time, kind, worker, serial, what happens).
+        self._event_ids = itertools.count()
+        # Heap of (time, kind, worker, event ID, what happens). A worker stands for the push of its current round.
         self._events: list[tuple[float, int, int, int, Callable[[], None] | LatePush | VirtualWorker]] = []
 
-    def begin(self) -> None:
-        """The workers that are there at this time join, and what is to come is set.
+    @override
+    def start(self) -> None:
+        """Let the workers join that are present at this time, and add the events of the schedule.
 
-        In a run that goes on from a checkpoint all initial workers are needed first, as in a live run; those that the
-        schedule has had die by then do so again.
+        A resumed run needs all initial workers first, like a live run. Workers that are dead according to the schedule
+        die again after that.
         """
-        begin, present = self.clock.now, self._cluster.initial
+        begin, present = self.clock.now, self._cluster.initial_workers
         for arrival in self._cluster.arrivals:
             if begin > 0.0 and arrival.at <= begin:
                 present += 1
             else:
-                self._put(arrival.at, _HAPPENS, present, partial(self._arrive, arrival))
+                self._add_event(arrival.at, _SCHEDULED, present, partial(self._on_arrival, arrival))
         for number in range(present):
             self._join(number)
         for death in self._cluster.deaths:
             if begin == 0.0 or death.at > begin:
-                self._put(death.at, _HAPPENS, death.worker, partial(self._die, death))
+                self._add_event(death.at, _SCHEDULED, death.worker, partial(self._on_death, death))
             elif death.back_at is None or death.back_at > begin:
-                self._die(death)
+                self._on_death(death)
 
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """See :meth:`.Turns.state_dict`."""
         states = [machine.generator.getstate() for machine in self._machines]
         return {
             **super().state_dict(),
@@ -105,145 +127,151 @@ class VirtualCluster(Turns):
         }
 
     @property
-    def steps_on_their_way(self) -> int:
-        """See :attr:`.Turns.steps_on_their_way`."""
-        late = [what for *_, what in self._events if isinstance(what, LatePush)]
-        return sum(one.push.steps for one in late)
+    @override
+    def steps_in_transit(self) -> int:
+        return sum(event[-1].push.steps for event in self._events if isinstance(event[-1], LatePush))
 
     @property
-    def gone(self) -> frozenset[int]:
-        """See :attr:`.Turns.gone`."""
-        return super().gone | self._dead
+    @override
+    def permanently_lost(self) -> frozenset[int]:
+        return super().permanently_lost | self._dead
 
+    @override
     def close(self) -> None:
-        """See :meth:`.Turns.close`."""
-        missed = self._cluster.after(self.clock.now)
+        missed = self._cluster.events_after(self.clock.now)
         if missed:
             _log.warning(
-                "the simulated run ended at %g virtual seconds, before these entries of its schedule: %s; give them "
-                "earlier times, or the run more steps",
+                "The simulated run ended at %g virtual seconds, before these entries of its schedule: %s. Give them "
+                "earlier times, or give the run more steps.",
                 self.clock.now, ", ".join(map(str, missed)),
             )  # fmt: skip
 
-    def advance(self) -> VirtualWorker | None:
-        """Lets time pass until a worker's round is to be played.
-
-        Returns:
-            The worker, at whose turn it is; None if training is over.
-
-        Raises:
-            RuntimeError: nothing can happen any more, because no worker is left.
-
-        """
+    @override
+    def next_worker(self) -> VirtualWorker | None:
         while not self._server.finished:
             deadline = self._server.deadline
             if self._events and (deadline is None or deadline <= self.clock.now or self._events[0][0] <= deadline):
-                time, _, _, serial, what = heapq.heappop(self._events)
-                if isinstance(what, VirtualWorker):
-                    current = isinstance(what.plan, PlannedRound) and what.plan.serial == serial
-                    if not current or self.live.get(what.number) is not what:
-                        continue  # It has died, or is to arrive at another time.
-                    self._due = time
-                    return what
+                time, _, _, event_id, event = heapq.heappop(self._events)
+                if isinstance(event, VirtualWorker):
+                    current = (
+                        isinstance(event.current_round, SimulatedRound) and event.current_round.event_id == event_id
+                    )
+                    if not current or self.live.get(event.number) is not event:
+                        continue  # The worker has died, or its push arrives at another time.
+                    self._push_time = time
+                    return event
                 self.clock.now = max(self.clock.now, time)
-                if isinstance(what, LatePush):
-                    if self.live.get(what.worker.number) is what.worker:
-                        self._deliver(what.worker, what.push, what.gradient)
+                if isinstance(event, LatePush):
+                    if self.live.get(event.worker.number) is event.worker:
+                        self._deliver(event.worker, event.push, event.gradient)
                 else:
-                    what()
+                    event()
             elif deadline is not None and deadline > self.clock.now:
                 self.clock.now = deadline
-                self._server.look()
-                self._call_in()
+                self._server.dispatch_due()
+                self._recall_workers()
             else:
                 raise RuntimeError(
-                    f"at {self.clock.now:g} virtual seconds no worker is left that could go on with the simulated run; "
-                    "see the warnings above, or the strategy's schedule, for what has become of them"
+                    f"at {self.clock.now:g} virtual seconds no worker is left to continue the simulated run; see the "
+                    "warnings above and the strategy's schedule for what has happened to the workers"
                 )
         return None
 
-    def hand_in(self, worker: VirtualWorker, final: bool = False, stop: bool = False) -> None:
-        """See :meth:`.Turns.hand_in`."""
-        plan, worker.plan = worker.plan, None
-        assert isinstance(plan, PlannedRound)
-        # Training, or the worker's data, may end before the round does, and what was played arrives sooner.
-        self.clock.now = max(self.clock.now, min(plan.arrives_so_far, self._due))
-        push = worker.hand_in(final=final, stop=stop)
+    @override
+    def push_round(self, worker: VirtualWorker, final: bool = False, stop: bool = False) -> None:
+        self.adopt_answer(worker)
+        current_round, worker.current_round = worker.current_round, None
+        assert isinstance(current_round, SimulatedRound)
+        # If training or the worker's data ends before the round does, the push arrives earlier.
+        arrival_time = current_round.arrival_time_if_ended
+        self.clock.now = max(self.clock.now, min(arrival_time, self._push_time))
+        push = worker.make_push(final=final, stop=stop)
         gradient = worker.gradient if push.steps else None
-        if plan.arrives_so_far > self._due:
-            # Steps that the optimizer has skipped make a round longer than it was planned.
-            self._put(plan.arrives_so_far, _ARRIVES, worker.number, LatePush(worker, push, gradient))
+        if worker.overlaps and not final:
+            assert worker.reply is not None
+            self._flights[worker.number] = worker.clock.now, worker.reply.overlap_steps
+        if arrival_time > self._push_time:
+            # Steps that the optimizer has skipped make a round longer than expected.
+            self._add_event(arrival_time, _PUSH, worker.number, LatePush(worker, push, gradient))
         else:
             self._deliver(worker, push, gradient)
 
-    def end(self, worker: VirtualWorker, stop: bool) -> None:
-        """See :meth:`.Turns.end`."""
-        if not self._server.finished and worker.plan is not None:
-            self.hand_in(worker, final=True, stop=stop)
+    @override
+    def finish(self, worker: VirtualWorker, stop: bool) -> None:
+        if not self._server.finished and worker.current_round is not None:
+            self.push_round(worker, final=True, stop=stop)
         while not self._server.finished:
-            other = self.advance()
+            other = self.next_worker()
             if other is not None:
-                self.adopt(other)
-                self.hand_in(other, final=True, stop=stop)
+                self.begin_round(other)
+                self.push_round(other, final=True, stop=stop)
 
     # ------------------------------------------------------------------ internal
 
-    def _put(self, time: float, kind: int, worker: int, what: Callable[[], None] | LatePush | VirtualWorker) -> int:
-        serial = next(self._serials)
-        heapq.heappush(self._events, (time, kind, worker, serial, what))
-        return serial
+    def _add_event(
+        self, time: float, kind: int, worker: int, event: Callable[[], None] | LatePush | VirtualWorker
+    ) -> int:
+        event_id = next(self._event_ids)
+        heapq.heappush(self._events, (time, kind, worker, event_id, event))
+        return event_id
 
     def _join(self, number: int) -> None:
-        exchange = LocalExchange(self._server)
-        life, self._lives[number] = self._lives[number], self._lives[number] + 1
-        clock = VirtualClock(self.clock.now)
-        session = f"virtual-{number}-{life}"
-        worker = VirtualWorker(number, session, self._binding, exchange, self._gradient, clock)
+        session, self._sessions[number] = self._sessions[number], self._sessions[number] + 1
+        worker = self._new_worker(number, f"{SESSION_PREFIX}{number}-{session}", LocalExchange(self._server))
+        if worker.uplink is not None:
+            worker.uplink.restore(self._residuals.pop(str(number), None))
         self.live[number] = worker
-        self._server.join(worker.hello, self._outlet_of(worker))
-        self._call_in()
+        self._flights.pop(number, None)
+        self._server.join(worker.hello, self._channel_of(worker))
+        self._recall_workers()
 
-    def _arrive(self, arrival: Arrival) -> None:
+    def _on_arrival(self, arrival: Arrival) -> None:
         number = self._server.new_number()
-        _log.info("worker %d joins the simulated run at %g s", number, arrival.at)
+        _log.info("worker %d joins the simulated run at %g virtual seconds", number, arrival.at)
         self._join(number)
 
-    def _die(self, death: Death) -> None:
+    def _on_death(self, death: Death) -> None:
         worker = self.live.pop(death.worker, None)
         if worker is not None:
-            worker.plan = None
-            self._forget(worker)
-            self._server.lost(worker.number, worker.session, "died, as the schedule says")
-            self._call_in()
+            worker.current_round = None
+            self._remove_events(worker)
+            self._server.lost(worker.number, worker.session, "it died, as scheduled")
+            self._recall_workers()
         if death.back_at is None:
             self._dead.add(death.worker)
         else:
-            self._put(death.back_at, _HAPPENS, death.worker, partial(self._join, death.worker))
+            self._add_event(death.back_at, _SCHEDULED, death.worker, partial(self._join, death.worker))
 
-    def _forget(self, worker: VirtualWorker) -> None:
-        """Nothing comes of the worker's round, nor of a push on its way: the memory that they hold is free again."""
+    def _remove_events(self, worker: VirtualWorker) -> None:
+        """Remove a dead worker's pushes from the events, which frees their memory."""
         self._events = [
             event for event in self._events
             if event[4] is not worker and not (isinstance(event[4], LatePush) and event[4].worker is worker)
         ]  # fmt: skip
         heapq.heapify(self._events)
 
+    @override
     def _deliver(self, worker: VirtualWorker, push: Push, gradient: Tensor | None) -> None:
         super()._deliver(worker, push, gradient)
-        self._call_in()
+        self._recall_workers()
 
-    def _dispatched(self, worker: VirtualWorker, reply: Reply) -> None:
-        super()._dispatched(worker, reply)
+    @override
+    def _on_dispatch(self, worker: VirtualWorker, reply: Reply) -> None:
+        super()._on_dispatch(worker, reply)
         if not reply.stop:
-            worker.plan = plan = self._machines[worker.number].plan(self.clock.now, reply.local_steps)
-            plan.serial = self._put(plan.arrives, _ARRIVES, worker.number, worker)
+            begin, limit = self._flights.pop(worker.number, (None, 0)) if worker.accepts(reply) else (None, 0)
+            machine = self._machines[worker.number]
+            new_round = machine.start_round(self.clock.now, reply.local_steps, begin, limit, reply.encoding)
+            worker.current_round = new_round
+            new_round.event_id = self._add_event(new_round.arrival_time, _PUSH, worker.number, worker)
 
-    def _call_in(self) -> None:
-        """Those whose round is wanted at once hand it in at the end of the step that they are at."""
-        for number, version in self._server.wanted.items():
+    def _recall_workers(self) -> None:
+        """Let recalled workers push at the end of their current step."""
+        for number, version in self._server.recalled.items():
             worker = self.live.get(number)
-            plan = None if worker is None else worker.plan
-            if worker is None or worker.answer is None or worker.answer.version != version:
+            current_round = None if worker is None else worker.current_round
+            if worker is None or worker.pending_reply is None or worker.pending_reply.version != version:
                 continue
-            if isinstance(plan, PlannedRound) and plan.cut(self.clock.now + self._machines[number].latency):
-                plan.serial = self._put(plan.arrives, _ARRIVES, number, worker)
+            recalled_at = self.clock.now + self._machines[number].latency
+            if isinstance(current_round, SimulatedRound) and current_round.recall(recalled_at):
+                current_round.event_id = self._add_event(current_round.arrival_time, _PUSH, number, worker)

@@ -1,6 +1,6 @@
-"""What a virtual cluster is made of: how fast its machines compute, how they are linked, and what happens to them.
+"""Description of a virtual cluster: speeds of its machines, their links, and what happens to them.
 
-Plain values, checked where they are made. All times are virtual seconds since the start of training.
+Plain values, which are checked when they are created. All times are virtual seconds since the start of training.
 """
 
 from __future__ import annotations
@@ -15,41 +15,41 @@ if TYPE_CHECKING:
     import random
 
 _DIGITS = 12
-"""Drawn times keep so many digits. The last bits of exponential and logarithm differ from machine to machine, and must
-not decide who arrives first."""
+"""Significant digits of random times. The last bits of exponential and logarithm depend on the platform, and must not
+decide which push arrives first."""
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _check(what: str, value: float, least: float = 0.0, above: bool = False) -> None:
-    """Refuses what is no number, not finite or too small.
+def _check(name: str, value: float, minimum: float = 0.0, exclusive: bool = False) -> None:
+    """Check that ``value`` is a finite number of at least ``minimum``, or above ``minimum`` if ``exclusive``.
 
     Raises:
-        ValueError: it is.
+        ValueError: It is not.
 
     """
-    good = _is_number(value) and math.isfinite(value) and (value > least if above else value >= least)
+    good = _is_number(value) and math.isfinite(value) and (value > minimum if exclusive else value >= minimum)
     if not good:
-        raise ValueError(f"{what}={value!r} must be a finite number {'>' if above else '>='} {least:g}")
+        raise ValueError(f"{name}={value!r} must be a finite number {'>' if exclusive else '>='} {minimum:g}")
 
 
-def _check_worker(what: str, worker: int) -> None:
+def _check_worker(name: str, worker: int) -> None:
     if type(worker) is not int or worker < 0:
-        raise ValueError(f"{what}={worker!r} must be a worker's number, 0 or more")
+        raise ValueError(f"{name}={worker!r} must be a worker's number, an integer >= 0")
 
 
 @dataclass(frozen=True)
 class StepSeconds:
-    """How long a machine takes for a local step.
+    """Duration of a local step on a machine.
 
     Args:
-        seconds: the mean, > 0.
-        jitter: standard deviation divided by the mean, >= 0. Times are then drawn from a log-normal distribution.
+        seconds: mean duration, > 0.
+        jitter: standard deviation divided by the mean, >= 0. With jitter, durations follow a log-normal distribution.
 
     Raises:
-        ValueError: a value is outside its range.
+        ValueError: A value is outside its range.
 
     Example::
 
@@ -66,11 +66,11 @@ class StepSeconds:
     jitter: float = 0.0
 
     def __post_init__(self) -> None:
-        _check("StepSeconds.seconds", self.seconds, above=True)
+        _check("StepSeconds.seconds", self.seconds, exclusive=True)
         _check("StepSeconds.jitter", self.jitter)
 
     def draw(self, generator: random.Random) -> float:
-        """The duration of one step."""
+        """Draw the duration of one step, in seconds."""
         if self.jitter == 0.0:
             return self.seconds
         variance = math.log1p(self.jitter**2)
@@ -80,14 +80,14 @@ class StepSeconds:
 
 @dataclass(frozen=True)
 class Link:
-    """A worker's link to the server, the same in both directions.
+    """A worker's link to the server, equal in both directions.
 
     Args:
-        latency: seconds that a message needs each way, >= 0.
-        bytes_per_second: bandwidth, > 0; infinite by default.
+        latency: seconds that a message needs in one direction, >= 0.
+        bytes_per_second: bandwidth in one direction, > 0. The default is infinite.
 
     Raises:
-        ValueError: a value is outside its range.
+        ValueError: A value is outside its range.
 
     Example::
 
@@ -106,22 +106,22 @@ class Link:
             raise ValueError(f"Link.bytes_per_second={rate!r} must be a number > 0")
 
     def seconds(self, size: int) -> float:
-        """How long ``size`` bytes take, one way."""
+        """Return how many seconds ``size`` bytes need in one direction."""
         return self.latency + size / self.bytes_per_second
 
 
 @dataclass(frozen=True)
 class Slowdown:
-    """A machine is slower, or faster, for a while: the steps that begin in that time.
+    """A period in which a machine is slower or faster. It applies to the steps that begin in the period.
 
     Args:
         worker: the worker's number.
-        start: from then on.
-        end: until then; may be infinite.
-        factor: its steps take so many times as long, > 0.
+        start: beginning of the period, >= 0.
+        end: end of the period, > ``start``; may be infinite.
+        factor: factor by which steps take longer, > 0. Below 1, the machine is faster.
 
     Raises:
-        ValueError: a value is outside its range.
+        ValueError: A value is outside its range.
 
     """
 
@@ -133,23 +133,23 @@ class Slowdown:
     def __post_init__(self) -> None:
         _check_worker("Slowdown.worker", self.worker)
         _check("Slowdown.start", self.start)
-        _check("Slowdown.factor", self.factor, above=True)
+        _check("Slowdown.factor", self.factor, exclusive=True)
         if not _is_number(self.end) or not self.end > self.start:
             raise ValueError(f"Slowdown.end={self.end!r} must be a number > start={self.start!r}")
 
 
 @dataclass(frozen=True)
 class Death:
-    """A worker dies; its unfinished round is lost.
+    """The death of a worker. Its unfinished round is lost.
 
     Args:
         worker: the worker's number.
-        at: when.
-        back_at: when it joins again with its inner optimizer's state, as a worker does that is started again; None if
-            it does not.
+        at: time of the death, >= 0.
+        back_at: time at which the worker joins again, > ``at``. It keeps its inner optimizer's state, like a live
+            worker that is restarted. ``None`` if the worker does not come back.
 
     Raises:
-        ValueError: a value is outside its range.
+        ValueError: A value is outside its range.
 
     """
 
@@ -161,20 +161,23 @@ class Death:
         _check_worker("Death.worker", self.worker)
         _check("Death.at", self.at)
         if self.back_at is not None:
-            _check("Death.back_at", self.back_at, least=self.at, above=True)
+            _check("Death.back_at", self.back_at, minimum=self.at, exclusive=True)
 
 
 @dataclass(frozen=True)
 class Arrival:
-    """A machine joins the running training. It gets the next number: k for the first of k initial workers, and so on.
+    """A machine that joins while training runs.
+
+    Its worker gets the next free number. With k initial workers, the first arrival is worker k.
 
     Args:
-        at: when.
-        seconds_per_step: as the strategy's, for this machine.
-        exchange_seconds: likewise; None is the strategy's, where that is one for all.
+        at: time of the arrival, >= 0.
+        seconds_per_step: seconds of a local step on this machine, like an entry of the strategy's option.
+        exchange_seconds: this machine's link, like an entry of the strategy's option. ``None`` takes the strategy's
+            value, if that is one value for all workers.
 
     Raises:
-        ValueError: a value is outside its range.
+        ValueError: A value is outside its range.
 
     """
 
@@ -190,10 +193,14 @@ class Arrival:
 
 
 def as_step_seconds(name: str, value: object) -> StepSeconds:
-    """``value``, or a machine without jitter where it is a number.
+    """Return ``value`` as a :class:`StepSeconds`. A number becomes one without jitter.
+
+    Args:
+        name: name of the option, for the error text.
+        value: a number or a :class:`StepSeconds`.
 
     Raises:
-        ValueError: it is neither; the text names it ``name``.
+        ValueError: ``value`` is neither.
 
     """
     if isinstance(value, StepSeconds):
@@ -204,10 +211,14 @@ def as_step_seconds(name: str, value: object) -> StepSeconds:
 
 
 def as_link(name: str, value: object) -> Link:
-    """``value``, or a link of that latency where it is a number.
+    """Return ``value`` as a :class:`Link`. A number becomes a link with that latency and infinite bandwidth.
+
+    Args:
+        name: name of the option, for the error text.
+        value: a number or a :class:`Link`.
 
     Raises:
-        ValueError: it is neither; the text names it ``name``.
+        ValueError: ``value`` is neither.
 
     """
     if isinstance(value, Link):
@@ -218,30 +229,31 @@ def as_link(name: str, value: object) -> Link:
 
 
 class Cluster:
-    """The machines of a virtual cluster, and what happens to them.
+    """The machines of a virtual cluster and what happens to them.
 
     Args:
-        seconds_per_step: of each worker.
-        exchange_seconds: of each worker, or one for all: a link, or the seconds that a message needs each way.
-        schedule: what happens.
+        seconds_per_step: seconds of a local step on each initial worker's machine.
+        exchange_seconds: link of each initial worker, or one for all workers: a :class:`Link`, or the seconds that a
+            message needs in one direction.
+        schedule: what happens to machines.
 
     Attributes:
-        devices: how fast each worker computes, those that arrive later at the end.
-        links: how each is linked.
-        arrivals: who arrives later, in order.
-        deaths: who dies, in order.
-        initial: workers at the beginning.
-        numbers: of all workers, those that arrive later included.
+        devices: step seconds of each worker. Workers that arrive later come last.
+        links: link of each worker.
+        arrivals: arrivals in the order of their times.
+        deaths: deaths in the order of their times.
+        initial_workers: number of workers at the start.
+        worker_numbers: numbers of all workers, including those that arrive later.
         incarnation: name of the server.
-        start: the server's time at the beginning.
+        start_time: the server's time at the start.
 
     Raises:
-        ValueError: a speed is none, there are none, or an entry of the schedule cannot happen.
+        ValueError: A value is outside its range, or an entry of the schedule cannot happen.
 
     Example::
 
         >>> cluster = Cluster([1.0, 2.0], Link(latency=0.1), [Arrival(60.0, 0.5), Death(1, at=30.0)])
-        >>> cluster.initial, len(cluster.devices), cluster.devices[2].seconds
+        >>> cluster.initial_workers, len(cluster.devices), cluster.devices[2].seconds
         (2, 3, 0.5)
 
     """
@@ -253,84 +265,90 @@ class Cluster:
         schedule: Sequence[Slowdown | Death | Arrival] = (),
     ) -> None:
         if isinstance(seconds_per_step, (str, bytes)) or not hasattr(seconds_per_step, "__len__"):
-            raise ValueError(f"seconds_per_step={seconds_per_step!r} must be a list with the seconds of each worker")
+            raise ValueError(f"seconds_per_step={seconds_per_step!r} must be a list with one entry for each worker")
         if len(seconds_per_step) == 0:
-            raise ValueError("seconds_per_step is empty; give the seconds that each worker takes for a local step")
-        self.initial = len(seconds_per_step)
+            raise ValueError("seconds_per_step is empty; give the seconds of a local step for each worker")
+        self.initial_workers = len(seconds_per_step)
         self.incarnation = "simulated"
-        self.start = 0.0
-        self.devices = [as_step_seconds(f"seconds_per_step[{n}]", one) for n, one in enumerate(seconds_per_step)]
-        self.links = _links(exchange_seconds, self.initial)
+        self.start_time = 0.0
+        self.devices = [as_step_seconds(f"seconds_per_step[{n}]", value) for n, value in enumerate(seconds_per_step)]
+        self.links = _links(exchange_seconds, self.initial_workers)
         if not hasattr(schedule, "__len__"):  # A generator would be empty the second time.
             raise ValueError(f"schedule={schedule!r} must be a list of Slowdown, Death and Arrival objects")
         for entry in schedule:
             if not isinstance(entry, (Slowdown, Death, Arrival)):
-                raise ValueError(f"schedule has {entry!r}; its entries are Slowdown, Death and Arrival objects")
-        self.arrivals = sorted((one for one in schedule if isinstance(one, Arrival)), key=lambda one: one.at)
-        self.deaths = sorted((one for one in schedule if isinstance(one, Death)), key=lambda one: (one.at, one.worker))
-        self._slowdowns: list[list[Slowdown]] = [[] for _ in range(self.initial + len(self.arrivals))]
-        for one in self.arrivals:
-            self.devices.append(as_step_seconds("Arrival.seconds_per_step", one.seconds_per_step))
-            self.links.append(_link_of(one, exchange_seconds))
-        self.numbers = range(len(self.devices))
+                raise ValueError(f"schedule contains {entry!r}; entries must be Slowdown, Death or Arrival objects")
+        self.arrivals = sorted((entry for entry in schedule if isinstance(entry, Arrival)), key=lambda entry: entry.at)
+        self.deaths = sorted(
+            (entry for entry in schedule if isinstance(entry, Death)), key=lambda entry: (entry.at, entry.worker)
+        )
+        for arrival in self.arrivals:
+            self.devices.append(as_step_seconds("Arrival.seconds_per_step", arrival.seconds_per_step))
+            self.links.append(_link_of(arrival, exchange_seconds))
+        self.worker_numbers = range(len(self.devices))
+        self._slowdowns: list[list[Slowdown]] = [[] for _ in self.devices]
         for entry in schedule:
             if not isinstance(entry, Arrival) and entry.worker >= len(self.devices):
                 raise ValueError(
-                    f"schedule has {entry}, but there is no worker {entry.worker}: seconds_per_step and the arrivals "
-                    f"make {len(self.devices)}, numbered from 0"
+                    f"schedule contains {entry}, but worker {entry.worker} does not exist: seconds_per_step and the "
+                    f"arrivals define {len(self.devices)} worker(s), numbered from 0"
                 )
             if isinstance(entry, Slowdown):
                 self._slowdowns[entry.worker].append(entry)
-        self._check_times()
+        self._check_slowdowns()
+        self._check_deaths()
 
-    def factor(self, worker: int, now: float) -> float:
-        """How many times as long a step of the worker takes that begins now."""
-        return next((one.factor for one in self._slowdowns[worker] if one.start <= now < one.end), 1.0)
+    def slowdown_factor(self, worker: int, now: float) -> float:
+        """Return the factor by which a step of a worker that begins at ``now`` takes longer."""
+        return next((slow.factor for slow in self._slowdowns[worker] if slow.start <= now < slow.end), 1.0)
 
-    def after(self, now: float) -> list[Slowdown | Death | Arrival]:
-        """The entries of the schedule that begin later than that, in order."""
+    def events_after(self, now: float) -> list[Slowdown | Death | Arrival]:
+        """Return the entries of the schedule that begin after ``now``, in order."""
         times: list[tuple[float, Slowdown | Death | Arrival]] = []
-        times += [(one.start, one) for entries in self._slowdowns for one in entries]
-        times += [(one.at, one) for one in self.deaths]
-        times += [(one.at, one) for one in self.arrivals]
-        return [one for at, one in sorted(times, key=lambda entry: entry[0]) if at > now]
+        times += [(slow.start, slow) for slowdowns in self._slowdowns for slow in slowdowns]
+        times += [(death.at, death) for death in self.deaths]
+        times += [(arrival.at, arrival) for arrival in self.arrivals]
+        return [entry for time, entry in sorted(times, key=lambda pair: pair[0]) if time > now]
 
-    def _check_lives(self) -> None:
-        """Looks for slowdowns that would slow nobody down."""
-        begin = {self.initial + n: arrival.at for n, arrival in enumerate(self.arrivals)}
-        end = {death.worker: death.at for death in self.deaths if death.back_at is None}
-        for worker, entries in enumerate(self._slowdowns):
-            for one in entries:
-                if one.end <= begin.get(worker, 0.0):
-                    raise ValueError(f"schedule has {one}, but worker {worker} arrives at {begin[worker]:g} only")
-                if one.start >= end.get(worker, math.inf):
-                    raise ValueError(f"schedule has {one}, but worker {worker} dies for good at {end[worker]:g}")
-
-    def _check_times(self) -> None:
-        for entries in self._slowdowns:
-            entries.sort(key=lambda one: one.start)
-            for first, second in itertools.pairwise(entries):
+    def _check_slowdowns(self) -> None:
+        """Check that slowdowns do not overlap and that the worker is alive in them."""
+        for slowdowns in self._slowdowns:
+            slowdowns.sort(key=lambda slow: slow.start)
+            for first, second in itertools.pairwise(slowdowns):
                 if second.start < first.end:
-                    raise ValueError(f"schedule has {first} and {second}, which overlap; join them into one")
-        self._check_lives()
-        gone: dict[int, Death] = {}
+                    raise ValueError(f"schedule contains {first} and {second}, which overlap; join them into one")
+        begin = {self.initial_workers + n: arrival.at for n, arrival in enumerate(self.arrivals)}
+        end = {death.worker: death.at for death in self.deaths if death.back_at is None}
+        for worker, slowdowns in enumerate(self._slowdowns):
+            for slow in slowdowns:
+                if slow.end <= begin.get(worker, 0.0):
+                    raise ValueError(f"schedule contains {slow}, but worker {worker} arrives only at {begin[worker]:g}")
+                if slow.start >= end.get(worker, math.inf):
+                    raise ValueError(f"schedule contains {slow}, but worker {worker} dies for good at {end[worker]:g}")
+
+    def _check_deaths(self) -> None:
+        """Check that workers that die are alive."""
+        last: dict[int, Death] = {}
         for death in self.deaths:
-            before = gone.get(death.worker)
+            before = last.get(death.worker)
             if before is not None and (before.back_at is None or before.back_at >= death.at):
-                raise ValueError(f"schedule has {death}, but after {before} there is no worker {death.worker} then")
-            if death.worker >= self.initial and self.arrivals[death.worker - self.initial].at > death.at:
-                raise ValueError(f"schedule has {death}, but worker {death.worker} arrives later than that")
-            gone[death.worker] = death
+                raise ValueError(
+                    f"schedule contains {death}, but worker {death.worker} is already dead then because of {before}"
+                )
+            late = death.worker - self.initial_workers
+            if late >= 0 and self.arrivals[late].at > death.at:
+                raise ValueError(f"schedule contains {death}, but worker {death.worker} arrives later than that")
+            last[death.worker] = death
 
 
 def _link_of(arrival: Arrival, given: float | Link | Sequence[float | Link]) -> Link:
-    """The link of a machine that arrives, in a cluster that was given ``exchange_seconds``."""
+    """Return the link of a machine that arrives later, in a cluster whose ``exchange_seconds`` is ``given``."""
     if arrival.exchange_seconds is not None:
         return as_link("Arrival.exchange_seconds", arrival.exchange_seconds)
     if isinstance(given, Sequence):
         raise ValueError(
-            f"schedule has {arrival}, and exchange_seconds has an entry for each worker of the beginning only; give "
-            "Arrival(exchange_seconds=...) too, or one exchange_seconds for all"
+            f"schedule contains {arrival} without a link, and exchange_seconds has entries for the initial workers "
+            "only; set Arrival(exchange_seconds=...), or give one exchange_seconds for all workers"
         )
     return as_link("exchange_seconds", given)
 
@@ -342,7 +360,7 @@ def _links(given: float | Link | Sequence[float | Link], workers: int) -> list[L
         raise ValueError(f"exchange_seconds={given!r} must be a number of seconds, a Link, or a list of these")
     if len(given) != workers:
         raise ValueError(
-            f"exchange_seconds has {len(given)} entries and seconds_per_step {workers}; give one for each worker, or "
-            "one alone for all"
+            f"exchange_seconds has {len(given)} entries and seconds_per_step has {workers}; give one entry for each "
+            "worker, or one value for all workers"
         )
-    return [as_link(f"exchange_seconds[{n}]", one) for n, one in enumerate(given)]
+    return [as_link(f"exchange_seconds[{n}]", value) for n, value in enumerate(given)]

@@ -1,4 +1,4 @@
-"""One machine of a virtual cluster: a worker like any other, but its clock says what it is told."""
+"""A machine of a virtual cluster and its worker, whose clock shows virtual time."""
 
 from __future__ import annotations
 
@@ -7,25 +7,32 @@ from abc import ABC, abstractmethod
 from bisect import bisect_right
 from typing import TYPE_CHECKING
 
-from lightning_async_localsgd.leases import LeaseDesk
-from lightning_async_localsgd.worker import Worker
+from typing_extensions import override
+
+from lightning_async_localsgd.runtime.leases import LeaseClient
+from lightning_async_localsgd.runtime.worker import WorkerBase
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor
 
-    from lightning_async_localsgd.exchange import Exchange
-    from lightning_async_localsgd.layout import Binding
-    from lightning_async_localsgd.messages import Reply
+    from lightning_async_localsgd.protocol.layout import Binding
+    from lightning_async_localsgd.protocol.lease_source import LeaseSource
+    from lightning_async_localsgd.protocol.messages import Reply
+    from lightning_async_localsgd.protocol.options import ExchangeOptions
     from lightning_async_localsgd.simulation.devices import Cluster
 
 
-class VirtualClock:
-    """Seconds since the start of training, as far as they have been played.
+SESSION_PREFIX = "virtual-"
+"""Begin of the session names of virtual workers. It tells the log of a simulated run from that of a live run."""
 
-    Attributes:
-        now: the time.
+
+class VirtualClock:
+    """A clock that is set by the simulator.
+
+    Args:
+        now: the time, in virtual seconds since the start of training.
 
     """
 
@@ -33,156 +40,234 @@ class VirtualClock:
         self.now = now
 
     def __call__(self) -> float:
-        """The time, as whoever needs a clock asks for it."""
+        """Return the time."""
         return self.now
 
 
-class VirtualWorker(Worker):
-    """A worker whose rounds are played one after the other with those of others.
+class VirtualWorker(WorkerBase):
+    """A worker that shares the module with the other virtual workers.
 
     Args:
         number: the worker's number.
-        session: its session.
-        binding: the module's tensors, which it has while its round is played.
-        exchange: the way to the server.
-        gradient: memory for pseudo-gradients, shared by all workers.
-        clock: its own clock.
+        session: name of the worker's session.
+        binding: exchanged tensors of the module.
+        source: answers the worker's lease requests.
+        gradient: flat fp32 memory for pseudo-gradients, shared by all workers.
+        clock: the worker's own clock.
+        exchange_options: how pushes and models travel.
+        packed: memory for packed pushes, shared by all workers; None if they travel as fp32.
 
     Attributes:
-        clock: likewise.
-        desk: its leases of training data.
-        plan: the round that it has been dispatched and not handed in; None while it waits.
-        answer: the reply that it has not adopted yet.
-        steps: the progress that its schedulers have followed, in global steps.
+        clock: the worker's own clock.
+        lease_client: the worker's leases of training data.
+        current_round: the round that the worker was dispatched and has not pushed; None while the worker waits.
+        pending_reply: the reply that the worker adopts when its round is computed.
+        scheduler_steps: global steps that the worker's learning-rate schedulers have followed.
 
     """
 
     def __init__(
-        self, number: int, session: str, binding: Binding, exchange: Exchange, gradient: Tensor, clock: VirtualClock
+        self,
+        number: int,
+        session: str,
+        binding: Binding,
+        source: LeaseSource,
+        gradient: Tensor,
+        clock: VirtualClock,
+        exchange_options: ExchangeOptions | None = None,
+        packed: Tensor | None = None,
     ) -> None:
-        super().__init__(number, binding, exchange, clock, gradient)
+        super().__init__(number, binding, clock, gradient, exchange_options, packed)
         self.session = session
         self.clock = clock
-        self.desk = LeaseDesk(exchange, number, self.session)
-        self.used = self.desk.used
-        self.plan: Turn | None = None
-        self.answer: Reply | None = None
-        self.steps = 0
+        self.lease_client = LeaseClient(source, number, self.session)
+        self.items_used = self.lease_client.items_used
+        self.current_round: VirtualRound | None = None
+        self.pending_reply: Reply | None = None
+        self.scheduler_steps = 0
 
+    def continue_local(self) -> None:
+        """Begin a round before its model has arrived: load the local model that was pushed into the module."""
+        assert self._local_progress is not None
+        self._local_progress.restore()
+
+    @override
+    def _load_moments(self) -> None:
+        # The optimizers still have the state of another worker. See load_moments().
+        return
+
+    def load_moments(self) -> None:
+        """Load the second moments of the last dispatch, once the optimizers have this worker's state."""
+        super()._load_moments()
+
+    @override
     def interrupt(self) -> None:
-        """Validating and saving take no virtual time."""
+        # Validation and saving take no virtual time.
+        return
 
 
-class Turn(ABC):
-    """A round that a worker has been dispatched and not handed in, while it is played.
+class VirtualRound(ABC):
+    """Virtual times of a worker's round while the round is computed.
 
     Attributes:
-        over: all its steps have been played.
+        over: whether all steps of the round are computed.
+        overlap_steps: steps that are computed before the answer to the push before the round is adopted.
+        computed: steps that are computed, including those that the optimizer has skipped.
 
     """
 
     over: bool
+    overlap_steps: int = 0
+    computed: int = 0
 
     @property
     @abstractmethod
     def now(self) -> float:
-        """When the last step that was played has ended; before the first one when the model was there."""
+        """End of the last computed step. Before the first step, the time at which the round begins."""
+
+    @property
+    @abstractmethod
+    def answered_at(self) -> float:
+        """Time at which the worker received the model. It adopts the model when a step ends."""
 
     @abstractmethod
-    def take(self, done: int) -> None:
-        """A step has been played; ``done`` of them have been taken by then, since an optimizer may skip some."""
+    def record_step(self, optimizer_steps: int) -> None:
+        """Record that a step was computed.
+
+        Args:
+            optimizer_steps: optimizer steps of the round so far. An optimizer may skip steps.
+
+        """
 
 
-class PlannedRound(Turn):
-    """The times of a round that a machine has been dispatched.
+class SimulatedRound(VirtualRound):
+    """A round whose step times are drawn when the round is dispatched.
 
     Args:
-        begin: when the model has reached the machine.
-        steps: local steps to take.
-        upload: seconds that the pseudo-gradient takes to the server.
-        draw: gives the time of a step that begins at a time.
+        answered_at: time at which the model reaches the machine.
+        steps: optimizer steps to take.
+        upload_seconds: seconds until a push reaches the server.
+        draw_seconds: returns the duration of a step that begins at a given time.
+        begin: time at which the round begins, if the machine does not wait for the model: that of the push before.
+        limit: steps that the machine takes at most before the model has arrived.
 
     Attributes:
-        serial: number of the event that its arrival is; another number's event is of the past.
+        event_id: number of the current event at which the push arrives. Events with other numbers are outdated.
         steps: optimizer steps to take.
 
     """
 
-    def __init__(self, begin: float, steps: int, upload: float, draw: Callable[[float], float]) -> None:
-        self.serial = -1
-        self.steps = steps
+    def __init__(
+        self,
+        answered_at: float,
+        steps: int,
+        upload_seconds: float,
+        draw_seconds: Callable[[float], float],
+        begin: float | None = None,
+        limit: int = 0,
+    ) -> None:
+        self.event_id = -1
         self.over = False
-        self._played = 0
-        self._upload = upload
-        self._draw = draw
-        self._ends = [begin]
-        self._extend(steps)
+        self._answered_at = answered_at
+        self._upload_seconds = upload_seconds
+        self._draw_seconds = draw_seconds
+        # Element n is the end of step n, element 0 the begin of the round.
+        self._step_ends = [answered_at if begin is None else begin]
+        while self.overlap_steps < limit and self._step_ends[-1] < answered_at:
+            self._draw_steps(self.overlap_steps + 1, wait=False)
+            self.overlap_steps += 1
+        self.steps = max(steps, self.overlap_steps)
+        self._draw_steps(self.steps)
 
     @property
+    @override
     def now(self) -> float:
-        """See :attr:`Turn.now`."""
-        return self._ends[self._played]
+        return self._step_ends[self.computed]
 
     @property
-    def arrives(self) -> float:
-        """When the server gets what comes of it."""
-        return self.arrives_so_far if self.over else self._ends[self.steps] + self._upload
+    @override
+    def answered_at(self) -> float:
+        return self._answered_at
 
     @property
-    def arrives_so_far(self) -> float:
-        """When the server gets what has been played, if the round ends with that."""
-        return self.now + self._upload
+    def arrival_time(self) -> float:
+        """Time at which the push reaches the server, if no more steps are skipped."""
+        return self.arrival_time_if_ended if self.over else self._end_of(self.steps) + self._upload_seconds
 
-    def cut(self, now: float) -> bool:
-        """The machine learns at ``now`` that what it has is wanted: it hands in at the end of the step it is at.
+    @property
+    def arrival_time_if_ended(self) -> float:
+        """Time at which the push reaches the server, if the round ends with the last computed step."""
+        return self._end_of(self.computed) + self._upload_seconds
+
+    def recall(self, now: float) -> bool:
+        """Shorten the round: the machine learns at ``now`` that it is recalled, and pushes after its current step.
 
         Returns:
-            Whether that changes anything.
+            Whether the round has become shorter.
 
         """
-        steps = max(1, bisect_right(self._ends, now))
+        steps = max(1, self.overlap_steps, bisect_right(self._step_ends, now))
         if steps >= self.steps:
             return False
         self.steps = steps
         return True
 
-    def take(self, done: int) -> None:
-        """See :meth:`Turn.take`."""
-        self._played += 1
-        self.over = done >= self.steps
-        self._extend(self._played if self.over else self._played + self.steps - done)
+    @override
+    def record_step(self, optimizer_steps: int) -> None:
+        self.computed += 1
+        self.over = optimizer_steps >= self.steps
+        self._draw_steps(self.computed if self.over else self.computed + self.steps - optimizer_steps)
 
-    def _extend(self, steps: int) -> None:
-        while len(self._ends) <= steps:
-            self._ends.append(self._ends[-1] + self._draw(self._ends[-1]))
+    def _end_of(self, step: int) -> float:
+        """Return when a step has ended and, if no further step may begin without the model, the model is there."""
+        end = self._step_ends[step]
+        return max(end, self._answered_at) if step <= self.overlap_steps else end
+
+    def _draw_steps(self, count: int, wait: bool = True) -> None:
+        while len(self._step_ends) <= count:
+            begin = self._end_of(len(self._step_ends) - 1) if wait else self._step_ends[-1]
+            self._step_ends.append(begin + self._draw_seconds(begin))
 
 
 class Machine:
-    """The hardware that a worker runs on: it stays when the worker dies and comes back.
+    """The hardware of a worker. It stays the same if the worker dies and comes back.
 
     Args:
         number: the worker's number.
-        cluster: its speed and its link.
-        seed: of the times of its steps.
-        model_bytes: size of the model on its link.
+        cluster: the cluster, which has the machine's speed and link.
+        seed: seed of the step times.
+        push_bytes: size of a push on the link.
+        model_bytes: size of a model on the link, for each encoding, see :attr:`.Reply.encoding`.
 
     Attributes:
-        transfer: seconds that a model takes, one way.
-        latency: seconds that a short message takes.
+        number: the worker's number.
+        upload_seconds: seconds that a push needs.
+        download_seconds: seconds that a model needs, for each encoding.
+        latency: seconds that a short message needs in one direction.
+        generator: random generator of the step times.
 
     """
 
-    def __init__(self, number: int, cluster: Cluster, seed: int, model_bytes: int) -> None:
+    def __init__(
+        self, number: int, cluster: Cluster, seed: int, push_bytes: int, model_bytes: Mapping[str, int]
+    ) -> None:
         self.number = number
-        self.transfer = cluster.links[number].seconds(model_bytes)
+        self.upload_seconds = cluster.links[number].seconds(push_bytes)
+        self.download_seconds = {name: cluster.links[number].seconds(size) for name, size in model_bytes.items()}
         self.latency = cluster.links[number].latency
+        self.generator = random.Random(f"{seed}/{number}")
         self._cluster = cluster
         self._device = cluster.devices[number]
-        self.generator = random.Random(f"{seed}/{number}")
 
-    def plan(self, dispatched_at: float, steps: int) -> PlannedRound:
-        """A round of so many steps."""
-        return PlannedRound(dispatched_at + self.transfer, steps, self.transfer, self._step_seconds)
+    def start_round(
+        self, dispatched_at: float, steps: int, begin: float | None = None, limit: int = 0, encoding: str = "fp32"
+    ) -> SimulatedRound:
+        """Draw the times of a round of ``steps`` steps, whose model leaves the server at ``dispatched_at``.
+
+        With overlap, the round begins at ``begin`` with at most ``limit`` steps, before the model has arrived.
+        """
+        answered_at = dispatched_at + self.download_seconds[encoding]
+        return SimulatedRound(answered_at, steps, self.upload_seconds, self._step_seconds, begin, limit)
 
     def _step_seconds(self, now: float) -> float:
-        return self._device.draw(self.generator) * self._cluster.factor(self.number, now)
+        return self._device.draw(self.generator) * self._cluster.slowdown_factor(self.number, now)

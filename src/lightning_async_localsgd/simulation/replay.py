@@ -1,56 +1,59 @@
-"""A run that has happened, played again from the log of its events: its rounds are computed anew, nothing else is.
+"""Replays a run from the log of its events: rounds are computed again, everything else is taken from the log.
 
-Every event reaches the same coordinator at the time at which it did then, and every worker trains on the items that it
-was leased. So the decisions are the same ones, and with a module that computes the same from the same weights and
-batches so is the global model, to the last bit. What is decided is compared with what was: a replay that is not the
-logged run ends with an error that says where it has parted from it.
+Each event reaches the same coordinator at its logged time, and each worker trains on the data that it was leased in
+the logged run. The decisions are therefore the same. If the module computes the same from the same weights and batches,
+the global model is also the same, to the last bit. The replay compares all decisions with the log, and ends with an
+error at the first line at which it differs.
 """
 
 from __future__ import annotations
 
 import logging
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from typing_extensions import override
 
-from lightning_async_localsgd.events import Event, fingerprint, read_events
-from lightning_async_localsgd.exchange import Exchange
-from lightning_async_localsgd.server import Server
-from lightning_async_localsgd.simulation.machine import Turn, VirtualClock, VirtualWorker
-from lightning_async_localsgd.simulation.turns import Turns
+from lightning_async_localsgd.protocol.lease_source import LeaseSource
+from lightning_async_localsgd.protocol.options import ExchangeOptions
+from lightning_async_localsgd.server.events import Event, fingerprint, read_events
+from lightning_async_localsgd.server.server import Server
+from lightning_async_localsgd.simulation.machine import SESSION_PREFIX, VirtualClock, VirtualRound, VirtualWorker
+from lightning_async_localsgd.simulation.simulator import Simulator
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from concurrent.futures import Future
     from os import PathLike
 
-    from torch import Tensor
-
-    from lightning_async_localsgd.layout import Binding
-    from lightning_async_localsgd.messages import Hello, Lease, LeaseRequest, Push, Reply
+    from lightning_async_localsgd.protocol.frozen import FrozenParameters
+    from lightning_async_localsgd.protocol.layout import Binding
+    from lightning_async_localsgd.protocol.messages import Hello, Lease, LeaseRequest, Push, Reply
 
 _log = logging.getLogger(__name__)
 
-_OTHER_OPTIONS = "give the trainer, the strategy, the module and the data what they had then"
+_OTHER_OPTIONS = "use the options of the trainer and the strategy, the module and the data of the logged run"
 
 
 class Recording:
-    """The log of a run.
+    """The event log of a run.
 
     Args:
-        path: of the file that :class:`.AsyncLocalSGDCallback` has written.
+        path: file that :class:`.AsyncLocalSGDCallback` has written.
 
     Attributes:
-        path: as given.
-        initial: workers that the run was started with.
-        numbers: of all its workers, those that have joined later included.
-        events: all of them, in order.
+        path: path of the file.
+        initial_workers: number of workers that the run was started with.
+        worker_numbers: numbers of all workers, including those that joined later.
+        is_live: whether the logged run was live, not simulated.
+        incarnation: name of the server.
+        events: all events in order.
 
     Raises:
-        ValueError: it is no such file, or of a run that cannot be played from its beginning.
-        OSError: it cannot be read.
+        ValueError: The file is not an event log, or the logged run was resumed from a checkpoint.
+        OSError: The file cannot be read.
 
     """
 
@@ -58,220 +61,248 @@ class Recording:
         self.path = str(path)
         if not Path(path).is_file():
             raise ValueError(
-                f"replay={self.path!r} is no file; AsyncLocalSGDCallback(events=...) writes one while a run is trained"
+                f"replay={self.path!r} is not a file; train a run with AsyncLocalSGDCallback(events=...) to write one"
             )
         self.events = read_events(path)
         begin = self.events[0].content
-        self.initial = int(begin["workers"])
-        self.numbers = sorted({event.content["hello"].worker for event in self.events if event.kind == "join"})
+        self.initial_workers = int(begin["workers"])
+        hellos = [event.content["hello"] for event in self.events if event.kind == "join"]
+        self.worker_numbers = sorted({hello.worker for hello in hellos})
+        self.is_live = not any(hello.session.startswith(SESSION_PREFIX) for hello in hellos)
         self.incarnation = str(begin["incarnation"])
+        self._upload = hellos[0].upload if hellos else "fp32"
+        self._download = hellos[0].download if hellos else "fp32"
         self._total = begin["total"]
-        self._layout = begin["fingerprint"]
+        self._fingerprint = begin["fingerprint"]
         if begin["version"] or begin["done"]:
             raise ValueError(
-                f"replay={self.path!r} is of a run that went on from a checkpoint, after {begin['version']} pushes; "
-                "only a run that is logged from its beginning can be replayed"
+                f"replay={self.path!r} is the log of a run that was resumed from a checkpoint, after "
+                f"{begin['version']} pushes; only runs that are logged from their beginning can be replayed"
             )
 
     @property
-    def start(self) -> float:
-        """The server's time when it began."""
+    def start_time(self) -> float:
+        """The server's time at the beginning of the run."""
         seconds = self.events[0].seconds
         assert seconds is not None
         return seconds
 
-    def check(self, binding: Binding, total: int | None) -> None:
-        """Whether the run can be played with a model and a budget.
+    def check(self, binding: Binding, total: int | None, options: ExchangeOptions | None = None) -> None:
+        """Check that a module and a budget match the logged run.
+
+        Args:
+            binding: exchanged tensors of the module.
+            total: budget in local steps of all workers together; None if the run has no end.
+            options: how pushes and models travel; without rounding if not given.
 
         Raises:
-            ValueError: it cannot.
+            ValueError: They do not match.
 
         """
-        if binding.layout.fingerprint != self._layout:
+        if binding.layout.fingerprint != self._fingerprint:
             raise ValueError(
-                f"replay={self.path!r} is of a run with other parameters or buffers than this module's; give it the "
+                f"replay={self.path!r} is the log of a run whose module had other parameters or buffers; use the "
                 "module of that run"
             )
         if total != self._total:
             raise ValueError(
-                f"replay={self.path!r} is of a run of {self._total} local steps of all {self.initial} workers, and this"
-                f" trainer's limits come to {total}; give it the max_steps or max_epochs of that run"
+                f"replay={self.path!r} is the log of a run with {self._total} local steps of all "
+                f"{self.initial_workers} workers together, but this trainer's limits allow {total}; use the max_steps "
+                "or max_epochs of that run"
             )
+        options = options if options is not None else ExchangeOptions()
+        for name in ("upload", "download"):
+            if getattr(options, name) != getattr(self, f"_{name}"):
+                raise ValueError(
+                    f"replay={self.path!r} is the log of a run with {name}={getattr(self, f'_{name}')!r}, but this "
+                    f"strategy has {name}={getattr(options, name)!r}; use that of the run"
+                )
 
 
 class ReplayServer(Server):
-    """A server that dispatches when it is told, and not by itself."""
+    """A server that dispatches only when :meth:`dispatch` is called."""
 
-    def _flush(self) -> None:
-        self._view = self._coordinator.view()
-        self._wanted = self._coordinator.wanted()
+    @override
+    def _dispatch_due(self) -> None:
+        self._publish()
 
-    def make_known(self, worker: int) -> None:
-        """The worker's number has been given to somebody."""
-        attendance = self._coordinator.attendance
-        while attendance.refuses(worker) is not None and not attendance.finished and attendance.new_number() < worker:
+    def reserve_number(self, worker: int) -> None:
+        """Reserve a worker's number, as the logged run did for a worker that joined later."""
+        membership = self._coordinator.membership
+        while (
+            membership.check_number(worker) is not None and not membership.finished and membership.new_number() < worker
+        ):
             pass
 
     def dispatch(self, now: float) -> Mapping[int, Reply]:
-        """Dispatches whoever is due."""
+        """Dispatch the workers that are due, and return their replies."""
         replies = self._coordinator.dispatch(now)
-        self._dispatch(replies)
-        self._flush()
+        self._send_replies(replies)
+        self._publish()
         return replies
 
 
-class _Answers(Exchange):
-    """Gives a worker the leases that it was given then."""
+class _LoggedLeases(LeaseSource):
+    """Answers a worker's lease requests with the leases in the log of the run."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.leases: dict[int, Lease] = {}
+        self._granted: dict[int, Lease] = {}
+        self._waiting: dict[int, Future[Lease]] = {}
 
-    def request_lease(self, request: LeaseRequest) -> None:
-        """The log has the request, too."""
+    @override
+    def request_lease(self, request: LeaseRequest) -> Future[Lease]:
+        answer: Future[Lease] = Future()
+        lease = self._granted.pop(request.number, None)
+        if lease is not None:
+            answer.set_result(lease)
+        else:
+            # A lease requested ahead of need may be granted after the push of the round in which it was requested.
+            self._waiting[request.number] = answer
+        return answer
 
-    def take_lease(self, number: int) -> Lease:
-        """The answer that the log has by now."""
-        lease = self.leases.pop(number, None)
-        if lease is None:
-            raise RuntimeError(
-                f"the replay has parted from its log: a worker needs training data (request {number}) that it had not "
-                f"been leased when it handed its round in; {_OTHER_OPTIONS}"
-            )
-        return lease
+    def grant(self, lease: Lease) -> None:
+        """Grant a lease that the worker has requested, or will request in its next round."""
+        answer = self._waiting.pop(lease.number, None)
+        if answer is not None:
+            answer.set_result(lease)
+        else:
+            self._granted[lease.number] = lease
 
-    def join(self, hello: Hello, model: Tensor) -> Reply:
-        """Not used: the log says who joins."""
-        raise NotImplementedError
-
-    def push(self, push: Push, gradient: Tensor, model: Tensor) -> Reply:
-        """Not used: the log says when a push arrives."""
-        raise NotImplementedError
-
-    def _send_request(self, request: LeaseRequest, answer: Future[Lease]) -> None:
-        raise NotImplementedError
-
-    @property
-    def wanted_version(self) -> int:
-        """Not used: the log says how many steps a round had."""
-        return -1
-
+    @override
     def check(self) -> None:
-        """Nothing can be lost."""
+        # The log is not read while a round is computed, so no answer can arrive.
+        raise RuntimeError(
+            f"the replay has parted from its log: a worker needs training data (request {min(self._waiting)}) that "
+            f"was not leased to it before its push; {_OTHER_OPTIONS}"
+        )
 
-    def close(self) -> None:
-        """Nothing to close."""
 
+class _LoggedRound(VirtualRound):
+    """A round whose length is logged."""
 
-class _LoggedRound(Turn):
-    """A round whose length is known."""
-
-    def __init__(self, push: Push, seconds: float) -> None:
+    def __init__(self, push: Push, push_time: float) -> None:
         self.push = push
         self.over = False
-        self._seconds = seconds
+        self.overlap_steps = push.overlap_steps
+        self._push_time = push_time
 
     @property
+    @override
     def now(self) -> float:
-        """When it was handed in."""
-        return self._seconds
+        # Times of single steps are not logged.
+        return self._push_time
 
-    def take(self, done: int) -> None:
-        """See :meth:`.Turn.take`."""
-        self.over = done >= self.push.steps
+    @property
+    @override
+    def answered_at(self) -> float:
+        return self._push_time
+
+    @override
+    def record_step(self, optimizer_steps: int) -> None:
+        self.computed += 1
+        self.over = optimizer_steps >= self.push.steps
 
 
-class Replay(Turns):
-    """The workers of a recorded run.
+class ReplaySimulator(Simulator):
+    """The workers of a logged run.
 
     Args:
-        server: dispatches when it is told.
-        clock: its clock.
-        recording: the run.
-        binding: the module's tensors, in which rounds are played.
+        server: dispatches only on request.
+        clock: the server's clock.
+        recording: the logged run.
+        binding: exchanged tensors of the module in which all rounds are computed.
+        frozen: see :class:`.Simulator`.
+        exchange_options: see :class:`.Simulator`.
 
     """
 
-    def __init__(self, server: ReplayServer, clock: VirtualClock, recording: Recording, binding: Binding) -> None:
-        super().__init__(server, clock, binding)
-        self._replaying = server
+    def __init__(
+        self,
+        server: ReplayServer,
+        clock: VirtualClock,
+        recording: Recording,
+        binding: Binding,
+        frozen: FrozenParameters | None = None,
+        exchange_options: ExchangeOptions | None = None,
+    ) -> None:
+        super().__init__(server, clock, binding, frozen, exchange_options)
+        self._replay_server = server
         self._recording = recording
-        self._next = 1
-        self._sessions: dict[str, tuple[VirtualWorker, _Answers]] = {}
+        self._next_event = 1
+        self._sessions: dict[str, tuple[VirtualWorker, _LoggedLeases]] = {}
 
-    def begin(self) -> None:
-        """The log says who joins."""
+    @override
+    def start(self) -> None:
+        # The log contains the joins of all workers, so there is nothing to do.
+        return
 
-    def advance(self) -> VirtualWorker | None:
-        """See :meth:`.Turns.advance`."""
+    @override
+    def next_worker(self) -> VirtualWorker | None:
         events = self._recording.events
         while not self._server.finished:
-            if self._next >= len(events) or events[self._next].kind == "end":
+            if self._next_event >= len(events) or events[self._next_event].kind == "end":
                 raise RuntimeError(
-                    f"the log {self._recording.path} ends at {self.clock.now - self._recording.start:g} s, before "
-                    "training does: the run was broken off, or its last lines were not written"
+                    f"the log {self._recording.path} ends at {self.clock.now - self._recording.start_time:g} s, before "
+                    "the end of training: the run was interrupted, or the last lines of the log were not written"
                 )
-            event = events[self._next]
-            self._next += 1
-            self._due = self.clock.now if event.seconds is None else event.seconds
+            event = events[self._next_event]
+            self._next_event += 1
+            self._push_time = self.clock.now if event.seconds is None else event.seconds
             if event.kind == "push":
-                worker = self._play(event.content["push"])
+                worker = self._prepare_round(event.content["push"])
                 if worker is not None:
                     return worker
             else:
-                self.clock.now = self._due
-                self._apply(event)
-        self._compare_end()
+                self.clock.now = self._push_time
+                self._apply_event(event)
+        self._compare_final_model()
         return None
 
-    def hand_in(self, worker: VirtualWorker, final: bool = False, stop: bool = False) -> None:
-        """See :meth:`.Turns.hand_in`; the push is the logged one."""
-        plan, worker.plan = worker.plan, None
-        assert isinstance(plan, _LoggedRound)
-        self.clock.now = self._due
-        logged, computed = plan.push, worker.hand_in(final=final, stop=stop)
-        for name in ("steps", "samples", "tokens", "used"):
+    @override
+    def push_round(self, worker: VirtualWorker, final: bool = False, stop: bool = False) -> None:
+        # The server gets the logged push, with the pseudo-gradient that was computed now.
+        current_round, worker.current_round = worker.current_round, None
+        assert isinstance(current_round, _LoggedRound)
+        self.clock.now = self._push_time
+        logged, computed = current_round.push, worker.make_push(final=final, stop=stop)
+        for name in ("steps", "overlap_steps", "samples", "tokens", "items_used"):
             then, now = getattr(logged, name), getattr(computed, name)
             if then != now:
-                which = f"round {logged.sequence} of worker {worker.number}"
-                raise self._parted(f"{which} had {name}={then!r}, not {now!r}")
+                raise self._difference(
+                    f"round {logged.sequence} of worker {worker.number} had {name}={then!r}, not {now!r}"
+                )
         self._deliver(worker, logged, worker.gradient)
 
-    def end(self, worker: VirtualWorker, stop: bool) -> None:
-        """A log is played to its end.
-
-        Raises:
-            RuntimeError: the trainer has stopped before.
-
-        """
-        raise self._parted("the trainer has stopped before the logged run ended")
+    @override
+    def finish(self, worker: VirtualWorker, stop: bool) -> None:
+        raise self._difference("the trainer stopped before the end of the logged run")
 
     # ------------------------------------------------------------------ internal
 
-    def _play(self, push: Push) -> VirtualWorker | None:
-        """The worker whose round is to be computed for a push; None if the push needs none, and was handed in."""
-        found = self._sessions.get(push.session)
-        if found is None:
-            raise self._parted(f"worker {push.worker} hands in a round and has never joined")
-        worker, _ = found
+    def _prepare_round(self, push: Push) -> VirtualWorker | None:
+        """Return the worker whose round is to be computed for a push; None if the push needs no round."""
+        session = self._sessions.get(push.session)
+        if session is None:
+            raise self._difference(f"worker {push.worker} pushed a round but never joined")
+        worker, _ = session
         if push.steps == 0 or push.sequence != worker.round:
             if push.sequence == worker.round:
-                # It had nothing to hand in; its count of pushes goes on.
-                self.adopt(worker)
-                worker.hand_in(final=push.final, stop=push.stop)
-            worker.plan = None
-            self.clock.now = self._due
+                # The push had no steps, but it counts in the sequence of the worker's pushes.
+                self.begin_round(worker)
+                worker.make_push(final=push.final, stop=push.stop)
+            worker.current_round = None
+            self.clock.now = self._push_time
             self._deliver(worker, push, None)
             return None
-        if worker.answer is None or worker.answer.version != push.base_version:
-            raise self._parted(
-                f"worker {push.worker} went on from version {push.base_version} of the model after a lost answer, "
-                "which cannot be played again"
+        if worker.pending_reply is None or worker.pending_reply.version != push.base_version:
+            raise self._difference(
+                f"worker {push.worker} continued from version {push.base_version} of the model after a lost reply, "
+                "which cannot be replayed"
             )
-        worker.plan = _LoggedRound(push, self._due)
+        worker.current_round = _LoggedRound(push, self._push_time)
         return worker
 
-    def _apply(self, event: Event) -> None:
+    def _apply_event(self, event: Event) -> None:
         content = event.content
         if event.kind == "join":
             self._join(content["hello"])
@@ -283,65 +314,67 @@ class Replay(Turns):
             self._server.lost(content["worker"], content["session"], content["reason"])
         elif event.kind == "revive":
             self._server.revive(content["worker"], content["session"])
+        elif event.kind == "recall":
+            self._server.recall()
         elif event.kind == "pause":
             self._server.pause(content["worker"])
         elif event.kind == "resume":
             self._server.resume(content["worker"])
         elif event.kind == "replan":
-            self._server.replan(content["total"], content["at_most"])
+            self._server.replan(content["total"], content["upper_bound"])
         elif event.kind == "stop":
             self._server.stop()
 
     def _join(self, hello: Hello) -> None:
         if hello.session not in self._sessions:
-            answers = _Answers()
-            clock = VirtualClock(self.clock.now)
-            worker = VirtualWorker(hello.worker, hello.session, self._binding, answers, self._gradient, clock)
-            self._sessions[hello.session] = worker, answers
+            leases = _LoggedLeases()
+            worker = self._new_worker(hello.worker, hello.session, leases)
+            self._sessions[hello.session] = worker, leases
         worker, _ = self._sessions[hello.session]
         self.live[hello.worker] = worker
-        self._replaying.make_known(hello.worker)
-        self._server.join(hello, self._outlet_of(worker))
+        self._replay_server.reserve_number(hello.worker)
+        self._server.join(hello, self._channel_of(worker))
 
     def _lease(self, request: LeaseRequest, logged: Lease) -> None:
         def compare(lease: Lease) -> None:
             if lease != logged:
-                raise self._parted(f"worker {request.worker} was leased {logged}, not {lease}")
+                raise self._difference(f"worker {request.worker} was leased {logged}, not {lease}")
 
-        self._server.lease(request, compare)
+        self._server.request_lease(request, compare)
         if request.session in self._sessions:
-            self._sessions[request.session][1].leases[request.number] = logged
+            self._sessions[request.session][1].grant(logged)
 
     def _dispatch(self, logged: Mapping[int, Reply]) -> None:
-        replies = self._replaying.dispatch(self.clock.now)
+        replies = self._replay_server.dispatch(self.clock.now)
         if replies.keys() != logged.keys():
-            raise self._parted(f"workers {sorted(logged)} were dispatched, not {sorted(replies)}")
+            raise self._difference(f"workers {sorted(logged)} were dispatched, not {sorted(replies)}")
         for worker, reply in replies.items():
-            # What rank 0 has told the others besides is no decision of the coordinator's.
-            then, now = vars(logged[worker]), vars(replace(reply, shared=logged[worker].shared, asked=0))
+            # Broadcasts and save requests come from rank 0's trainer, not from the coordinator's decisions.
+            then = vars(logged[worker])
+            now = vars(replace(reply, broadcast=logged[worker].broadcast, save_request=0))
             for name, value in now.items():
-                if name != "asked" and value != then[name]:
-                    raise self._parted(f"worker {worker} was dispatched with {name}={then[name]!r}, not {value!r}")
+                if name != "save_request" and value != then[name]:
+                    raise self._difference(f"worker {worker} was dispatched with {name}={then[name]!r}, not {value!r}")
 
-    def _compare_end(self) -> None:
-        """Whether the global model is the very one that the log ends with."""
-        end = next((event.content for event in self._recording.events[self._next :] if event.kind == "end"), None)
+    def _compare_final_model(self) -> None:
+        """Compare the final global model with the hash at the end of the log."""
+        path, events = self._recording.path, self._recording.events
+        end = next((event.content for event in events[self._next_event :] if event.kind == "end"), None)
         if end is None:
-            _log.warning("%s does not say what the run came to: nothing to compare with", self._recording.path)
+            _log.warning("%s does not contain the final model's hash, so the replay cannot be compared with it", path)
             return
         theta = torch.empty(self._binding.layout.numel, dtype=torch.float32)
         self._server.copy_model(theta)
         if fingerprint(theta) == end["theta"]:
-            _log.warning("the global model is that of %s to the last bit", self._recording.path)
+            _log.warning("the global model is equal to that of %s to the last bit", path)
         else:
             _log.warning(
-                "every decision was that of %s, but the global model is not the same to the last bit: the module has "
-                "computed something else (other weights at the start, random numbers, threads, another machine)",
-                self._recording.path,
-            )
+                "all decisions are equal to those of %s, but the global model is not: the module computed something "
+                "else (other initial weights, random numbers, number of threads, or another machine)", path,
+            )  # fmt: skip
 
-    def _parted(self, what: str) -> RuntimeError:
-        event = self._next - 1
+    def _difference(self, what: str) -> RuntimeError:
+        line = self._next_event
         return RuntimeError(
-            f"the replay has parted from its log {self._recording.path} at line {event + 1}: {what}; {_OTHER_OPTIONS}"
+            f"the replay differs from its log {self._recording.path} at line {line}: {what}; {_OTHER_OPTIONS}"
         )

@@ -1,12 +1,14 @@
-"""Who may talk to the server, and how a worker knows that it is the server it talks to.
+"""Authentication of workers to the server, and of the server to workers.
 
 Authentication happens inside libzmq, before anything reaches Python: a peer that does not speak ZMTP, speaks an old
-version of it, or does not know the secret is dropped during the handshake. On one host the mechanism is PLAIN (nothing
-leaves the machine), between hosts CURVE, which encrypts as well. PLAIN alone would let whoever takes over the address
-of a dead server pose as it. So the token itself is never sent: a worker's password is derived from it, and the server
-proves its own knowledge of the token on a nonce of the worker's before the worker sends or believes anything.
+version of it, or does not know the token is dropped during the handshake. On one host the mechanism is PLAIN, because
+nothing leaves the machine. Between hosts it is CURVE, which also encrypts. With PLAIN alone, a program that takes over
+the address of a dead server could pose as the server. So the token itself is never sent: a worker's password is derived
+from the token, and the server proves that it knows the token, on a nonce from the worker, before the worker sends or
+believes anything.
 
-Everything follows from the token, CURVE's keys as well, so that whoever knows it can join with an address alone.
+Everything is derived from the token, CURVE's keys included, so that a process that knows the token needs nothing but
+the server's address to join.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import zmq
 from zmq.utils import z85
 
 if TYPE_CHECKING:
-    from lightning_async_localsgd.options import ExchangeOptions
+    from lightning_async_localsgd.protocol.options import ExchangeOptions
 
 _log = logging.getLogger(__name__)
 
@@ -32,18 +34,15 @@ _ZAP_ADDRESS = "inproc://zeromq.zap.01"
 _USERNAME = b"worker"
 
 
-SHORTEST_TOKEN = 16
-"""Characters of a token that a user has chosen."""
-
-_WITHOUT_CURVE = "the libzmq of this Python was built without CURVE; `pip install pyzmq` brings one that has it"
+_NO_CURVE = "the libzmq of this Python was built without CURVE; `pip install pyzmq` installs one that has it"
 
 
 @dataclass(frozen=True)
 class Endpoints:
-    """One way to a server, complete with what is needed to be let in. Usually made by :meth:`of`.
+    """The address of a server, with the credentials it asks for. Usually made by :meth:`from_token`.
 
     Args:
-        address: of the server's socket, ``ipc://...`` or ``tcp://host:port``.
+        address: address of the server's socket, ``ipc://...`` or ``tcp://host:port``.
         incarnation: random name of this start of the server.
         token: secret of this run.
         server_key: the server's CURVE public key; None without encryption.
@@ -60,11 +59,11 @@ class Endpoints:
     secret_key: str | None = field(default=None, repr=False)
 
     @classmethod
-    def of(cls, address: str, incarnation: str, token: str, encrypted: bool) -> Endpoints:
-        """The way to the server at ``address`` with that token; keys are derived from the token."""
+    def from_token(cls, address: str, incarnation: str, token: str, encrypted: bool) -> Endpoints:
+        """Return the endpoints of the server at ``address``, with keys derived from the token."""
         if not encrypted:
             return cls(address, incarnation, token)
-        (server_key, _), (public_key, secret_key) = _keys(token, b"server"), _keys(token, b"worker")
+        (server_key, _), (public_key, secret_key) = _key_pair(token, b"server"), _key_pair(token, b"worker")
         return cls(address, incarnation, token, server_key.decode(), public_key.decode(), secret_key.decode())
 
     @property
@@ -73,8 +72,8 @@ class Endpoints:
         return self.server_key is not None
 
     @property
-    def nearby(self) -> bool:
-        """Whether there is no network in between: if nobody listens there, the server's process has ended."""
+    def same_host(self) -> bool:
+        """Whether the server is on this machine. If it is, and no process listens there, the server has ended."""
         if not self.address.startswith("tcp://"):
             return True
         host = self.address.removeprefix("tcp://").rpartition(":")[0].strip("[]")
@@ -85,7 +84,7 @@ class Endpoints:
 
 
 class Secrets:
-    """The server's secrets: a token and, for encrypted traffic, one pair of keys for itself and one for all workers.
+    """The server's secrets: a token and, for encrypted traffic, a key pair for itself and one for all workers.
 
     Args:
         token: secret of this run.
@@ -95,11 +94,11 @@ class Secrets:
 
     def __init__(self, token: str, encrypt: bool) -> None:
         self.token = token
-        self.server_keys = _keys(token, b"server") if encrypt else None
-        self.worker_keys = _keys(token, b"worker") if encrypt else None
+        self.server_keys = _key_pair(token, b"server") if encrypt else None
+        self.worker_keys = _key_pair(token, b"worker") if encrypt else None
 
-    def guard(self, socket: zmq.Socket[bytes], encrypted: bool) -> None:
-        """Makes a socket that is about to be bound ask the gatekeeper about every peer."""
+    def require_credentials(self, socket: zmq.Socket[bytes], encrypted: bool) -> None:
+        """Make a socket that is not bound yet ask the :class:`Authenticator` about every peer."""
         socket.setsockopt(zmq.ZAP_DOMAIN, _DOMAIN)
         if encrypted:
             assert self.server_keys is not None
@@ -109,13 +108,13 @@ class Secrets:
             socket.setsockopt(zmq.PLAIN_SERVER, 1)
 
 
-class Gatekeeper:
-    """Answers libzmq's question (ZAP, RFC 27) whether a peer may come in.
+class Authenticator:
+    """Answers libzmq's requests to authenticate peers (ZAP, RFC 27).
 
-    Not pyzmq's authenticator, since that runs a thread of its own and writes passwords to the debug log.
+    pyzmq has an authenticator, too, but it runs a thread of its own and writes passwords to the debug log.
 
     Args:
-        context: of the guarded sockets; questions come from all sockets of one context.
+        context: context of the sockets. Requests come from all sockets of one context.
         secrets_: what peers must know.
 
     """
@@ -128,14 +127,14 @@ class Gatekeeper:
         self._public = None if secrets_.worker_keys is None else z85.decode(secrets_.worker_keys[0])
 
     def answer(self) -> None:
-        """Answers all questions that have been asked."""
+        """Answer all requests that have arrived."""
         while self.socket.poll(0):
             version, request, _, _, _, mechanism, *credentials = self.socket.recv_multipart()
-            welcome = self._knows(mechanism, credentials)
-            status = [b"200", b"OK"] if welcome else [b"400", b"wrong credentials"]
+            accepted = self._accepts(mechanism, credentials)
+            status = [b"200", b"OK"] if accepted else [b"400", b"wrong credentials"]
             self.socket.send_multipart([version, request, *status, b"", b""])
 
-    def _knows(self, mechanism: bytes, credentials: list[bytes]) -> bool:
+    def _accepts(self, mechanism: bytes, credentials: list[bytes]) -> bool:
         if mechanism == b"PLAIN" and len(credentials) == 2:
             return hmac.compare_digest(credentials[1], self._password)
         if mechanism == b"CURVE" and len(credentials) == 1 and self._public is not None:
@@ -143,8 +142,8 @@ class Gatekeeper:
         return False
 
 
-def introduce(socket: zmq.Socket[bytes], endpoints: Endpoints) -> None:
-    """Gives a socket that is about to dial what the gatekeeper asks for."""
+def set_credentials(socket: zmq.Socket[bytes], endpoints: Endpoints) -> None:
+    """Give a socket that is not connected yet the credentials that the server asks for."""
     if endpoints.server_key is not None:
         assert endpoints.public_key is not None
         assert endpoints.secret_key is not None
@@ -157,86 +156,62 @@ def introduce(socket: zmq.Socket[bytes], endpoints: Endpoints) -> None:
 
 
 def password(token: str) -> bytes:
-    """What a worker shows; the token does not follow from it."""
-    return _derived(token, b"worker").encode()
+    """Return the password that workers send. The token cannot be derived from it."""
+    return _derive(token, b"worker").encode()
 
 
 def proof(token: str, nonce: bytes, statement: str) -> str:
-    """What only someone who knows the token can say about ``nonce``: that ``statement`` is the server's."""
-    return _derived(token, b"server" + nonce + statement.encode())
+    """Return a proof that a server which knows the token makes ``statement`` in answer to ``nonce``."""
+    return _derive(token, b"server" + nonce + statement.encode())
 
 
 def is_proof(claimed: str, token: str, nonce: bytes, statement: str) -> bool:
-    """Whether ``claimed`` is :func:`proof` of the rest."""
+    """Return whether ``claimed`` is the :func:`proof` of the other arguments."""
     return hmac.compare_digest(claimed.encode(), proof(token, nonce, statement).encode())
 
 
 def new_token() -> str:
-    """A random token for one run."""
+    """Return a random token for one run."""
     return secrets.token_hex(32)
 
 
-def checked_token(token: str, where: str) -> str:
-    """``token`` as it is.
-
-    Args:
-        token: chosen by a user.
-        where: the option or environment variable that it comes from.
-
-    Raises:
-        TypeError: it is no text.
-        ValueError: it is too short, or has white space around it, which is said without showing it.
-
-    """
-    advice = 'take what `python -c "import secrets; print(secrets.token_hex(32))"` prints'
-    if not isinstance(token, str):
-        raise TypeError(f"{where} is of type {type(token).__name__} and must be a text: {advice}")
-    if len(token) < SHORTEST_TOKEN:
-        raise ValueError(
-            f"{where} has {len(token)} characters; passwords and keys are made of it, so it needs at least "
-            f"{SHORTEST_TOKEN} that nobody can guess: {advice}"
-        )
-    if token != token.strip() or not token.isprintable():
-        raise ValueError(f"{where} has white space around it, or characters that cannot be printed: {advice}")
-    return token
-
-
 def require_encryption(options: ExchangeOptions, distant: bool) -> bool:
-    """Whether traffic over ``tcp`` is to be encrypted.
+    """Return whether traffic over ``tcp`` is encrypted.
 
     Args:
-        options: the user's.
+        options: the user's options.
         distant: whether other hosts take part, or may do so later.
 
     Raises:
-        ValueError: traffic between hosts would not be encrypted, and the user has not said that this is all right.
+        ValueError: traffic between hosts would not be encrypted, and the user has not set ``insecure=True``; or
+            encryption is requested, and libzmq was built without CURVE.
 
     """
     possible = zmq.has("curve")
     if options.encrypt and not possible:
-        raise ValueError(f"exchange.encrypt=True is impossible: {_WITHOUT_CURVE}")
+        raise ValueError(f"exchange.encrypt=True is not possible: {_NO_CURVE}")
     encrypted = distant and possible if options.encrypt is None else options.encrypt
     if distant and not encrypted:
-        reason = "exchange.encrypt=False" if options.encrypt is False else _WITHOUT_CURVE
+        reason = "exchange.encrypt=False" if options.encrypt is False else _NO_CURVE
         if not options.insecure:
             raise ValueError(
-                f"other hosts than rank 0's may take part, and weights and password would cross the network in the "
-                f"open ({reason}): leave exchange.encrypt unset, with a libzmq that has CURVE, or say "
-                "exchange.insecure=True if everybody on that network may read and change the model"
+                "hosts other than rank 0's may take part, and weights and password would cross the network unencrypted "
+                f"({reason}). Leave exchange.encrypt unset, with a libzmq that has CURVE; or, if every host on the "
+                "network may read and change the model, set exchange.insecure=True"
             )
         _log.warning(
-            "exchange.insecure=True: weights and password cross the network unencrypted (%s); whoever is on it can read"
-            " and change the model",
+            "exchange.insecure=True: weights and password cross the network unencrypted (%s). Every host on the network"
+            " can read and change the model",
             reason,
         )
     return encrypted
 
 
-def _derived(token: str, purpose: bytes) -> str:
+def _derive(token: str, purpose: bytes) -> str:
     return hmac.new(token.encode(), purpose, hashlib.sha256).hexdigest()
 
 
-def _keys(token: str, whose: bytes) -> tuple[bytes, bytes]:
-    """A public and a secret CURVE key, the same ones wherever the token is known."""
-    secret = z85.encode(bytes.fromhex(_derived(token, b"curve key of the " + whose)))
+def _key_pair(token: str, owner: bytes) -> tuple[bytes, bytes]:
+    """Return the public and the secret CURVE key of ``owner``, always the same ones for a token."""
+    secret = z85.encode(bytes.fromhex(_derive(token, b"curve key of the " + owner)))
     return zmq.curve_public(secret), secret

@@ -1,8 +1,8 @@
 """A worker's end of the wire.
 
-Bulk data is streamed straight out of and into the worker's own tensors. A broken connection is dialled again, the
-session goes on over the new one, and the push that had no answer is sent again under its old number: the server knows
-whether it has applied it.
+Bulk data is streamed straight from and into the worker's own tensors, or packed ones. If the connection breaks, the
+worker reconnects, continues its session over the new connection, and sends an unanswered push again with the same
+sequence number and the same bytes. The server knows whether it has applied that push.
 """
 
 from __future__ import annotations
@@ -10,18 +10,22 @@ from __future__ import annotations
 import dataclasses
 import logging
 import secrets
+import threading
 import time
 from typing import TYPE_CHECKING
 
 import zmq
+from typing_extensions import override
 
-from lightning_async_localsgd.exchange import Exchange, ExchangeError
-from lightning_async_localsgd.messages import Hello, MessageError, Push, Reply
+from lightning_async_localsgd.protocol.exchange import Exchange, ExchangeError
+from lightning_async_localsgd.protocol.lease_source import LeaseSource
+from lightning_async_localsgd.protocol.messages import Hello, MessageError, Push, Reply
 from lightning_async_localsgd.wire import frames
 from lightning_async_localsgd.wire.auth import is_proof
+from lightning_async_localsgd.wire.connection import Connection, ConnectionLost, dial_with_retries
 from lightning_async_localsgd.wire.frames import Welcome
-from lightning_async_localsgd.wire.heart import GONE_SECONDS, Heart
-from lightning_async_localsgd.wire.link import Link, LinkLost, retry
+from lightning_async_localsgd.wire.heartbeat import REFUSED_SECONDS, Heartbeat
+from lightning_async_localsgd.wire.received_models import ReceivedModels
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,338 +33,401 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from lightning_async_localsgd.injection import Moment
-    from lightning_async_localsgd.layout import Layout
-    from lightning_async_localsgd.messages import Lease, LeaseRequest
+    from lightning_async_localsgd.protocol.codecs import Codec
+    from lightning_async_localsgd.protocol.layout import Layout
+    from lightning_async_localsgd.protocol.messages import Lease, LeaseRequest, Share
+    from lightning_async_localsgd.protocol.ports import Moment
     from lightning_async_localsgd.wire.auth import Endpoints
 
 _log = logging.getLogger(__name__)
 
-_LOOK_SECONDS = 0.2
-"""How often a waiting worker looks whether the server is still there."""
+_CHECK_SECONDS = 0.2
+"""Seconds between two checks of the server while the worker waits."""
 
-_GREETING_SECONDS = 10.0
-"""How long the answer to a greeting may take, unless more silence is allowed."""
+_HELLO_SECONDS = 10.0
+"""Seconds that the answer to a hello may take, unless a longer silence is allowed."""
 
-_GOODBYE_SECONDS = 0.5
-"""How long a goodbye may take to leave."""
+_LINGER_SECONDS = 0.5
+"""Seconds that a goodbye may take to be sent."""
 
 
-class WireExchange(Exchange):
-    """Reaches a :class:`.WireServer` in another process. Nothing happens before :meth:`join`.
+class WireExchange(Exchange, LeaseSource):
+    """An exchange with a :class:`.WireServer` in another process. It connects in :meth:`join`.
 
     Args:
-        endpoints: the way to the server.
-        layout: of the model that is exchanged.
+        endpoints: the address of the server, with credentials.
+        layout: the layout of the exchanged model.
         silence_timeout: seconds without a sign of life from the server after which it counts as gone, see
-            :class:`.Silence`. Only silence is timed, never a transfer as a whole, nor the wait for an answer.
-        connect_timeout: seconds for reaching the server for the first time.
+            :class:`.AdaptiveTimeout`. Only silence is timed, never a whole transfer or the wait for an answer.
+        connect_timeout: seconds for connecting to the server for the first time.
+        download: unpacks models; None if they never travel packed.
 
     Raises:
-        ValueError: a time-out is not positive.
+        ValueError: a timeout is not positive.
 
     Attributes:
-        observer: called with the moment's name and the link before every part that is sent ("mid-push") or received
-            ("mid-pull"), and when an answer is there ("before reply"). May raise :class:`.LinkLost`.
+        observer: called with the moment and the connection before every part is sent ("mid-push") or received
+            ("mid-pull"), and when an answer has arrived ("before reply"). May raise :class:`.ConnectionLost`.
 
     """
 
-    observer: Callable[[Moment, Link], None] | None = None
+    observer: Callable[[Moment, Connection], None] | None = None
 
-    def __init__(self, endpoints: Endpoints, layout: Layout, *, silence_timeout: float, connect_timeout: float) -> None:
+    def __init__(
+        self,
+        endpoints: Endpoints,
+        layout: Layout,
+        *,
+        silence_timeout: float,
+        connect_timeout: float,
+        download: Codec | None = None,
+    ) -> None:
         for name, value in (("silence_timeout", silence_timeout), ("connect_timeout", connect_timeout)):
             if not value > 0:
                 raise ValueError(f"{name}={value!r} must be a positive number of seconds")
-        super().__init__()
         frames.keep_freed_memory()
         self._endpoints = endpoints
         self._layout = layout
+        self._models = ReceivedModels(layout, download)
         self._silence_timeout = silence_timeout
         self._connect_timeout = connect_timeout
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._link: Link | None = None
-        self._heart: Heart | None = None
+        self._connection: Connection | None = None
+        self._heartbeat: Heartbeat | None = None
         self._hello: Hello | None = None
         self._dispatched = False
-        self._moved_at = 0.0
-        self._past_sent = 0
-        self._past_received = 0
+        self._progress_at = 0.0
+        self._closed_sent = 0
+        self._closed_received = 0
         self._closed = False
+        # Held by the thread that uses the connection.
+        self._in_use = threading.Lock()
 
-    # ------------------------------------------------------------ the interface
+    # ---------------------------------------------------------------- interface
 
+    @override
     def join(self, hello: Hello, model: Tensor) -> Reply:
-        """See :meth:`.Exchange.join`."""
         self._hello = hello
-        memory = self._memory(model)
-        return self._persist(lambda link: self._converse(link, 0, memoryview(b""), memory))
+        self._bytes_of(model)  # Checks its size.
+        reply = self._run_with_reconnects(
+            lambda connection: self._exchange(
+                connection, 0, memoryview(b""), lambda reply: self._models.memory(reply, model)
+            )
+        )
+        self._models.complete(reply, model)
+        return reply
 
-    def push(self, push: Push, gradient: Tensor, model: Tensor) -> Reply:
-        """See :meth:`.Exchange.push`."""
-        source = self._memory(gradient) if push.steps > 0 else memoryview(b"")
-        memory = self._memory(model)
+    @override
+    def push(self, push: Push, gradient: Tensor, model: Tensor, packed: Tensor | None = None) -> Reply:
+        source = memoryview(b"")
+        if push.steps > 0:
+            source = self._bytes_of(gradient) if packed is None else frames.memory_of(packed)
+        self._bytes_of(model)  # Checks its size.
 
-        def hand_in(link: Link) -> Reply:
-            self._send(link, frames.PUSH + push.encode())
-            return self._converse(link, push.sequence, source, memory)
+        def send_push(connection: Connection) -> Reply:
+            self._send(connection, frames.PUSH + push.encode())
+            return self._exchange(connection, push.sequence, source, lambda reply: self._models.memory(reply, model))
 
-        return self._persist(hand_in)
+        reply = self._run_with_reconnects(send_push)
+        self._models.complete(reply, model)
+        return reply
+
+    @override
+    def share(self, share: Share, values: Tensor) -> Reply:
+        source, memory = frames.memory_of(values.clone()), frames.memory_of(values)
+
+        def send_share(connection: Connection) -> Reply:
+            self._send(connection, frames.SHARE + share.encode())
+            return self._exchange(connection, share.sequence, source, lambda _: memory)
+
+        return self._run_with_reconnects(send_share)
 
     @property
     def address(self) -> str:
-        """Of the server."""
+        """Address of the server."""
         return self._endpoints.address
 
     @property
-    def wanted_version(self) -> int:
-        """See :attr:`.Exchange.wanted_version`."""
-        return -1 if self._heart is None else self._heart.wanted_version
+    @override
+    def recalled_version(self) -> int:
+        return -1 if self._heartbeat is None else self._heartbeat.recalled_version
 
+    @override
     def check(self) -> None:
-        """See :meth:`.Exchange.check`."""
-        if self._link is not None:
+        if self._in_use.acquire(blocking=False):
             try:
-                while self._link.wait(0):
-                    self._read(self._link)
-                    self._link.skip()
-            except LinkLost as lost:
-                _log.info("the connection to %s broke between two exchanges: %s", self._endpoints.address, lost)
-                self._drop_link()
-        self._look_after_server()
-        self._tally()
+                self._read_unasked()
+                self._update_byte_counts()
+            finally:
+                self._in_use.release()
+        self._check_server()
 
-    def close(self) -> None:
-        """See :meth:`.Exchange.close`."""
+    @override
+    def close(self, reason: str = "") -> None:
         if self._closed:
             return
         self._closed = True
-        if self._heart is not None:
-            self._heart.close()
-        for answer in self._leases.values():
-            if not answer.done():
-                answer.set_exception(ExchangeError("the exchange is closed"))
-        if self._link is not None:
-            self._link.send(frames.BYE)
-            self._drop_link(linger=_GOODBYE_SECONDS)
-        self._tally()
+        # A push in another thread ends soon, because the exchange is closed.
+        with self._in_use:
+            if self._heartbeat is not None:
+                self._heartbeat.close()
+            if self._connection is not None:
+                self._connection.send(frames.BYE + frames.pack_reason(reason))
+                self._drop_connection(linger=_LINGER_SECONDS)
+            self._update_byte_counts()
         self._context.term()
 
-    def _send_request(self, request: LeaseRequest, answer: Future[Lease]) -> None:
-        if self._closed or self._heart is None:
-            raise ExchangeError("the exchange is closed" if self._closed else "request_lease() comes after join()")
-        self._heart.ask(request, answer)
+    @override
+    def request_lease(self, request: LeaseRequest) -> Future[Lease]:
+        if self._closed or self._heartbeat is None:
+            raise ExchangeError("the exchange is closed" if self._closed else "call join() before request_lease()")
+        return self._heartbeat.request_lease(request)
 
     # --------------------------------------------------------------- connection
 
-    def _persist(self, action: Callable[[Link], Reply]) -> Reply:
-        """Carries ``action`` out, from its beginning over a new link whenever the present one breaks."""
+    def _run_with_reconnects(self, action: Callable[[Connection], Reply]) -> Reply:
+        """Run ``action``. If the connection breaks, reconnect and run it again from its start."""
         if self._closed or self._hello is None:
-            raise ExchangeError("the exchange is closed" if self._closed else "push() comes after join()")
-        trouble_since: float | None = None
+            raise ExchangeError("the exchange is closed" if self._closed else "call join() before push()")
+        with self._in_use:
+            return self._run_with_connection(action)
+
+    def _run_with_connection(self, action: Callable[[Connection], Reply]) -> Reply:
+        failing_since: float | None = None
         try:
             while True:
                 try:
-                    reply = action(self._connected())
-                except LinkLost as lost:
-                    self._drop_link()
+                    reply = action(self._get_connection())
+                except ConnectionLost as lost:
+                    self._drop_connection()
                     now = time.monotonic()
-                    if trouble_since is None or self._moved_at > trouble_since:
-                        trouble_since = now
-                    if now - trouble_since > self._patience:
+                    if failing_since is None or self._progress_at > failing_since:
+                        failing_since = now
+                    if now - failing_since > self._patience:
                         raise ExchangeError(self._unreachable(str(lost), self._patience)) from lost
-                    _log.warning("the connection to %s broke (%s); dialling again", self._endpoints.address, lost)
-                    self._pause(0.1)
+                    _log.warning("the connection to %s broke (%s); reconnecting", self._endpoints.address, lost)
+                    self._sleep(0.1)
                     continue
                 self._dispatched = True
                 return reply
         except MessageError as error:
-            self._drop_link()
-            raise ExchangeError(f"the server at {self._endpoints.address} sent nonsense: {error}") from error
+            self._drop_connection()
+            raise ExchangeError(f"the server at {self._endpoints.address} broke the protocol: {error}") from error
         finally:
-            self._tally()
+            self._update_byte_counts()
 
-    def _connected(self) -> Link:
-        if self._link is None:
+    def _read_unasked(self) -> None:
+        """Read what the server has sent without being asked: it may refuse this worker."""
+        if self._connection is None:
+            return
+        try:
+            while self._connection.wait(0):
+                self._read(self._connection)
+                self._connection.skip_rest()
+        except ConnectionLost as lost:
+            _log.info("the connection to %s broke while it was not in use: %s", self._endpoints.address, lost)
+            self._drop_connection()
+
+    def _get_connection(self) -> Connection:
+        if self._connection is None:
             seconds = self._patience
-            refused_seconds = min(GONE_SECONDS, seconds) if self._dispatched else seconds
+            refused_seconds = min(REFUSED_SECONDS, seconds) if self._dispatched else seconds
             try:
-                self._link = retry(self._dial, seconds, refused_seconds, self._pause, self.address)
-            except LinkLost as lost:
+                self._connection = dial_with_retries(self._dial, seconds, refused_seconds, self._sleep, self.address)
+            except ConnectionLost as lost:
                 waited = refused_seconds if lost.refused else seconds
                 raise ExchangeError(self._unreachable(str(lost), waited)) from lost
-            self._greet(self._link, seconds)
-        return self._link
+            self._say_hello(self._connection, seconds)
+        return self._connection
 
-    def _dial(self, seconds: float) -> Link:
-        return Link(self._context, self._endpoints, self._silence_limit, seconds)
+    def _dial(self, seconds: float) -> Connection:
+        return Connection(self._context, self._endpoints, self._silence_limit, seconds)
 
-    def _greet(self, link: Link, seconds: float) -> None:
-        """Says hello, and makes sure that it is our server that listens."""
+    def _say_hello(self, connection: Connection, seconds: float) -> None:
+        """Say hello, and check that the server is the expected one."""
         assert self._hello is not None
         nonce = secrets.token_bytes(frames.NONCE_BYTES)
-        hello = dataclasses.replace(self._hello, rejoining=self._dispatched)
-        self._send(link, frames.HELLO + hello.encode(), nonce)
-        # It answers at once, so another connection may be luckier.
-        seconds = min(seconds, max(_GREETING_SECONDS, self._silence_limit))
+        hello = dataclasses.replace(self._hello, reconnecting=self._dispatched)
+        self._send(connection, frames.HELLO + hello.encode(), nonce)
+        # A server answers a hello at once. If no answer comes, try another connection.
+        seconds = min(seconds, max(_HELLO_SECONDS, self._silence_limit))
         until = time.monotonic() + seconds
         header = b""
         while header[:1] != frames.WELCOME:
             if time.monotonic() > until:
-                raise LinkLost(f"no answer to the greeting within {seconds:g} s")
-            if self._await(link):
-                header = self._read(link)
-                link.skip()
+                raise ConnectionLost(f"no answer to the hello within {seconds:g} s")
+            if self._wait(connection):
+                header = self._read(connection)
+                connection.skip_rest()
         welcome = Welcome.decode(header[1:])
         address = self._endpoints.address
         if not is_proof(welcome.proof, self._endpoints.token, nonce, welcome.incarnation):
-            raise ExchangeError(f"another program has taken the place of the server at {address}")
+            raise ExchangeError(
+                f"the program that listens at {address} is not this run's server: it does not know the token"
+            )
         if welcome.incarnation != self._endpoints.incarnation:
-            raise ExchangeError(f"the server at {address} was started anew; start this worker again to join it")
-        if self._heart is None:
-            self._heart = Heart(self._context, self._endpoints, hello.worker, hello.session, self._silence_timeout)
+            raise ExchangeError(f"the server at {address} has been restarted; restart this worker to join it")
+        if self._heartbeat is None:
+            self._heartbeat = Heartbeat(
+                self._context, self._endpoints, hello.worker, hello.session, self._silence_timeout
+            )
 
     def _unreachable(self, reason: str, waited: float) -> str:
         if self._dispatched:
-            return f"the server at {self._endpoints.address} is gone: {reason}, for {waited:g} s; see how rank 0 ended"
+            return (
+                f"the server at {self._endpoints.address} is gone: {reason}, for {round(waited, 1):g} s; "
+                "check why rank 0 ended"
+            )
         return (
-            f"the server at {self._endpoints.address} could not be reached within {waited:g} s: {reason}; see whether"
-            " rank 0 runs, and whether its address and port (exchange.port) can be reached from this machine"
+            f"the server at {self._endpoints.address} could not be reached within {waited:g} s: {reason}; check that "
+            "rank 0 is running, and that its address and port (exchange.port) can be reached from this machine"
         )
 
     @property
     def _silence_limit(self) -> float:
-        return self._silence_timeout if self._heart is None else self._heart.silence.limit
+        return self._silence_timeout if self._heartbeat is None else self._heartbeat.timeout.limit
 
     @property
     def _patience(self) -> float:
-        """Seconds for which a connection is tried that cannot be made, or that carries nothing."""
+        """Seconds after which the exchange gives up connecting, or using connections that move no data."""
         return self._silence_limit if self._dispatched else self._connect_timeout
 
-    def _drop_link(self, linger: float = 0.0) -> None:
-        if self._link is not None:
-            self._link.close(linger)
-            self._past_sent += self._link.sent
-            self._past_received += self._link.received
-            self._link = None
+    def _drop_connection(self, linger: float = 0.0) -> None:
+        if self._connection is not None:
+            self._connection.close(linger)
+            self._closed_sent += self._connection.sent
+            self._closed_received += self._connection.received
+            self._connection = None
 
-    def _tally(self) -> None:
-        parts = [part for part in (self._link, self._heart) if part is not None]
-        self.bytes_sent = self._past_sent + sum(part.sent for part in parts)
-        self.bytes_received = self._past_received + sum(part.received for part in parts)
+    def _update_byte_counts(self) -> None:
+        parts = [part for part in (self._connection, self._heartbeat) if part is not None]
+        self.bytes_sent = self._closed_sent + sum(part.sent for part in parts)
+        self.bytes_received = self._closed_received + sum(part.received for part in parts)
 
-    # ------------------------------------------------------------- conversation
+    # ---------------------------------------------------------------- transfers
 
-    def _converse(self, link: Link, sequence: int, source: memoryview, memory: memoryview) -> Reply:
-        """Uploads ``source`` if the server asks for it, and takes the reply to ``sequence``, model included."""
-        going = False
+    def _exchange(
+        self, connection: Connection, sequence: int, source: memoryview, memory: Callable[[Reply], memoryview]
+    ) -> Reply:
+        """Upload ``source`` if the server asks for it, and receive the reply to ``sequence`` with the model.
+
+        ``memory`` returns where the bytes are received that come with the reply.
+        """
+        may_upload = False
         sent = 0
         while True:
-            uploading = going and sent < len(source)
+            uploading = may_upload and sent < len(source)
             while uploading and sent < len(source):
-                self._observe("mid-push", link)
+                self._observe("mid-push", connection)
                 part = source[sent : sent + frames.FRAME_BYTES]
-                if not link.send_bulk(frames.pack_part(frames.DATA, sequence, sent), part):
+                if not connection.send_bulk(frames.pack_part(frames.DATA, sequence, sent), part):
                     break
                 sent += len(part)
-                self._moved_at = time.monotonic()
-            if not self._await(link, writing=uploading and sent < len(source)):
+                self._progress_at = time.monotonic()
+            if not self._wait(connection, writing=uploading and sent < len(source)):
                 if uploading and sent < len(source):
-                    self._look_for_stall()
+                    self._check_stall()
                 continue
-            header = self._read(link)
+            header = self._read(connection)
             if header[:1] == frames.GO and frames.unpack_transfer(header) == sequence:
-                going = True
-                self._moved_at = time.monotonic()
+                may_upload = True
+                self._progress_at = time.monotonic()
             elif header[:1] == frames.CREDIT:
-                # What was sent may be queued in here for long, but it arrives.
-                self._moved_at = time.monotonic()
+                # Sent parts may wait in libzmq's queue for long, but they arrive.
+                self._progress_at = time.monotonic()
             elif header[:1] == frames.REPLY:
-                reply = Reply.decode(link.receive() if link.more else b"")
+                reply = Reply.decode(connection.receive() if connection.more else b"")
                 if reply.sequence == sequence:
-                    self._observe("before reply", link)
-                    # The answer to a push that had arrived before its connection broke makes the upload needless.
-                    self._download(link, frames.unpack_transfer(header), memory)
+                    self._observe("before reply", connection)
+                    # If the push had arrived before its connection broke, the answer comes before a second upload.
+                    self._download(connection, frames.unpack_transfer(header), memory(reply))
                     return reply
-            link.skip()
+            connection.skip_rest()
 
-    def _download(self, link: Link, transfer: int, memory: memoryview) -> None:
+    def _download(self, connection: Connection, transfer: int, memory: memoryview) -> None:
         received = 0
         count = frames.frame_count(len(memory))
-        self._moved_at = confirmed_at = time.monotonic()
+        self._progress_at = confirmed_at = time.monotonic()
         while received < count:
-            self._observe("mid-pull", link)
-            if not self._await(link):
-                self._look_for_stall()
+            self._observe("mid-pull", connection)
+            if not self._wait(connection):
+                self._check_stall()
                 continue
-            header = self._read(link)
+            header = self._read(connection)
             if header[:1] == frames.MODEL and frames.unpack_part(header)[0] == transfer:
                 offset = frames.unpack_part(header)[1]
                 part = memory[offset : offset + frames.FRAME_BYTES]
-                if offset != received * frames.FRAME_BYTES or not link.more or link.receive_into(part) != len(part):
-                    raise MessageError(f"a part of the model at offset {offset} after {received} parts")
+                if (
+                    offset != received * frames.FRAME_BYTES
+                    or not connection.more
+                    or connection.receive_into(part) != len(part)
+                ):
+                    raise MessageError(f"part {received} of the model has offset {offset} or a wrong size")
                 received += 1
-                self._moved_at = now = time.monotonic()
+                self._progress_at = now = time.monotonic()
                 late = now - confirmed_at > frames.CONFIRM_SECONDS
                 if received % frames.CONFIRM_EVERY == 0 or received == count or late:
                     confirmed_at = now
-                    self._send(link, frames.pack_part(frames.CREDIT, transfer, received))
-            link.skip()
+                    self._send(connection, frames.pack_part(frames.CREDIT, transfer, received))
+            connection.skip_rest()
 
-    def _observe(self, moment: Moment, link: Link) -> None:
+    def _observe(self, moment: Moment, connection: Connection) -> None:
         if self.observer is not None:
-            self.observer(moment, link)
+            self.observer(moment, connection)
 
-    def _read(self, link: Link) -> bytes:
-        """First frame of the next message.
+    def _read(self, connection: Connection) -> bytes:
+        """Return the first frame of the next message.
 
         Raises:
-            ExchangeError: it is a refusal.
-            LinkLost: the server does not know this connection.
+            ExchangeError: the message is a refusal.
+            ConnectionLost: the server does not know this connection.
 
         """
-        header = link.receive()
+        header = connection.receive()
         if header[:1] == frames.REFUSE:
-            described = link.receive() if link.more else b""
-            link.skip()
-            self._drop_link()
-            raise ExchangeError(self._refusal(header[1:].decode(errors="replace"), described))
+            description = connection.receive() if connection.more else b""
+            connection.skip_rest()
+            self._drop_connection()
+            raise ExchangeError(self._refusal(header[1:].decode(errors="replace"), description))
         if header[:1] == frames.UNKNOWN:
-            link.skip()
-            raise LinkLost("the server had given this connection up")
+            connection.skip_rest()
+            raise ConnectionLost("the server has closed this connection")
         return header
 
-    def _refusal(self, reason: str, described: bytes) -> str:
+    def _refusal(self, reason: str, description: bytes) -> str:
         try:
-            theirs = frames.unpack_layout(described)
+            server_layout = frames.unpack_layout(description)
         except MessageError:
-            theirs = None  # The reason stands without it.
-        return reason if theirs is None else f"{reason}\n{self._layout.difference(theirs)}"
+            server_layout = None  # The reason is enough.
+        return reason if server_layout is None else f"{reason}\n{self._layout.difference(server_layout)}"
 
-    def _send(self, link: Link, *parts: bytes) -> None:
-        while not link.send(*parts):
-            self._await(link, writing=True)
+    def _send(self, connection: Connection, *parts: bytes) -> None:
+        while not connection.send(*parts):
+            self._wait(connection, writing=True)
 
-    def _await(self, link: Link, writing: bool = False) -> bool:
-        ready = link.wait(_LOOK_SECONDS, writing)
+    def _wait(self, connection: Connection, writing: bool = False) -> bool:
+        ready = connection.wait(_CHECK_SECONDS, writing)
         if not ready:
-            self._look_after_server()
+            self._check_server()
         return ready
 
-    def _look_after_server(self) -> None:
-        if self._heart is not None and self._heart.gone is not None:
-            raise ExchangeError(self._heart.gone)
+    def _check_server(self) -> None:
+        if self._closed:
+            raise ExchangeError("the exchange is closed")
+        if self._heartbeat is not None and self._heartbeat.failure is not None:
+            raise ExchangeError(self._heartbeat.failure)
 
-    def _look_for_stall(self) -> None:
-        silent = time.monotonic() - self._moved_at
+    def _check_stall(self) -> None:
+        silent = time.monotonic() - self._progress_at
         if silent > self._silence_limit:
-            raise LinkLost(f"a transfer has not moved for {silent:.0f} s")
+            raise ConnectionLost(f"the transfer has not moved for {silent:.0f} s")
 
-    def _pause(self, seconds: float) -> None:
-        self._look_after_server()
+    def _sleep(self, seconds: float) -> None:
+        self._check_server()
         time.sleep(seconds)
 
-    def _memory(self, tensor: Tensor) -> memoryview:
+    def _bytes_of(self, tensor: Tensor) -> memoryview:
         memory = frames.memory_of(tensor)
         if len(memory) != 4 * self._layout.numel:
-            raise ValueError(f"the tensor has {tensor.numel()} elements, the layout {self._layout.numel}")
+            raise ValueError(f"the tensor has {tensor.numel()} elements, the layout needs {self._layout.numel}")
         return memory

@@ -1,8 +1,8 @@
-"""A connection ends with the process that made it, even where processes that it has forked live on.
+"""Closes the sockets of connections in forked processes, so that a connection ends with the process that opened it.
 
-A ``DataLoader`` forks its loading processes, and they inherit what is open. When their parent is killed they notice it
-only after seconds, and until then their copies keep its connections open: the other side would learn of the death late.
-So a forked process closes its copies at once; nothing in it uses them.
+A ``DataLoader`` forks its loading processes, which inherit open sockets. When their parent is killed, they notice that
+only after seconds, and until then their copies would keep the parent's connections open. The other side would notice
+the parent's death late. So a forked process closes its copies at once. It does not use them.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import os
 from contextlib import suppress
 
 _sockets: dict[int, int] = {}
-"""Inode of each socket by its descriptor. A descriptor whose inode is another one has been closed and used again."""
+"""Inode of each socket by its descriptor. If the inode has changed, the descriptor was closed and reused."""
 
 
 def close_in_children(descriptor: int) -> None:
-    """The socket with that descriptor is closed in processes that are forked from now on."""
-    with suppress(OSError):  # It has been closed already.
+    """Close the socket with this descriptor in processes that are forked from now on."""
+    with suppress(OSError):  # The socket is closed already.
         _sockets[descriptor] = os.fstat(descriptor).st_ino
 
 
@@ -28,5 +28,5 @@ def _close_copies() -> None:
     _sockets.clear()
 
 
-if hasattr(os, "register_at_fork"):  # Windows has no fork.
+if hasattr(os, "register_at_fork"):  # Not on Windows, which has no fork.
     os.register_at_fork(after_in_child=_close_copies)

@@ -1,33 +1,42 @@
-"""What crosses the wire, byte by byte.
+"""The format of the messages on the wire.
 
-Every message starts with a frame whose first byte is its kind; what follows it depends on the kind:
+The first byte of every message's first frame is the message's kind:
 
-=========  =====================================  ==========================================================
-kind       rest of the first frame                further frames
-=========  =====================================  ==========================================================
-HELLO      :class:`Hello` as JSON                 a nonce that the server proves its knowledge of the token on
-WELCOME    :class:`Welcome` as JSON               none
-REFUSE     the reason, UTF-8                      the server's layout description (zlib, JSON), or empty
-PUSH       :class:`Push` as JSON                  none
-GO         transfer (the push's sequence)         none
-DATA       transfer, offset in bytes              the bytes
-REPLY      transfer (the server's own count)      :class:`Reply` as JSON
-MODEL      transfer, offset in bytes              the bytes
-CREDIT     transfer, frames received so far       none
-BEAT       :class:`Beat` as JSON                  none
-ANSWER     :class:`Answer` as JSON                none
-ASK        :class:`LeaseRequest` as JSON          none
-LEASE      :class:`Lease` as JSON                 none
-KNOCK      :class:`Knock` as JSON                 none
-FACTS      :class:`Facts` as JSON                 none
-UNKNOWN    nothing                                none
-BYE        nothing                                none
-=========  =====================================  ==========================================================
+=============  =====================================  =====================================================
+kind           rest of the first frame                further frames
+=============  =====================================  =====================================================
+HELLO          :class:`.Hello` as JSON                nonce on which the server proves that it knows the token
+WELCOME        :class:`Welcome` as JSON               none
+REFUSE         the reason, UTF-8                      the server's layout description (zlib, JSON), or empty
+PUSH           :class:`.Push` as JSON                 none
+SHARE          :class:`.Share` as JSON                none
+GO             transfer (the push's sequence)         none
+DATA           transfer, offset in bytes              the bytes
+REPLY          transfer (the server's own count)      :class:`.Reply` as JSON
+MODEL          transfer, offset in bytes              the bytes
+CREDIT         transfer, frames received so far       none
+PING           :class:`Ping` as JSON                  none
+PONG           :class:`Pong` as JSON                  none
+LEASE_REQUEST  :class:`.LeaseRequest` as JSON         none
+LEASE          :class:`.Lease` as JSON                none
+JOIN_REQUEST   :class:`.JoinRequest` as JSON          none
+JOIN_INFO      :class:`.JoinInfo` as JSON             none
+UNKNOWN        nothing                                none
+BYE            the reason, UTF-8, or empty            none
+=============  =====================================  =====================================================
 
-An upload waits for GO, so that the server needs memory only for those it has asked for. A download runs on credit: the
-server sends at most :data:`WINDOW` frames more than the worker has confirmed, and so never waits for a slow one. During
-an upload the server sends CREDIT now and then, which says only that it moves. BEAT and ASK come over a connection of
-their own, so that neither waits for bulk data; so does KNOCK, from somebody who is no worker yet.
+The bytes of a DATA after a PUSH, and of a MODEL, are fp32 values, or a packed vector as :class:`.Codec` makes it. The
+HELLO says how pushes travel, and each REPLY how its model does.
+
+Uploads (PUSH or SHARE, GO, DATA): a worker sends the data only after the server's GO, so that the server needs memory
+only for the uploads it has asked for. During an upload the server sends a CREDIT now and then, to show that the upload
+moves.
+
+Downloads (REPLY, MODEL, CREDIT): the server sends at most :data:`WINDOW` frames more than the worker has confirmed with
+CREDIT, and so never waits for a slow worker.
+
+PING and LEASE_REQUEST use a connection of their own, so that they never wait for bulk data. JOIN_REQUEST comes from a
+process that is no worker yet, also over a connection of its own.
 """
 
 from __future__ import annotations
@@ -41,36 +50,56 @@ import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lightning_async_localsgd.layout import Layout
-from lightning_async_localsgd.messages import PROTOCOL_VERSION, Message, MessageError
+from lightning_async_localsgd.protocol.layout import Layout
+from lightning_async_localsgd.protocol.messages import PROTOCOL_VERSION, Message, MessageError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 FRAME_BYTES = 1 << 20
-"""Bulk data travels in frames of this size: the best of 256 KiB to 4 MiB, and far better than one huge frame, for
-which fresh memory is needed each time."""
+"""Size of the frames that bulk data is sent in. The fastest of 256 KiB to 4 MiB, and much faster than one huge frame,
+which would need fresh memory each time."""
 
 WINDOW = 16
-"""Frames of a download that may be on their way unconfirmed."""
+"""Frames of a download that may be sent without confirmation."""
 
 CONFIRM_EVERY = 4
 """Frames of a download that are confirmed together, at most."""
 
 CONFIRM_SECONDS = 0.5
-"""What a thin link takes longer for is confirmed frame by frame, so that both sides see that it moves."""
+"""Frames are confirmed one by one if they take longer, so that both sides see that a slow transfer moves."""
 
 MAX_FRAME_BYTES = FRAME_BYTES + 4096
-"""Larger frames make libzmq drop the connection before it reserves memory for them."""
+"""If a peer sends a larger frame, libzmq drops the connection before it allocates memory for the frame."""
 
 MAX_DESCRIPTION_BYTES = 64 << 20
-"""A layout description is not unpacked beyond this size."""
+"""Size up to which a layout description is unpacked."""
+
+MAX_REASON_BYTES = 500
+"""Length up to which the reason for a goodbye is read."""
 
 NONCE_BYTES = 16
 
-HELLO, WELCOME, REFUSE, PUSH, GO, DATA, REPLY, MODEL, CREDIT, BEAT, ANSWER, ASK, LEASE, KNOCK, FACTS, UNKNOWN, BYE = (
-    bytes([code]) for code in b"HWNPGDRMCBAKLOFUX"
-)
+# The codes of HELLO, JOIN_REQUEST, REFUSE and UNKNOWN never change, so that versions can tell each other that they
+# differ.
+HELLO = b"H"
+WELCOME = b"W"
+REFUSE = b"N"
+PUSH = b"P"
+SHARE = b"S"
+GO = b"G"
+DATA = b"D"
+REPLY = b"R"
+MODEL = b"M"
+CREDIT = b"C"
+PING = b"B"
+PONG = b"A"
+LEASE_REQUEST = b"K"
+LEASE = b"L"
+JOIN_REQUEST = b"O"
+JOIN_INFO = b"F"
+UNKNOWN = b"U"
+BYE = b"X"
 
 _TRANSFER = struct.Struct("<cQ")
 _PART = struct.Struct("<cQQ")
@@ -78,11 +107,11 @@ _PART = struct.Struct("<cQQ")
 
 @dataclass(frozen=True)
 class Welcome(Message):
-    """The server's answer to a hello that it passes on.
+    """The server's answer to an accepted :class:`.Hello`.
 
     Args:
         incarnation: random name of this start of the server.
-        proof: that the server knows the token, see :func:`.auth.proof`.
+        proof: proves that the server knows the token, see :func:`.auth.proof`.
 
     """
 
@@ -91,13 +120,13 @@ class Welcome(Message):
 
 
 @dataclass(frozen=True)
-class Beat(Message):
-    """A worker is alive.
+class Ping(Message):
+    """A worker's heartbeat.
 
     Args:
         worker: the worker's number.
         session: the worker's session.
-        nonce: random, new in each beat.
+        nonce: random, new in each ping.
 
     """
 
@@ -107,85 +136,99 @@ class Beat(Message):
 
 
 @dataclass(frozen=True)
-class Answer(Message):
-    """The server is alive.
+class Pong(Message):
+    """The server's answer to a :class:`Ping`.
 
     Args:
         incarnation: random name of this start of the server.
-        wanted: version of the dispatch whose round the worker is to hand in at the next step; -1 for none.
-        proof: that the server knows the token.
+        recalled_version: version of the dispatch whose round the worker must push at its next step; -1 for none.
+        proof: proves that the server knows the token.
 
     """
 
     incarnation: str
-    wanted: int
+    recalled_version: int
     proof: str
 
 
 def memory_of(tensor: Tensor) -> memoryview:
-    """The bytes of a flat contiguous fp32 tensor in CPU memory, without a copy."""
+    """Return the bytes of a flat contiguous fp32 or uint8 tensor in CPU memory, without a copy."""
     return tensor.detach().numpy().data.cast("B")
 
 
 def keep_freed_memory() -> None:
-    """Makes the C library keep the memory of one received frame for the next.
+    """Make the C library reuse the memory of one received frame for the next.
 
-    libzmq allocates every frame anew. glibc starts by returning blocks of that size to the system as soon as they are
-    freed, and page faults on fresh memory then cost more than all copies. Once it has seen a larger block being freed
-    it no longer does so; most training processes have freed one by themselves, but nothing says that ours has. The
-    block here is never touched, so it takes no memory.
+    libzmq allocates memory for every frame. By default glibc returns blocks of that size to the system as soon as they
+    are freed, and then page faults on fresh memory cost more than all copies. glibc stops doing so once it has seen a
+    larger block being freed. Most training processes have freed one anyway; the block here makes sure of it. It is
+    never touched, so it takes no memory.
     """
     block = bytes(31 << 20)
     del block
 
 
 def milliseconds(seconds: float) -> int:
-    """For a poll, rounded up: rounded down, the last millisecond of a wait would be spent spinning."""
+    """Convert a poll timeout to milliseconds, rounded up. Rounding down would busy-wait in the last millisecond."""
     return math.ceil(seconds * 1000)
 
 
 def frame_count(size: int) -> int:
-    """Frames that ``size`` bytes travel in."""
+    """Return the number of frames that ``size`` bytes are sent in."""
     return -(-size // FRAME_BYTES)
 
 
 def pack_transfer(kind: bytes, transfer: int) -> bytes:
-    """First frame of GO and REPLY."""
+    """Return the first frame of a GO or REPLY."""
     return _TRANSFER.pack(kind, transfer)
 
 
 def unpack_transfer(header: bytes) -> int:
-    """The transfer that a GO or REPLY is about.
+    """Return the transfer of a GO or REPLY.
 
     Raises:
         MessageError: the frame has another size.
 
     """
     if len(header) != _TRANSFER.size:
-        raise MessageError(f"a transfer's header of {len(header)} bytes, expected {_TRANSFER.size}")
+        raise MessageError(f"a transfer header has {len(header)} bytes, expected {_TRANSFER.size}")
     return int(_TRANSFER.unpack(header)[1])
 
 
 def pack_part(kind: bytes, transfer: int, number: int) -> bytes:
-    """First frame of DATA, MODEL (``number``: offset) and CREDIT (``number``: frames)."""
+    """Return the first frame of a DATA or MODEL (``number``: offset), or of a CREDIT (``number``: frames)."""
     return _PART.pack(kind, transfer, number)
 
 
 def unpack_part(header: bytes) -> tuple[int, int]:
-    """Transfer and offset, or transfer and frames.
+    """Return the transfer and the offset of a DATA or MODEL, or the transfer and the frames of a CREDIT.
 
     Raises:
         MessageError: the frame has another size.
 
     """
     if len(header) != _PART.size:
-        raise MessageError(f"a part's header of {len(header)} bytes, expected {_PART.size}")
+        raise MessageError(f"a part header has {len(header)} bytes, expected {_PART.size}")
     _, transfer, number = _PART.unpack(header)
     return int(transfer), int(number)
 
 
-def other_protocol(data: bytes, who: str) -> str | None:
-    """Why ``who`` is refused if its first message, which may have other fields than ours, is of another protocol."""
+def pack_reason(reason: str) -> bytes:
+    """Return the reason of a BYE, cut to the size that is read."""
+    return reason.encode(errors="replace")[:MAX_REASON_BYTES]
+
+
+def unpack_reason(header: bytes) -> str:
+    """Return the reason of a BYE as one line of printable text, or an empty text."""
+    text = header[1 : 1 + MAX_REASON_BYTES].decode(errors="replace")
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+
+
+def protocol_mismatch(data: bytes, sender: str) -> str | None:
+    """Return why ``sender`` is refused if its first message is of another protocol; None if the protocol is ours.
+
+    A message of another protocol may have other fields, so only the field ``protocol`` is read.
+    """
     try:
         values = json.loads(data[:FRAME_BYTES])
     except (ValueError, RecursionError):
@@ -194,22 +237,22 @@ def other_protocol(data: bytes, who: str) -> str | None:
     if type(version) is not int or version == PROTOCOL_VERSION or abs(version) > 2**53:
         return None
     return (
-        f"{who} speaks protocol {version}, the server {PROTOCOL_VERSION}: install the same version of "
+        f"{sender} speaks protocol {version}, the server {PROTOCOL_VERSION}: install the same version of "
         "lightning-async-localsgd on every machine"
     )
 
 
 def pack_layout(layout: Layout) -> bytes:
-    """A layout's description for a REFUSE; empty where it would not fit a frame."""
+    """Return a layout's description for a REFUSE; empty if the description does not fit into a frame."""
     packed = zlib.compress(json.dumps(layout.describe(), separators=(",", ":")).encode())
     return packed if len(packed) <= FRAME_BYTES else b""
 
 
 def unpack_layout(data: bytes) -> Layout | None:
-    """What :func:`pack_layout` has packed; None if it is empty.
+    """Return the layout that :func:`pack_layout` has packed; None if ``data`` is empty.
 
     Raises:
-        MessageError: it is no layout description.
+        MessageError: ``data`` is not a layout description.
 
     """
     if not data:
@@ -219,7 +262,7 @@ def unpack_layout(data: bytes) -> Layout | None:
         description: Any = json.loads(unpacked)
         return Layout.from_description(description)
     except (zlib.error, ValueError, RecursionError) as error:
-        raise MessageError(f"no layout description: {error}") from None
+        raise MessageError(f"invalid layout description: {error}") from None
 
 
 class Waker:
@@ -231,22 +274,22 @@ class Waker:
         self._writer.setblocking(False)
 
     def fileno(self) -> int:
-        """What to poll for reading."""
+        """Return the descriptor to poll for reading."""
         return self._reader.fileno()
 
     def wake(self) -> None:
-        """Makes the poll return; does nothing once closed."""
-        # Full: the thread is going to wake up anyway. Closed: there is no thread any more.
+        """Make the poll return. Does nothing once closed."""
+        # If the socket is full, the thread is about to wake up anyway. If it is closed, the thread has ended.
         with contextlib.suppress(OSError):
             self._writer.send(b"\0")
 
     def clear(self) -> None:
-        """To be called by the woken thread before it looks for work."""
+        """Clear the wake-up. To be called by the woken thread before it looks for work."""
         with contextlib.suppress(BlockingIOError):
             while self._reader.recv(4096):
                 pass
 
     def close(self) -> None:
-        """Frees the sockets."""
+        """Free the sockets."""
         self._reader.close()
         self._writer.close()

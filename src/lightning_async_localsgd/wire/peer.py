@@ -1,4 +1,4 @@
-"""The server's view of one worker's connection: what is being received from it, and what is on its way to it."""
+"""The server's state of a worker's connection: the upload from the worker, and the download to it."""
 
 from __future__ import annotations
 
@@ -6,91 +6,95 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 import zmq
+from typing_extensions import override
 
+from lightning_async_localsgd.protocol.ports import ReplyChannel
 from lightning_async_localsgd.wire import frames
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Hashable
 
-    from lightning_async_localsgd.buffers import BufferLease
-    from lightning_async_localsgd.messages import Push, Reply
-    from lightning_async_localsgd.wire.presence import Presence
-    from lightning_async_localsgd.wire.way import Way
+    from lightning_async_localsgd.protocol.buffers import BufferPool, PooledBuffer
+    from lightning_async_localsgd.protocol.messages import Push, Reply, Share
+    from lightning_async_localsgd.wire.adaptive_timeout import AdaptiveTimeout
+    from lightning_async_localsgd.wire.listener import Listener
 
 
 class Upload:
-    """A pseudo-gradient that is being received, in order, into its buffer.
+    """A pseudo-gradient, or shared values, that are received, in order, into a buffer.
 
     Args:
-        push: its header.
-        now: seconds.
+        header: the message before the data.
+        pool: where the buffer comes from.
+        now: the time in seconds.
 
     Attributes:
-        lease: the buffer; None until there is one.
-        received: bytes so far.
-        moved_at: when it last moved.
-        told_at: when the worker was last told so.
+        buffer: the buffer; None until one is assigned.
+        received: bytes received so far.
+        progress_at: when the upload last moved.
+        acknowledged_at: when the worker was last sent a credit for it.
 
     """
 
-    def __init__(self, push: Push, now: float) -> None:
-        self.push = push
-        self.lease: BufferLease | None = None
+    def __init__(self, header: Push | Share, pool: BufferPool, now: float) -> None:
+        self.header = header
+        self.pool = pool
+        self.buffer: PooledBuffer | None = None
         self.memory = memoryview(b"")
         self.received = 0
-        self.moved_at = self.told_at = now
+        self.progress_at = self.acknowledged_at = now
 
-    def begin(self, lease: BufferLease, now: float) -> None:
-        """There is a buffer."""
-        self.lease = lease
-        self.memory = frames.memory_of(lease.tensor)
-        self.moved_at = self.told_at = now
+    def assign_buffer(self, buffer: PooledBuffer, now: float) -> None:
+        """Begin to receive into ``buffer``."""
+        self.buffer = buffer
+        self.memory = frames.memory_of(buffer.tensor)
+        self.progress_at = self.acknowledged_at = now
 
-    def room(self) -> memoryview:
-        """Where the next part goes."""
+    def next_part(self) -> memoryview:
+        """Return the memory that the next part is received into."""
         return self.memory[self.received : self.received + frames.FRAME_BYTES]
 
     def advance(self, size: int, now: float) -> None:
-        """A part has arrived."""
-        assert self.lease is not None
+        """Record that a part has arrived."""
+        assert self.buffer is not None
         self.received += size
-        self.moved_at = now
-        self.lease.touch()
+        self.progress_at = now
+        self.buffer.record_progress()
 
     @property
     def complete(self) -> bool:
-        """Whether everything is there."""
-        return self.lease is not None and self.received == len(self.memory)
+        """Whether all bytes have arrived."""
+        return self.buffer is not None and self.received == len(self.memory)
 
 
 class Download:
-    """A model on its way, at most a window ahead of what the worker has confirmed.
+    """A model that is sent to a worker, at most a window ahead of what the worker has confirmed.
 
     Args:
-        transfer: its number.
-        lease: holds the model.
-        now: seconds.
+        transfer: number of the transfer.
+        buffer: holds the model.
+        now: the time in seconds.
 
     Attributes:
-        sent: frames handed to libzmq.
-        confirmed: frames that the worker has.
-        moved_at: when the worker last confirmed some.
+        sent: frames given to libzmq.
+        confirmed: frames that the worker has confirmed.
+        progress_at: when the worker last confirmed frames.
 
     """
 
-    def __init__(self, transfer: int, lease: BufferLease, now: float) -> None:
+    def __init__(self, transfer: int, buffer: PooledBuffer, now: float) -> None:
         self.transfer = transfer
-        self.lease = lease
-        self.memory = frames.memory_of(lease.tensor)
+        self.buffer = buffer
+        self.memory = frames.memory_of(buffer.tensor)
         self.count = frames.frame_count(len(self.memory))
         self.sent = 0
         self.confirmed = 0
-        self.moved_at = now
+        self.progress_at = now
         self._trackers: deque[zmq.MessageTracker] = deque(maxlen=frames.WINDOW)
 
     @property
     def complete(self) -> bool:
-        """Whether the worker has everything."""
+        """Whether the worker has confirmed all frames."""
         return self.confirmed == self.count
 
     @property
@@ -99,24 +103,24 @@ class Download:
         return self.sent < min(self.count, self.confirmed + frames.WINDOW)
 
     @property
-    def untouched(self) -> bool:
-        """Whether libzmq reads nothing of the buffer any more."""
+    def is_unreferenced(self) -> bool:
+        """Whether libzmq no longer reads from the buffer."""
         return all(tracker.done for tracker in self._trackers)
 
     def confirm(self, received: int, now: float) -> bool:
-        """The worker has ``received`` frames; returns whether that can be."""
+        """Record that the worker has ``received`` frames. Return False if that is not possible."""
         if not self.confirmed < received <= self.sent:
             return False
         self.confirmed = received
-        self.moved_at = now
-        self.lease.touch()
+        self.progress_at = now
+        self.buffer.record_progress()
         return True
 
     def send_next(self, socket: zmq.Socket[bytes], identity: bytes) -> int:
-        """Sends a frame straight from the buffer; returns the bytes sent.
+        """Send the next frame straight from the buffer. Return the number of bytes sent.
 
         Raises:
-            zmq.ZMQError: the connection takes none now, or is gone.
+            zmq.ZMQError: the connection is full for now, or is gone.
 
         """
         offset = self.sent * frames.FRAME_BYTES
@@ -129,61 +133,91 @@ class Download:
         return len(header) + len(part)
 
 
-class Peer:
-    """One worker's connection; the :class:`.Outlet` that the server answers it through.
-
-    Everything but :meth:`dispatch` and :meth:`refuse` belongs to the wire's thread.
+class Presence:
+    """The state of one worker session, as seen over its connections.
 
     Args:
-        way: over which it came.
-        identity: that libzmq gave the connection.
-        descriptor: of the connection.
-        presence: of its session.
-        rejoining: see :class:`.Hello`.
-        post: has a call made by the wire's thread.
-        deliver: starts a download.
-        reject: sends a refusal.
+        worker: the worker's number.
+        session: the session's name.
+        timeout: the session's timeout.
 
     Attributes:
-        live: it is its session's connection: neither ended nor refused, nor replaced by a newer one.
-        awaiting: sequence number of what it wants an answer to; None if nothing.
+        peer: the session's bulk connection; None while there is none.
+        heartbeats: the connections of its heartbeat, and when the last ping came over each. A replaced connection may
+            stay half open for long.
+        lost: the server was told that the session is lost.
+        stalled: the session was lost because a transfer stalled, though its pings came. Only a new hello revives it.
+
+    """
+
+    def __init__(self, worker: int, session: str, timeout: AdaptiveTimeout) -> None:
+        self.worker = worker
+        self.session = session
+        self.timeout = timeout
+        self.peer: Peer | None = None
+        self.heartbeats: dict[Hashable, float] = {}
+        self.lost = False
+        self.stalled = False
+
+
+class Peer(ReplyChannel):
+    """One worker's bulk connection, through which the server answers the worker.
+
+    :meth:`dispatch` and :meth:`refuse` may be called from any thread. Everything else belongs to the wire's thread.
+
+    Args:
+        listener: the listener that accepted the connection.
+        identity: libzmq's routing id of the connection.
+        descriptor: the connection's descriptor.
+        presence: the worker session.
+        reconnecting: see :class:`.Hello`.
+        post: runs a call in the wire's thread.
+        start_download: starts a download to this peer.
+        send_refusal: refuses this peer.
+
+    Attributes:
+        active: this is the session's connection: not ended, refused, or replaced by a newer connection.
+        awaited_sequence: sequence number of the push that the worker awaits an answer to (0: its hello); None if it
+            awaits no answer.
+        cancelled_sequence: sequence number of the upload that was cancelled last. Parts of it may still arrive.
+        transfer_count: downloads started so far.
 
     """
 
     def __init__(
         self,
-        way: Way,
+        listener: Listener,
         identity: bytes,
         descriptor: int,
         presence: Presence,
-        rejoining: bool,
+        reconnecting: bool,
         post: Callable[[Callable[[], None]], None],
-        deliver: Callable[[Peer, Reply, BufferLease], None],
-        reject: Callable[[Peer, str], None],
+        start_download: Callable[[Peer, Reply, PooledBuffer], None],
+        send_refusal: Callable[[Peer, str], None],
     ) -> None:
-        self.way = way
+        self.listener = listener
         self.identity = identity
         self.descriptor = descriptor
         self.presence = presence
         self.worker = presence.worker
         self.session = presence.session
-        self.live = True
-        self.awaiting: int | None = None if rejoining else 0
-        self.cancelled: int | None = None
+        self.active = True
+        self.awaited_sequence: int | None = None if reconnecting else 0
+        self.cancelled_sequence: int | None = None
         self.upload: Upload | None = None
         self.download: Download | None = None
-        self.transfers = 0
+        self.transfer_count = 0
         self._post = post
-        self._deliver = deliver
-        self._reject = reject
+        self._start_download = start_download
+        self._send_refusal = send_refusal
 
     def __repr__(self) -> str:
         return f"worker {self.worker} (session {self.session[:8]})"
 
-    def dispatch(self, reply: Reply, lease: BufferLease) -> None:
-        """See :meth:`.Outlet.dispatch`."""
-        self._post(lambda: self._deliver(self, reply, lease))
+    @override
+    def dispatch(self, reply: Reply, buffer: PooledBuffer) -> None:
+        self._post(lambda: self._start_download(self, reply, buffer))
 
+    @override
     def refuse(self, reason: str) -> None:
-        """See :meth:`.Outlet.refuse`."""
-        self._post(lambda: self._reject(self, reason))
+        self._post(lambda: self._send_refusal(self, reason))

@@ -1,8 +1,9 @@
-"""Who is there: the sessions of workers, and the connections over which each of them can be heard.
+"""Tracks which worker sessions are present, by their connections and pings.
 
-A session is present as long as its bulk connection or that of its heartbeat is open; when both are gone its process has
-ended, or has lost its way, and the server learns that at once. So it does when a session has been silent for too long.
-Its process may be alive all the same: the next beat brings it back, unless another session has taken its place.
+A session is present while its bulk connection or its heartbeat's connection is open. When both have closed, the
+worker's process has ended or cannot reach the server, and the session is lost. A session is also lost when it has been
+silent for too long. Its process may still be alive: the next ping revives the session, unless a newer session has
+replaced it.
 """
 
 from __future__ import annotations
@@ -11,159 +12,133 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
-from lightning_async_localsgd.wire.silence import Silence
+from lightning_async_localsgd.wire.adaptive_timeout import AdaptiveTimeout
+from lightning_async_localsgd.wire.peer import Presence
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator
 
-    from lightning_async_localsgd.messages import Hello
-    from lightning_async_localsgd.wire.frames import Beat
+    from lightning_async_localsgd.protocol.messages import Hello
+    from lightning_async_localsgd.protocol.ports import ServerPort
+    from lightning_async_localsgd.wire.frames import Ping
     from lightning_async_localsgd.wire.peer import Peer
-    from lightning_async_localsgd.wire.protocol import ServerPort
 
 _log = logging.getLogger(__name__)
 
-MOST_DEPARTED = 1024
-"""So many sessions that are lost are brought back by a beat; earlier ones have to say hello."""
-
-
-class Presence:
-    """One session of a worker.
-
-    Args:
-        worker: the worker's number.
-        session: the session.
-        silence: its silence.
-
-    Attributes:
-        peer: its bulk connection; None while there is none.
-        pulses: the connections of its heartbeat, and when it was heard over them last. One that has replaced another
-            may leave it half open for long.
-        departed: the server has been told that it is lost.
-        stalled: it departed in the middle of a transfer though its heart beats: only a new hello brings it back.
-
-    """
-
-    def __init__(self, worker: int, session: str, silence: Silence) -> None:
-        self.worker = worker
-        self.session = session
-        self.silence = silence
-        self.peer: Peer | None = None
-        self.pulses: dict[Hashable, float] = {}
-        self.departed = False
-        self.stalled = False
+MAX_LOST_SESSIONS = 1024
+"""Most lost sessions that are kept, so that a ping can revive them. Sessions lost earlier must say hello again."""
 
 
 class Presences:
-    """All sessions that have said hello and have not said goodbye.
+    """The sessions that have said hello and have not ended.
 
     Args:
-        server: learns who is lost, and who is back.
-        silence_timeout: seconds of silence that are allowed at first, see :class:`.Silence`.
-        give_up: ends what goes on over a departed session's bulk connection, and the connection itself.
+        server: is told which sessions are lost and which are revived.
+        silence_timeout: seconds of silence that are allowed at first, see :class:`.AdaptiveTimeout`.
+        disconnect: cancels a lost session's transfers and closes its bulk connection.
 
     """
 
-    def __init__(self, server: ServerPort, silence_timeout: float, give_up: Callable[[Peer], None]) -> None:
+    def __init__(self, server: ServerPort, silence_timeout: float, disconnect: Callable[[Peer], None]) -> None:
         self._server = server
         self._silence_timeout = silence_timeout
-        self._give_up = give_up
+        self._disconnect = disconnect
         self._sessions: dict[tuple[int, str], Presence] = {}
-        self._beating: dict[Hashable, Presence] = {}
+        self._by_heartbeat: dict[Hashable, Presence] = {}
 
     def __iter__(self) -> Iterator[Presence]:
         return iter(list(self._sessions.values()))
 
-    def greet(self, hello: Hello, now: float) -> Presence:
-        """A session says hello, for the first time or over another connection."""
+    def on_hello(self, hello: Hello, now: float) -> Presence:
+        """Handle a session's hello, the first or one over another connection. Return its presence."""
         for older in self:
-            if older.worker == hello.worker and older.session != hello.session and older.departed:
-                self._forget(older)
+            if older.worker == hello.worker and older.session != hello.session and older.lost:
+                self._remove(older)
         presence = self._sessions.get((hello.worker, hello.session))
         if presence is None:
-            presence = Presence(hello.worker, hello.session, Silence(self._silence_timeout, now))
+            presence = Presence(hello.worker, hello.session, AdaptiveTimeout(self._silence_timeout, now))
             self._sessions[hello.worker, hello.session] = presence
-        presence.silence.hear(now)
-        presence.departed = presence.stalled = False
+        presence.timeout.record_activity(now)
+        presence.lost = presence.stalled = False
         return presence
 
-    def beat(self, connection: Hashable, beat: Beat, now: float) -> None:
-        """The heart of a session beats, which need not be known here."""
-        presence = self._sessions.get((beat.worker, beat.session))
-        if self._beating.get(connection) is not presence:
-            self.end_pulse(connection)
+    def on_ping(self, connection: Hashable, ping: Ping, now: float) -> None:
+        """Handle a ping. The session may be unknown."""
+        presence = self._sessions.get((ping.worker, ping.session))
+        if self._by_heartbeat.get(connection) is not presence:
+            self.on_heartbeat_closed(connection)
         if presence is None:
             return
-        presence.silence.hear(now)
-        presence.pulses[connection] = now
-        self._beating[connection] = presence
-        if presence.departed and not presence.stalled:
-            presence.departed = False
+        presence.timeout.record_activity(now)
+        presence.heartbeats[connection] = now
+        self._by_heartbeat[connection] = presence
+        if presence.lost and not presence.stalled:
+            presence.lost = False
             _log.info("worker %d is back (session %s)", presence.worker, presence.session[:8])
             self._server.revive(presence.worker, presence.session)
 
-    def end_pulse(self, connection: Hashable) -> None:
-        """A connection over which a heart may have been beating has ended."""
-        presence = self._beating.pop(connection, None)
+    def on_heartbeat_closed(self, connection: Hashable) -> None:
+        """Handle the end of a connection that may have been a heartbeat's."""
+        presence = self._by_heartbeat.pop(connection, None)
         if presence is not None:
-            presence.pulses.pop(connection, None)
-            self._look(presence, "its connection ended")
+            presence.heartbeats.pop(connection, None)
+            self._lose_if_disconnected(presence, "its connection ended")
 
     def detach(self, peer: Peer, reason: str) -> None:
-        """A bulk connection is of no use any more. The session dials again when it needs one."""
+        """Handle the end of a bulk connection. The session opens another one when it needs it."""
         presence = peer.presence
         if presence.peer is peer:
             presence.peer = None
-            self._look(presence, reason)
+            self._lose_if_disconnected(presence, reason)
 
-    def depart(self, presence: Presence, reason: str, stalled: bool = False) -> None:
-        """A session is lost, for now."""
-        if presence.departed:
+    def mark_lost(self, presence: Presence, reason: str, stalled: bool = False) -> None:
+        """Mark a session as lost, and tell the server."""
+        if presence.lost:
             return
-        presence.departed, presence.stalled = True, stalled
+        presence.lost, presence.stalled = True, stalled
         peer, presence.peer = presence.peer, None
         if peer is not None:
-            self._give_up(peer)
+            self._disconnect(peer)
         self._server.lost(presence.worker, presence.session, reason)
-        # The numbers of those who join a run for a while are never used again, and nobody else would forget them.
+        # Sessions of workers that joined a run for a while never come back, and nothing else would remove them.
         key = (presence.worker, presence.session)
         self._sessions[key] = self._sessions.pop(key)
-        for older in [one for one in self if one.departed][:-MOST_DEPARTED]:
-            self._forget(older)
+        for older in [presence for presence in self if presence.lost][:-MAX_LOST_SESSIONS]:
+            self._remove(older)
 
-    def dismiss(self, presence: Presence, reason: str | None = None) -> None:
-        """A session has ended for good.
+    def end_session(self, presence: Presence, reason: str | None = None) -> None:
+        """End a session for good.
 
         Args:
-            presence: of the session.
-            reason: told to the server as that of its loss; None if the server knows.
+            presence: the session.
+            reason: why the session is lost, for the server; None if the server knows already.
 
         """
-        self._forget(presence)
+        self._remove(presence)
         presence.peer = None
-        if reason is not None and not presence.departed:
-            presence.departed = True
+        if reason is not None and not presence.lost:
+            presence.lost = True
             self._server.lost(presence.worker, presence.session, reason)
 
-    def excuse(self, now: float) -> None:
-        """Nobody could have been heard until now."""
+    def restart_timeouts(self, now: float) -> None:
+        """Restart all timeouts, because this process itself was suspended."""
         for presence in self:
-            presence.silence.excuse(now)
+            presence.timeout.restart(now)
 
-    def judge(self, now: float) -> None:
-        """Looks who has been silent for too long."""
+    def check_timeouts(self, now: float) -> None:
+        """Mark sessions as lost that have been silent for too long."""
         for presence in self:
-            if presence.silence.too_long(now):
-                self.depart(presence, f"it was silent for {presence.silence.seconds(now):.0f} s")
+            if presence.timeout.expired(now):
+                self.mark_lost(presence, f"it was silent for {presence.timeout.elapsed(now):.0f} s")
 
-    def _look(self, presence: Presence, reason: str) -> None:
-        since = time.monotonic() - presence.silence.limit
-        if presence.peer is None and not any(heard_at > since for heard_at in presence.pulses.values()):
-            self.depart(presence, reason)
+    def _lose_if_disconnected(self, presence: Presence, reason: str) -> None:
+        since = time.monotonic() - presence.timeout.limit
+        if presence.peer is None and not any(pinged_at > since for pinged_at in presence.heartbeats.values()):
+            self.mark_lost(presence, reason)
 
-    def _forget(self, presence: Presence) -> None:
+    def _remove(self, presence: Presence) -> None:
         if self._sessions.get((presence.worker, presence.session)) is presence:
             del self._sessions[presence.worker, presence.session]
-        for connection in presence.pulses:
-            self._beating.pop(connection, None)
-        presence.pulses.clear()
+        for connection in presence.heartbeats:
+            self._by_heartbeat.pop(connection, None)
+        presence.heartbeats.clear()

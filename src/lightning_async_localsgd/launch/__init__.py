@@ -1,0 +1,1 @@
+"""Processes of a run: how ranks meet, join a running training, and are restarted."""

@@ -1,0 +1,282 @@
+"""Rendezvous of a run's ranks, through a key-value store at the launcher's MASTER_ADDR and MASTER_PORT.
+
+Training has no process group: Lightning would broadcast on a default group before every batch, which would keep all
+ranks in lock-step. The few collective operations before and after training, a barrier and a broadcast of small objects,
+use the store. ``validate``, ``test`` and ``predict`` open a real process group over the same store, and destroy the
+group afterwards.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import socket
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
+
+from lightning_async_localsgd.launch.liveness import has_ended, process_identity
+from lightning_async_localsgd.launch.uncaught import FollowingError
+
+_log = logging.getLogger(__name__)
+
+# Seconds between two checks of a key. The store's own blocking wait cannot be used: it prints a warning at each
+# time-out, and it blocks the client, which other threads share.
+_FIRST_PAUSE = 0.001
+_LONGEST_PAUSE = 0.05
+
+_PIECE_BYTES = 2**22
+"""The store takes values of up to 8 MiB, so larger objects are split."""
+
+_PROCESS = "process"
+
+_stores: dict[tuple[str, int], TCPStore] = {}
+"""One store per address, kept for the lifetime of the process, because the script's next Trainer uses it again."""
+
+
+class RendezvousError(FollowingError):
+    """The ranks did not meet. The text names the missing ranks and what to do."""
+
+
+def _open_store(host: str, port: int, is_host: bool, timeout: float) -> TCPStore:
+    if (host, port) not in _stores:
+        try:
+            _stores[host, port] = TCPStore(
+                host,
+                port,
+                is_master=is_host,
+                timeout=timedelta(seconds=timeout),
+                wait_for_workers=False,
+                multi_tenant=True,
+            )
+        except (RuntimeError, OSError) as error:
+            if is_host:
+                raise RendezvousError(
+                    f"rank 0 cannot listen at MASTER_ADDR={host} MASTER_PORT={port} ({error}); another job may be "
+                    "using this port: set MASTER_PORT to a free one"
+                ) from error
+            raise RendezvousError(
+                f"rank 0 cannot be reached at MASTER_ADDR={host} MASTER_PORT={port} within start_timeout={timeout:g} s "
+                f"({error}); check that rank 0 is running, and that this host can reach the address and port"
+            ) from error
+    return _stores[host, port]
+
+
+def _host_identity() -> str:
+    """Return a text that is equal for two processes exactly if they share a machine and a network namespace."""
+    parts = [socket.gethostname()]
+    with suppress(OSError):  # Other systems than Linux have only the host name.
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        parts.append(os.readlink("/proc/self/ns/net"))
+    return "/".join(parts)
+
+
+def open_group_of_one(backend: str, timeout: timedelta | None, **kwargs: Any) -> bool:
+    """Open a default process group of one rank, unless a default group exists. Return whether one was opened."""
+    if dist.is_initialized():
+        return False
+    dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout, **kwargs)
+    return True
+
+
+class Rendezvous:
+    """Collective operations of all ranks in one call of the Trainer. Every rank performs the same ones in order.
+
+    Args:
+        host: MASTER_ADDR.
+        port: MASTER_PORT.
+        rank: this rank.
+        world_size: number of ranks.
+        timeout: seconds that rank 0 waits for the other ranks, and that the other ranks try to reach rank 0. After
+            reaching rank 0, they wait without a limit while rank 0 lives: it may be preparing data.
+        watch: called repeatedly while waiting; raises if waiting is pointless because a launched process has ended.
+        ended: returns the ranks whose processes have ended, as far as this process knows.
+        call: number of the Trainer call in the script, the same on all ranks.
+        rejoins: this rank was restarted during training. Its operations before :meth:`begin_after_training` are
+            no-ops: barriers do not wait, and a broadcast returns this rank's own object.
+
+    Raises:
+        RendezvousError: the store cannot be opened or reached.
+
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        rank: int,
+        world_size: int,
+        timeout: float,
+        watch: Callable[[], None] = lambda: None,
+        ended: Callable[[], set[int]] = set,
+        call: int = 1,
+        rejoins: bool = False,
+    ) -> None:
+        self.host = host
+        self.rank = rank
+        self.world_size = world_size
+        self._timeout = timeout
+        self._watch = watch
+        self._ended = ended
+        self._operations = 0
+        self._phase = "before"
+        self._skips = rejoins
+        self._group = False
+        self.survivors: Callable[[], set[int]] | None = None
+        """On rank 0, after training: returns the ranks that are still running. Rank 0 waits only for these."""
+        # Under torchrun the agent hosts the store, which outlives a restart of the ranks: keys carry the restart count.
+        agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = _open_store(host, port, rank == 0 and not agent, timeout)
+        self._store = PrefixStore(f"async_localsgd/{restart}/{call}", store)
+        self.post(_PROCESS, process_identity())
+
+    def barrier(self, name: str | None = None) -> None:
+        """Wait until all ranks have reached this call.
+
+        Raises:
+            RendezvousError: rank 0 waited longer than the timeout; the text names the missing ranks.
+
+        """
+        if self._skips:
+            return
+        key = self._next_key(f"barrier({name or ''})")
+        self._store.set(f"{key}/{self.rank}", "here")
+        if self.rank == 0:
+            self._wait_for_all(key, name)
+            self._store.set(f"{key}/go", "go")
+        else:
+            self._wait_for(f"{key}/go")
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """Return rank ``src``'s object on every rank. For small objects only: the object is pickled into the store."""
+        if self._skips:
+            return obj
+        key = self._next_key("broadcast")
+        if self.rank == src:
+            data = pickle.dumps(obj)
+            pieces = [data[at : at + _PIECE_BYTES] for at in range(0, len(data), _PIECE_BYTES)]
+            for number, piece in enumerate(pieces):
+                self._store.set(f"{key}/{number}", piece)  # type: ignore[arg-type] # the stub says str, bytes work
+            self._store.set(key, str(len(pieces)))
+            return obj
+        self._wait_for(key)
+        return pickle.loads(b"".join(self._store.get(f"{key}/{n}") for n in range(int(self._store.get(key)))))
+
+    def post(self, name: str, text: str) -> None:
+        """Leave a note for rank 0. May be called at any time, and does not wait."""
+        self._store.set(f"notes({name})/{self.rank}", text)
+
+    def posted(self, name: str) -> dict[int, str]:
+        """Return the notes with this name that have been left so far, by rank."""
+        keys = {rank: f"notes({name})/{rank}" for rank in range(self.world_size)}
+        return {rank: self._store.get(key).decode() for rank, key in keys.items() if self._has(key)}
+
+    def processes(self) -> dict[int, str]:
+        """Return the :func:`.process_identity` of each rank that has posted one."""
+        return self.posted(_PROCESS)
+
+    def on_host_of_rank_0(self) -> dict[int, bool]:
+        """Return for every rank whether it is on rank 0's host. A collective operation."""
+        key = self._next_key("host")
+        self._store.set(f"{key}/{self.rank}", _host_identity())
+        if self.rank == 0:
+            self._wait_for_all(key, "host names")
+            names = [self._store.get(f"{key}/{rank}") for rank in range(self.world_size)]
+            return self.broadcast({rank: name == names[0] for rank, name in enumerate(names)})  # type: ignore[no-any-return]
+        return self.broadcast(None)  # type: ignore[no-any-return]
+
+    def open_group(self, backend: str, timeout: timedelta | None, **kwargs: Any) -> None:
+        """Open the default process group for ``validate``, ``test`` or ``predict``."""
+        if not dist.is_initialized():
+            dist.init_process_group(
+                backend,
+                store=PrefixStore("group", self._store),
+                rank=self.rank,
+                world_size=self.world_size,
+                timeout=timeout,
+                **kwargs,
+            )
+            self._group = True
+
+    def close_group(self) -> None:
+        """Destroy the process group, if :meth:`open_group` opened one."""
+        if self._group and dist.is_initialized():
+            dist.destroy_process_group()
+        self._group = False
+
+    def begin_after_training(self) -> None:
+        """Begin the operations after training, in which restarted ranks take part.
+
+        Operations are numbered from the beginning again, because a restarted rank has skipped those before training.
+        """
+        self._phase, self._operations, self._skips = "after", 0, False
+
+    def ignore_ended_processes(self) -> None:
+        """Stop watching launched processes: once training has started, other ranks continue without them."""
+        self._watch = lambda: None
+
+    def finish(self) -> None:
+        """Finish this rank's call of the Trainer. Rank 0, whose process may host the store, waits for the others."""
+        key = "finish"  # Without a number: a rank that failed may have performed fewer operations.
+        if self.survivors is None:
+            self.survivors = lambda: set(range(self.world_size)) - self._ended()
+        if self.rank > 0:
+            with suppress(RuntimeError, ConnectionError):  # Rank 0 may have ended without waiting.
+                self._store.set(f"{key}/{self.rank}", "over")
+            return
+        self._store.set(f"{key}/0", "over")
+        try:
+            self._wait_for_all(key, "the end of the run")
+        except RuntimeError as error:
+            _log.warning("some ranks did not reach the end of the run: %s", error)
+
+    def _next_key(self, name: str) -> str:
+        self._operations += 1
+        return f"{self._phase}/{self._operations}/{name}"
+
+    def _wait_for(self, key: str) -> None:
+        """Wait for a key without a limit, while rank 0 lives."""
+        pause = _FIRST_PAUSE
+        while not self._has(key):
+            self._watch()
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def _wait_for_all(self, key: str, name: str | None) -> None:
+        """Wait on rank 0 until every rank has set its key below ``key``."""
+        deadline = time.monotonic() + self._timeout
+        pause = _FIRST_PAUSE
+        missing = list(range(self.world_size))
+        while missing := [rank for rank in missing if not self._has(f"{key}/{rank}")]:
+            if self.survivors is None:
+                self._watch()
+            else:
+                alive = self.survivors()
+                processes = self.processes()
+                missing = [rank for rank in missing if rank in alive and not has_ended(processes.get(rank, ""))]
+            if missing and time.monotonic() > deadline:
+                ranks = ", ".join(map(str, missing))
+                raise RendezvousError(
+                    f"rank(s) {ranks} of {self.world_size} did not arrive at {name or 'a barrier'!r} within "
+                    f"start_timeout={self._timeout:g} s; check that they were started and what they printed, or raise "
+                    "start_timeout if they need more time"
+                )
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def _has(self, key: str) -> bool:
+        try:
+            return self._store.check([key])
+        except (RuntimeError, ConnectionError) as error:
+            raise RendezvousError(
+                f"rank {self.rank} lost its connection to the run's store ({error}); rank 0, which hosts the store, "
+                "has probably ended: check its output"
+            ) from error

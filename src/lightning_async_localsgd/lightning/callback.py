@@ -1,0 +1,361 @@
+"""Reports of an asynchronous run: metrics, a ledger of pushes, a log of events, and a summary."""
+
+from __future__ import annotations
+
+import json
+import logging
+import statistics
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from typing_extensions import override
+
+from lightning_async_localsgd.lightning.lost_workers import lost_text
+from lightning_async_localsgd.lightning.trainer_access.callbacks import callbacks_of
+from lightning_async_localsgd.lightning.trainer_access.metrics import logs_this_step
+from lightning_async_localsgd.protocol.checks import check_bool
+from lightning_async_localsgd.server.events import Event, fingerprint
+from lightning_async_localsgd.server.ledger import Ledger
+from lightning_async_localsgd.server.observers import RunObserver
+from lightning_async_localsgd.server.run_stats import FORMER
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+    from lightning_async_localsgd.runtime.base import Runtime
+    from lightning_async_localsgd.server.run_stats import PushOutcome, RunSnapshot
+
+_log = logging.getLogger(__name__)
+
+SUMMARY_FILE = "async_localsgd_summary.json"
+
+_PER_WORKER = ("staleness", "local_steps", "wait_seconds", "exchange_seconds", "steps_per_second")
+
+
+class AsyncLocalSGDCallback(Callback):
+    """Log the run's metrics on rank 0, and summarize the run at its end.
+
+    If the trainer has no such callback, the strategy adds one. A trainer may have several, at any position in its list
+    of callbacks. Metrics, summary and table are then logged, written and printed once. Metrics go through ``self.log``
+    to the trainer's loggers, every ``log_every_n_steps`` steps of rank 0:
+
+    * as means over workers (``async/staleness/mean``) and, with ``per_worker=True``, for each worker n
+      (``async/staleness/worker_n``): ``staleness`` (versions), ``local_steps`` (of the current round), ``wait_seconds``
+      (before the last dispatch), ``exchange_seconds`` (of the last exchange, without waiting), ``steps_per_second``
+      (while computing);
+    * for the run: ``async/version`` (pushes applied), ``async/alive_workers``, ``async/merging_workers`` (workers of
+      the latest pushes), ``async/update_norm`` (of the last pseudo-gradient), ``async/momentum_cosine`` (between that
+      pseudo-gradient and the outer momentum), ``async/refused_pushes/total`` and, for each kind of refusal that has
+      occurred, the number of this kind (``async/refused_pushes/not_finite``), ``async/bytes_sent`` and
+      ``async/bytes_received`` (by the server, over the network or sockets); in a simulated run
+      ``async/virtual_seconds`` (since the start of training).
+
+    No name is the folder of another name, because loggers that write one file per metric could not store both.
+
+    At the end a table of the workers is printed. The same numbers are written to ``async_localsgd_summary.json`` in the
+    trainer's log directory, which does not exist with ``logger=False``.
+
+    Args:
+        table: whether the table is printed at the end.
+        ledger: file to which rank 0 appends a line of JSON for every push that was applied or refused, with the fields
+            of :class:`.PushOutcome`. The file and its folder are created if necessary. ``None`` writes no ledger.
+        events: file to which rank 0 writes all events of the server as lines of JSON, with the fields of
+            :class:`.Event`. :class:`.SimulatedAsyncLocalSGDStrategy` can replay the file. ``None`` writes no events.
+        per_worker: whether each worker's own values are logged, beside the means over workers. If there are several
+            such callbacks, one that asks for the values is enough.
+
+    Raises:
+        ValueError: ``ledger`` or ``events`` is not the path of a file, or both are the same file.
+
+    Example::
+
+        import lightning as L
+        from lightning_async_localsgd import AsyncLocalSGDCallback
+
+        trainer = L.Trainer(strategy="async_localsgd", devices=4, callbacks=[AsyncLocalSGDCallback(table=False)])
+
+    """
+
+    def __init__(
+        self,
+        table: bool = True,
+        ledger: str | PathLike[str] | None = None,
+        events: str | PathLike[str] | None = None,
+        per_worker: bool = False,
+    ) -> None:
+        if ledger is not None and (not str(ledger) or Path(ledger).is_dir()):
+            raise ValueError(f"ledger={str(ledger)!r} must be the path of a file, or None for no ledger")
+        if events is not None and (not str(events) or Path(events).is_dir()):
+            raise ValueError(f"events={str(events)!r} must be the path of a file, or None for no log of events")
+        if ledger is not None and events is not None and Path(ledger).absolute() == Path(events).absolute():
+            raise ValueError(f"ledger and events are both {str(ledger)!r}; use two files")
+        self.table = check_bool("table", table)
+        self.per_worker = check_bool("per_worker", per_worker)
+        self.ledger = None if ledger is None else Path(ledger)
+        self.events = None if events is None else Path(events)
+        self._recorder: _Recorder | None = None
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # The strategy starts the server after this hook, so an observer that is added here sees all events.
+        if trainer.is_global_zero and (self.ledger is not None or self.events is not None):
+            add_observer = getattr(trainer.strategy, "add_observer", None)
+            if add_observer is not None:
+                self._recorder = _Recorder(self.ledger, self.events)
+                add_observer(self._recorder)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # With many workers there are many values, so log only in steps that reach the loggers.
+        if not trainer.loggers or not logs_this_step(trainer):
+            return
+        runtime = _runtime_of(trainer)
+        if runtime is not None and runtime.server is not None and self._is_first(trainer):
+            per_worker = any(callback.per_worker for callback in _own_callbacks(trainer))
+            for name, value in run_metrics(runtime, per_worker).items():
+                pl_module.log(name, value, on_step=True, on_epoch=False, batch_size=1)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        runtime = _runtime_of(trainer)
+        if runtime is None or runtime.server is None:
+            return
+        if self._recorder is not None:
+            self._recorder.write_end(runtime)
+        summary = run_summary(runtime)
+        if self._is_first(trainer):
+            # Without a logger the log directory is the working directory, where nothing is written without being asked.
+            if trainer.loggers and trainer.log_dir is not None:
+                path = Path(trainer.log_dir) / SUMMARY_FILE
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(summary, indent=2) + "\n")
+            if not summary["virtual"] and (lost := lost_text(summary)):
+                _log.error("%s", lost)
+            if summary["unapplied_pushes"]:
+                rank_zero_warn(_unapplied_text(summary))
+        if self.table and self._is_first(trainer, with_table=True):
+            rank_zero_info("\n" + format_table(summary))
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._close_files()
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._close_files()
+
+    def _is_first(self, trainer: pl.Trainer, with_table: bool = False) -> bool:
+        """Return whether this is the first such callback, so that common reports are made once."""
+        return next((own for own in _own_callbacks(trainer) if own.table or not with_table), None) is self
+
+    def _close_files(self) -> None:
+        if self._recorder is not None:
+            self._recorder.close()
+            self._recorder = None
+
+
+class _Recorder(RunObserver):
+    """Write a run's pushes and events to files.
+
+    Args:
+        ledger: file for pushes, or None.
+        events: file for events, or None.
+
+    Raises:
+        OSError: A file cannot be written.
+
+    """
+
+    def __init__(self, ledger: Path | None, events: Path | None) -> None:
+        self._ledger = None if ledger is None else Ledger(ledger)
+        try:
+            self._events = None if events is None else Ledger(events, "event log", "events")
+        except OSError:
+            if self._ledger is not None:
+                self._ledger.close()
+            raise
+
+    @override
+    def on_push(self, outcome: PushOutcome) -> None:
+        if self._ledger is not None:
+            self._ledger.write(outcome)
+
+    @override
+    def on_event(self, event: Event) -> None:
+        if self._events is not None:
+            self._events.write(event)
+
+    def write_end(self, runtime: Runtime) -> None:
+        """Write the last event of a run, which a replay compares with its own result."""
+        if self._events is not None:
+            assert runtime.server is not None
+            theta = torch.empty(runtime.binding.layout.numel, dtype=torch.float32)
+            version = runtime.server.copy_model(theta)
+            self._events.write(Event("end", None, {"version": version, "theta": fingerprint(theta)}))
+
+    def close(self) -> None:
+        """Close the files after everything is written."""
+        for file in (self._ledger, self._events):
+            if file is not None:
+                file.close()
+
+
+def _own_callbacks(trainer: pl.Trainer) -> list[AsyncLocalSGDCallback]:
+    return [callback for callback in callbacks_of(trainer) if isinstance(callback, AsyncLocalSGDCallback)]
+
+
+def _runtime_of(trainer: pl.Trainer) -> Runtime | None:
+    return getattr(trainer.strategy, "runtime", None)
+
+
+def run_metrics(runtime: Runtime, per_worker: bool) -> dict[str, float]:
+    """Return the run's current metrics by their names, on rank 0.
+
+    Args:
+        runtime: rank 0's part in the run.
+        per_worker: whether each worker's own values are included.
+
+    """
+    assert runtime.server is not None
+    view: RunSnapshot = runtime.server.snapshot
+    metrics: dict[str, float] = {
+        "async/version": view.version,
+        "async/alive_workers": view.alive_workers,
+        "async/merging_workers": view.merging_workers,
+        "async/refused_pushes/total": view.refused_pushes,
+        "async/bytes_sent": runtime.bytes_sent,
+        "async/bytes_received": runtime.bytes_received,
+        **{f"async/refused_pushes/{kind}": count for kind, count in view.refusals.items()},
+    }
+    if runtime.virtual_seconds is not None:
+        metrics["async/virtual_seconds"] = runtime.virtual_seconds
+    if view.update_norm is not None:
+        metrics["async/update_norm"] = view.update_norm
+    if view.momentum_cosine is not None:
+        metrics["async/momentum_cosine"] = view.momentum_cosine
+    for name in _PER_WORKER:
+        values = {n: getattr(worker, name) for n, worker in view.workers.items() if getattr(worker, name) is not None}
+        if per_worker:
+            metrics.update({f"async/{name}/worker_{worker}": float(value) for worker, value in sorted(values.items())})
+        if values:
+            metrics[f"async/{name}/mean"] = statistics.fmean(values.values())
+    return metrics
+
+
+def run_summary(runtime: Runtime) -> dict[str, Any]:
+    """Return the summary of the run and of each worker in JSON's types, on rank 0."""
+    assert runtime.server is not None
+    totals = runtime.totals()
+    all_steps = sum(worker.steps for worker in totals.values())
+    view = runtime.server.snapshot
+    present = runtime.live_workers()
+    speeds = [worker.steps_per_second for worker in view.workers.values() if worker.steps_per_second]
+    steps = all_steps - runtime.steps_before
+    return {
+        "workers": [
+            {
+                "worker": number,
+                "steps": worker.steps,
+                "rounds": worker.rounds,
+                "samples": worker.samples,
+                "mean_local_steps": worker.steps / worker.rounds if worker.rounds else 0.0,
+                "mean_staleness": worker.staleness / worker.rounds if worker.rounds else 0.0,
+                "wait_seconds": worker.wait_seconds,
+                "compute_seconds": worker.compute_seconds,
+                "exchange_seconds": worker.exchange_seconds,
+                "share": worker.steps / all_steps if all_steps else 0.0,
+                "refused": worker.refused,
+                "sessions": worker.sessions,
+                "departures": worker.departures,
+                "present": number in present,
+                "quarantined": number in view.quarantined,
+            }
+            for number, worker in sorted(totals.items())
+        ],
+        "initial_workers": runtime.workers,
+        "steps": all_steps,
+        "steps_before": runtime.steps_before,
+        "budget": view.total,
+        "version": view.version,
+        "refused_pushes": view.refused_pushes,
+        "refusals": dict(view.refusals),
+        "unapplied_pushes": view.unapplied_pushes,
+        "lost": [{"worker": worker, "seconds": when, "reason": why} for worker, when, why in runtime.lost_workers],
+        "seconds": runtime.seconds,
+        "fastest_worker_seconds": steps / max(speeds) if speeds and len(totals) > 1 else None,
+        "virtual": runtime.virtual_seconds is not None,
+        "bytes_sent": runtime.bytes_sent,
+        "bytes_received": runtime.bytes_received,
+    }
+
+
+def format_table(summary: dict[str, Any]) -> str:
+    """Return the table of workers for a terminal, with a line for the run."""
+    columns = ("worker", "steps", "rounds", "mean H", "mean staleness", "waiting s", "exchange s", "share")
+    rows = [
+        (
+            "former" if worker["worker"] == FORMER else str(worker["worker"]),
+            str(worker["steps"]),
+            str(worker["rounds"]),
+            f"{worker['mean_local_steps']:.1f}",
+            f"{worker['mean_staleness']:.2f}",
+            f"{worker['wait_seconds']:.1f}",
+            f"{worker['exchange_seconds']:.1f}",
+            f"{worker['share']:.1%}",
+        )
+        for worker in summary["workers"]
+    ]
+    widths = [max(len(row[column]) for row in (columns, *rows)) for column in range(len(columns))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in (columns, *rows)]
+    lines.insert(1, "-" * len(lines[0]))
+    kinds = sorted(summary["refusals"].items())
+    lines.append(
+        f"{summary['steps']} local steps of all workers{_resumed_text(summary)} in {summary['seconds']:.1f} "
+        f"{'virtual ' if summary['virtual'] else ''}s, "
+        f"{summary['version']} pushes merged, {summary['refused_pushes']} refused"
+        + (f" ({', '.join(f'{count} {kind}' for kind, count in kinds)})" if kinds else "")
+    )
+    alone = summary["fastest_worker_seconds"]
+    if alone is not None:
+        lines.append(f"at its last speed, the fastest worker alone would need {alone:.1f} s for as many steps")
+    lines += [text for worker in summary["workers"] if (text := _departures_text(worker, summary["lost"]))]
+    return "\n".join(lines)
+
+
+def _unapplied_text(summary: dict[str, Any]) -> str:
+    """Return the warning that the outer optimizer was still collecting pushes when training ended."""
+    unapplied, version = summary["unapplied_pushes"], summary["version"]
+    nothing = "; no push has ever been applied, and the model has its initial weights" if unapplied >= version else ""
+    return (
+        f"{unapplied} of {version} pushes are not in the model, because the outer optimizer was still collecting the "
+        f"pushes of a period when training ended{nothing}. With a shorter period fewer pushes are lost."
+    )
+
+
+def _resumed_text(summary: dict[str, Any]) -> str:
+    """Return how many of a resumed run's steps belong to the given seconds."""
+    before = summary["steps_before"]
+    return f", {summary['steps'] - before} of them since the run was resumed," if before else ""
+
+
+def _departures_text(worker: dict[str, Any], lost: list[dict[str, Any]]) -> str:
+    """Return a sentence about a worker that was lost or quarantined; empty for any other worker."""
+    number = worker["worker"]
+    if number == FORMER:
+        return ""
+    if worker["quarantined"]:
+        return f"worker {number} was quarantined for the rest of the run, after {worker['refused']} refused pushes"
+    if not worker["departures"]:
+        return ""
+    times = ", ".join(f"{loss['seconds']:.1f} s ({loss['reason']})" for loss in lost if loss["worker"] == number)
+    rejoined = worker["sessions"] - 1
+    return (
+        f"worker {number} was lost {worker['departures']} time(s){', after ' if times else ''}{times}; it rejoined "
+        f"{rejoined} time(s) and was {'' if worker['present'] else 'not '}present at the end"
+    )

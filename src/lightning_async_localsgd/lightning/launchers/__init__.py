@@ -1,0 +1,1 @@
+"""Launchers that restart dead workers, where Lightning's launchers end all processes."""

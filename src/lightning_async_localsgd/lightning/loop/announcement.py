@@ -1,0 +1,52 @@
+"""What the console says when training begins: who trains, how much, and where files go."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from lightning_utilities.core.rank_zero import rank_zero_info
+
+from lightning_async_localsgd.lightning.checkpoints.run_folder import folder_of
+from lightning_async_localsgd.lightning.trainer_access.strategy import strategy_of
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+    from lightning_async_localsgd.policies.plan import RunBudget
+
+
+def announce(trainer: pl.Trainer, budget: RunBudget, workers: int, name: str) -> None:
+    """Log on rank 0 how many workers train, how the budget is counted, and where the run's files go.
+
+    Args:
+        trainer: the trainer.
+        budget: budget of the run.
+        workers: number of workers that the run is started with.
+        name: name of the strategy.
+
+    """
+    every = strategy_of(trainer).checkpoint_every
+    folder = folder_of(trainer) if trainer.is_global_zero and every is not None else None
+    text = f"{name}: {_budget_text(budget, workers, trainer)}."
+    if folder is not None:
+        text += f" The run saves itself in {folder} ({_interval_text(every)})."
+    rank_zero_info(text)
+
+
+def _budget_text(budget: RunBudget, workers: int, trainer: pl.Trainer) -> str:
+    train = "1 worker trains" if workers == 1 else f"{workers} workers train"
+    if budget.total is None:
+        return f"{train} until something stops the run"
+    limit = f"{budget.limit}={int((trainer.max_steps if budget.limit == 'max_steps' else trainer.max_epochs) or 0)}"
+    steps = f"{train} for {budget.total} local steps"
+    if workers == 1:
+        return f"{steps} ({limit})"
+    return f"{steps} of all together ({limit}, {budget.steps_per_rank} per worker on average)"
+
+
+def _interval_text(every: int | timedelta | None) -> str:
+    if isinstance(every, timedelta):
+        minutes = every.total_seconds() / 60
+        return f"every {minutes:g} min"
+    return f"every {every} merged pushes"

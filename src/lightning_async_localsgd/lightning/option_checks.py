@@ -1,0 +1,159 @@
+"""Checks of what the strategy cannot work with: plugins, callbacks, processes. Each text says what to do instead."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.accelerators import MPSAccelerator
+from lightning.pytorch.callbacks import Callback, LearningRateFinder, ModelPruning, StochasticWeightAveraging
+from lightning.pytorch.plugins.precision import DeepSpeedPrecision, FSDPPrecision, XLAPrecision
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
+from lightning_async_localsgd.lightning.trainer_access.callbacks import callbacks_of, may_unfreeze
+from lightning_async_localsgd.lightning.trainer_access.strategy import is_interactive, remove_batch_norm_sync
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+    from lightning.pytorch.strategies import DDPStrategy
+
+    from lightning_async_localsgd.protocol.layout import Layout
+    from lightning_async_localsgd.protocol.options import ExchangeOptions
+
+START_METHODS = ("popen", "spawn", "fork", "forkserver")
+"""Ways of starting ranks."""
+
+
+def check_processes(start_method: str, max_restarts: int) -> None:
+    """Check how ranks are started and restarted.
+
+    Raises:
+        ValueError: An option is outside its range.
+
+    """
+    if start_method not in START_METHODS:
+        raise ValueError(f"start_method={start_method!r} is unknown; use one of {', '.join(START_METHODS)}")
+    if type(max_restarts) is not int or max_restarts < 0:
+        raise ValueError(f"max_restarts={max_restarts!r} must be a number of restarts per worker, 0 or more")
+
+
+def check_plugins(strategy: DDPStrategy, name: str, start_method: str) -> None:
+    """Check what the trainer has just given the strategy. This is the earliest moment to refuse it.
+
+    Synchronization of BatchNorm is removed, with a warning.
+
+    Args:
+        strategy: the strategy.
+        name: name of the strategy.
+        start_method: how ranks are started; empty if they are not.
+
+    Raises:
+        ValueError: An accelerator, plugin or option does not work with the strategy.
+        MisconfigurationException: The session is interactive, and the start method needs a script.
+
+    """
+    if isinstance(strategy.accelerator, MPSAccelerator):
+        raise ValueError(
+            f"accelerator={strategy.accelerator.name()!r} does not work with strategy={name!r}, which trains on CPUs "
+            "or CUDA devices; use accelerator='cpu', or another strategy"
+        )
+    if is_interactive() and start_method == "popen":
+        raise MisconfigurationException(
+            f"strategy={name!r} runs the script again for every rank, but an interactive session has no script; use "
+            "strategy='async_localsgd_notebook'"
+        )
+    if remove_batch_norm_sync(strategy) and strategy.num_nodes * strategy.num_processes > 1:
+        rank_zero_warn(
+            f"sync_batchnorm=True has no effect with {name}, because ranks do not wait for each other in a forward "
+            "pass: BatchNorm uses the statistics of each rank's own batches, and the running statistics are merged "
+            "with the model. Leave the option out, or use larger batches if these are too small for BatchNorm."
+        )
+    if isinstance(strategy.precision_plugin, (FSDPPrecision, DeepSpeedPrecision, XLAPrecision)):
+        plugin = type(strategy.precision_plugin).__name__
+        raise ValueError(
+            f"plugins={plugin} belongs to another strategy, but with async_localsgd every rank holds the whole model; "
+            "leave the plugin out and use Trainer(precision=...)"
+        )
+
+
+def check_no_process_group() -> None:
+    """Check that no process group is left from another strategy's run in this process.
+
+    Raises:
+        RuntimeError: A default process group is open.
+
+    """
+    if torch.distributed.is_initialized():
+        raise RuntimeError(
+            "A default process group is already open, which makes Lightning run all ranks in lock-step. If the group "
+            "is left from another strategy's run, call torch.distributed.destroy_process_group() before this fit."
+        )
+
+
+def check_callbacks(trainer: pl.Trainer, joins: bool = False) -> None:
+    """Check the trainer's callbacks.
+
+    Args:
+        trainer: the trainer.
+        joins: whether this worker joins a running training.
+
+    Raises:
+        ValueError: A callback cannot work with the strategy.
+
+    """
+    callbacks: list[object] = list(callbacks_of(trainer))
+    for callback in callbacks:
+        kind = type(callback)
+        if kind.__module__.startswith("lightning_async_localsgd") and not isinstance(callback, Callback):
+            package = "lightning_async_localsgd"
+            path = package if Callback.__module__.startswith("lightning.pytorch") else f"{package}.pytorch_lightning"
+            raise ValueError(
+                f"{kind.__name__} is imported from {kind.__module__}, which belongs to Lightning's other package, so "
+                f"this Trainer would ignore it; import {path}.{kind.__name__}"
+            )
+    if any(isinstance(callback, ModelPruning) for callback in callbacks):
+        raise ValueError(
+            "ModelPruning replaces the module's parameters during training, as each rank's local weights suggest, and "
+            "the global model would not follow; with async_localsgd train first, then prune the trained model in a fit "
+            "with another strategy"
+        )
+    if joins and any(isinstance(callback, LearningRateFinder) for callback in callbacks):
+        raise ValueError(
+            "LearningRateFinder has chosen this run's learning rate before this worker joined, so the worker cannot "
+            "know it; to let workers rejoin, remove the callback and set the learning rate that it has found"
+        )
+
+
+def warn_if_rounded(layout: Layout, name: str) -> None:
+    """Warn if parameters or buffers of the global model have more digits than an exchange transfers.
+
+    Args:
+        layout: the exchanged tensors.
+        name: name of the strategy.
+
+    """
+    if any(spec.dtype == "torch.float64" for spec in layout.entries):
+        rank_zero_warn(
+            f"The global model of {name} is kept in fp32: fp64 parameters and buffers are rounded to fp32 at every "
+            "exchange. Within a round they are trained in fp64."
+        )
+
+
+def check_simulated_callbacks(trainer: pl.Trainer) -> None:
+    """Check the callbacks of a simulated run.
+
+    Raises:
+        ValueError: A callback would act on a single virtual worker.
+
+    """
+    if any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks_of(trainer)):
+        raise ValueError(
+            "StochasticWeightAveraging replaces the scheduler, but a simulated cluster has one scheduler for each "
+            "worker; average with WeightAveraging, and set the schedule in configure_optimizers"
+        )
+
+
+def exchanges_frozen(trainer: pl.Trainer, options: ExchangeOptions) -> bool:
+    """Return whether frozen parameters are exchanged like trainable ones, because they may become trainable."""
+    return may_unfreeze(trainer) if options.frozen == "auto" else options.frozen

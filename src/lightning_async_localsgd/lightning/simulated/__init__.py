@@ -1,0 +1,1 @@
+"""The strategy that simulates a cluster of virtual workers in one process."""

@@ -1,0 +1,498 @@
+"""The Lightning strategy that trains on ranks of unequal speed, each in a process of its own."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from datetime import timedelta
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
+from torch.distributed.constants import default_pg_timeout
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_async_localsgd.launch.children import ended_ranks
+from lightning_async_localsgd.launch.joining import Invitation, begin_call, enter, invitation, takes_part, token_of
+from lightning_async_localsgd.launch.lost_ranks import raise_if_rank_missing, remember_lost
+from lightning_async_localsgd.launch.rank_environment import rank_environment
+from lightning_async_localsgd.launch.rendezvous import Rendezvous, open_group_of_one
+from lightning_async_localsgd.launch.restarts import WorkersLostError
+from lightning_async_localsgd.launch.uncaught import print_in_one_line
+from lightning_async_localsgd.lightning.checkpoints.contents import CHECKPOINT_KEY
+from lightning_async_localsgd.lightning.checkpoints.optimizer_states import resume_optimizers
+from lightning_async_localsgd.lightning.data.training_data import TrainingData
+from lightning_async_localsgd.lightning.fit_state import FitState
+from lightning_async_localsgd.lightning.launchers.process_launcher import AsyncProcessLauncher
+from lightning_async_localsgd.lightning.launchers.script_launcher import AsyncScriptLauncher
+from lightning_async_localsgd.lightning.loop.controller import FitController
+from lightning_async_localsgd.lightning.loop.rank_zero_callbacks import callback_states, load_callback_states
+from lightning_async_localsgd.lightning.option_checks import (
+    check_no_process_group,
+    check_plugins,
+    check_processes,
+)
+from lightning_async_localsgd.lightning.registration import register_names
+from lightning_async_localsgd.lightning.strategy_base import _StrategyBase
+from lightning_async_localsgd.lightning.trainer_access.loop import run_validations_in
+from lightning_async_localsgd.lightning.trainer_access.strategy import sync_module_states, trainer_of
+from lightning_async_localsgd.outer import OuterOptimizer
+from lightning_async_localsgd.protocol.checks import check_bool
+from lightning_async_localsgd.protocol.options import ExchangeOptions
+from lightning_async_localsgd.runtime.live import LiveRuntime
+from lightning_async_localsgd.server.merge_policy import MergeOptions
+from lightning_async_localsgd.staleness import Staleness
+
+# Command lines read the constructor's annotations from this module, so their names are imported at run time.
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import lightning.pytorch as pl
+    from lightning.pytorch.strategies.strategy import TBroadcast
+
+    from lightning_async_localsgd.launch.joining import JoinGrant
+    from lightning_async_localsgd.policies.plan import RunBudget
+    from lightning_async_localsgd.runtime.settings import RuntimeSettings
+
+_log = logging.getLogger(__name__)
+
+_LAUNCHERS = (AsyncScriptLauncher, AsyncProcessLauncher)
+
+
+class AsyncLocalSGDStrategy(_StrategyBase):
+    """Train one model on ranks of unequal speed, without any rank waiting for another.
+
+    Every rank takes local optimizer steps at its own pace. When it has finished a round of them, it merges the
+    round's pseudo-gradient into a global model on rank 0 (Liu et al., *Asynchronous Local-SGD Training for Language
+    Modeling*, arXiv 2401.09135). ``max_steps=S`` on k ranks means S*k local steps of all ranks together, the samples
+    that ``"ddp"`` would have used. The model that is validated, saved, logged and left in the module at the end is the
+    global model.
+
+    Args:
+        local_steps: local optimizer steps in a round of the fastest worker (H in the paper). ``"auto"`` takes the
+            shortest rounds whose exchange takes at most 2 % of a worker's time, see :class:`.RoundLength`; with a
+            ``quorum`` other than 1, it is 50.
+        outer_optimizer: how a pseudo-gradient changes the global model: an outer optimizer from
+            :mod:`lightning_async_localsgd.outer`, or a callable that makes a torch optimizer from parameters, which is
+            then stepped once per push. ``None`` is ``DelayedNesterov(lr="auto", momentum="auto")``, and with a
+            ``quorum`` other than 1 ``outer.Nesterov(lr=0.7, momentum=0.9)``.
+        dynamic_local_steps: whether slower workers take proportionally fewer local steps, so that all rounds take
+            about the same time (DyLU, equation 6 of the paper).
+        grace: seconds from the first arrival during which finished workers wait to be dispatched together. 0 is no
+            waiting. ``"auto"`` waits for workers that are about to finish, at most 15 % of the round's time.
+        quorum: number of different workers whose pushes are merged as one step on their average. 1 merges each push
+            when it arrives, ``"all"`` is synchronous DiLoCo.
+        sync_warmup_steps: steps per worker, counted as in ``max_steps``, during which the quorum falls from all workers
+            to ``quorum``, so that training begins synchronously.
+        staleness: what happens to pushes from old models: a stage of :mod:`lightning_async_localsgd.staleness`.
+            ``None`` merges them like others.
+        merge: weights of pushes, their average, and limits. ``None`` is ``MergeOptions()``.
+        exchange: transport, encryption, timeouts and token of the exchange between ranks. ``None`` is
+            ``ExchangeOptions()``.
+        max_restarts: how often the launcher restarts a worker that has died in training. The worker then rejoins.
+        fail_on_lost_workers: whether the job ends with an error if a worker was lost, even though the remaining workers
+            have used up the budget.
+        checkpoint_every: how often rank 0 writes a checkpoint into the run's directory, and each worker its inner
+            optimizer states: a number of merged rounds, a ``timedelta``, or ``None`` for never.
+        accelerator: see :class:`~lightning.pytorch.strategies.DDPStrategy`, as for the arguments up to
+            ``precision_plugin``.
+        parallel_devices: devices of this node's ranks.
+        cluster_environment: ranks and addresses.
+        checkpoint_io: writes and reads checkpoints.
+        precision_plugin: precision of training.
+        process_group_backend: backend of the process group in ``validate``, ``test`` and ``predict``. ``fit`` has no
+            process group.
+        timeout: limit for each operation of that process group.
+        start_method: how ranks are started: ``"popen"`` runs the script again, ``"spawn"``, ``"fork"`` and
+            ``"forkserver"`` use :mod:`multiprocessing`.
+
+    Raises:
+        ValueError: An option is outside its range. The text names the option, its value and the way out.
+        TypeError: An option is of another type.
+
+    Example::
+
+        import lightning as L
+        from lightning_async_localsgd import AsyncLocalSGDStrategy, DelayedNesterov
+
+        trainer = L.Trainer(strategy=AsyncLocalSGDStrategy(), accelerator="cpu", devices=4, max_steps=1000)
+
+        # The paper's configuration:
+        strategy = AsyncLocalSGDStrategy(local_steps=50, outer_optimizer=DelayedNesterov(lr=0.7, momentum=0.9))
+        trainer = L.Trainer(strategy=strategy, accelerator="cpu", devices=4, max_steps=1000)
+
+    """
+
+    strategy_name = "async_localsgd"
+
+    def __init__(
+        self,
+        local_steps: int | Literal["auto"] = "auto",
+        outer_optimizer: OuterOptimizer | Callable[[Iterable[Any]], Optimizer] | None = None,
+        dynamic_local_steps: bool = True,
+        grace: Literal["auto"] | float = "auto",
+        quorum: int | Literal["all"] = 1,
+        sync_warmup_steps: int = 0,
+        staleness: Staleness | None = None,
+        merge: MergeOptions | None = None,
+        exchange: ExchangeOptions | None = None,
+        max_restarts: int = 3,
+        fail_on_lost_workers: bool = False,
+        checkpoint_every: int | timedelta | None = timedelta(minutes=10),
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+    ) -> None:
+        super().__init__(
+            local_steps,
+            outer_optimizer,
+            dynamic_local_steps,
+            grace,
+            quorum,
+            sync_warmup_steps,
+            staleness,
+            merge,
+            exchange,
+            checkpoint_every,
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            start_method=start_method,
+        )
+        check_processes(start_method, max_restarts)
+        self.max_restarts = max_restarts
+        self.fail_on_lost_workers = check_bool("fail_on_lost_workers", fail_on_lost_workers)
+        self._rendezvous: Rendezvous | None = None
+        self._grant: JoinGrant | None = None
+        self._owns_group = False
+        self._environment = ExitStack()
+
+    @classmethod
+    @override
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        register_names(strategy_registry, cls)
+
+    @override
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None
+        check_plugins(self, self.strategy_name, self._start_method)
+        joins_late = self._joins_late
+        if not joins_late:  # A late joiner is not one of the workers that the run was started with.
+            workers = max(1, self.num_nodes * self.num_processes)
+            others_may_join = self._token() is not None
+            self.merge_policy.check_workers(workers, others_may_join, self.outer_optimizer, self.grace)
+        if self._start_method == "popen" or joins_late:
+            self._launcher = AsyncScriptLauncher(
+                self.cluster_environment, self.num_processes, self.num_nodes, self.max_restarts
+            )
+        else:
+            self._launcher = AsyncProcessLauncher(self, self._start_method, self.max_restarts)
+
+    # ------------------------------------------------------------------- joining
+
+    @property
+    def _invitation(self) -> Invitation | None:
+        """The invitation to a running training in this process's environment, if any."""
+        return invitation(self.exchange.token, self.exchange.encrypt)
+
+    @property
+    def _joins_late(self) -> bool:
+        """Whether this process joins as a worker that the run was not started with."""
+        return (invited := self._invitation) is not None and invited.late_joiner
+
+    @override
+    def _token(self) -> str | None:
+        return token_of(self.exchange.token)
+
+    @override
+    def takes_part(self, fitting: bool) -> bool:
+        invited = self._invitation
+        return invited is None or takes_part(enter(invited, self.exchange.start_timeout), fitting)
+
+    @override
+    def set_world_ranks(self) -> None:
+        if not self._joins_late:
+            super().set_world_ranks()
+            return
+        if type(self.cluster_environment) is not LightningEnvironment:
+            # A late joiner may be a SLURM task or a torchrun process. These know only the ranks of their own job.
+            self.cluster_environment = LightningEnvironment()
+        super().set_world_ranks()
+        # The rank is above 0 from the beginning. The server decides the number when this process joins.
+        info = None if self._grant is None else self._grant.info
+        assert self.cluster_environment is not None
+        self.cluster_environment.set_global_rank(1 if info is None else info.worker)
+        self.cluster_environment.set_world_size(2 if info is None else info.workers)
+        rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined] # a function with a rank
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        shares = super().distributed_sampler_kwargs
+        # A late joiner has no share of its own in data that is split in advance.
+        return {**shares, "rank": shares["rank"] % shares["num_replicas"]}
+
+    # ------------------------------------------------------- before and after a stage
+
+    @property
+    @override
+    def _initial_workers(self) -> int:
+        return self.world_size
+
+    @override
+    def _open_stage(self, fitting: bool) -> FitState | None:
+        run, fit_number = begin_call(fitting)
+        self._grant = None
+        if (invited := self._invitation) is not None:
+            grant = enter(invited, self.exchange.start_timeout)
+            self._grant = grant if fitting and grant.info.fit_number == fit_number else None
+        self.set_world_ranks()
+        trainer = self._trainer
+        self._show_ranks(trainer, fitting)
+        self._rendezvous = self._meet(run)
+        if self._grant is not None:
+            trainer.num_sanity_val_steps = 0  # The sanity check comes before training.
+        if not fitting:
+            self._open_group()
+            return None
+        if self.world_size > 1:
+            check_no_process_group()
+        shared = int(os.environ.get("PL_GLOBAL_SEED", 0)), self.run_name
+        if self._rendezvous is not None:
+            shared = self._rendezvous.broadcast(shared)
+        if self._grant is not None:
+            shared = self._grant.info.seed, self._grant.info.run_name
+        seed, self.run_name = shared
+        return FitState(fit_number, seed, self._grant)
+
+    def _show_ranks(self, trainer: pl.Trainer, fitting: bool) -> None:
+        """Let data libraries know this rank, until the stage is closed."""
+        self._environment.close()
+        # A late joiner has no share of its own in data that is split by rank, and is a single process.
+        rank, processes = self.global_rank % self.world_size, 1 if self._joins_late else self.num_processes
+        self._environment.enter_context(rank_environment(rank, self.world_size, self.local_rank, processes))
+        if fitting and self.world_size > 1:
+            # In fit, a rank that validates does so on all data.
+            self._environment.callback(run_validations_in(trainer, partial(rank_environment, 0, 1, 0, 1)))
+
+    def _meet(self, run: int) -> Rendezvous | None:
+        """Meet the other ranks. A single rank and a late joiner meet no rank."""
+        if self.world_size == 1 or (self._grant is not None and self._grant.late_joiner):
+            return None
+        reset_seed()  # All ranks must build the same model and agree on permutations.
+        environment = self.cluster_environment
+        assert environment is not None
+        return Rendezvous(
+            environment.main_address,
+            environment.main_port,
+            self.global_rank,
+            self.world_size,
+            self.exchange.start_timeout,
+            raise_if_rank_missing,
+            ended_ranks,
+            call=run,
+            rejoins=self._grant is not None,
+        )
+
+    def _open_group(self) -> None:
+        """Open the process group of ``validate``, ``test`` and ``predict``, as DDP does."""
+        self._process_group_backend = self._get_process_group_backend()
+        device = self.root_device
+        options: dict[str, Any] = {"device_id": None if device.type == "cpu" else device}
+        if self._rendezvous is None:
+            self._owns_group = open_group_of_one(self._process_group_backend, self._timeout, **options)
+        else:
+            self._rendezvous.barrier("process group")
+            self._rendezvous.open_group(self._process_group_backend, self._timeout, **options)
+
+    @override
+    def _make_training_data(self, fit: FitState) -> TrainingData:
+        single_worker = self.world_size == 1 and self._token() is None
+        data = TrainingData(
+            self._trainer, self.world_size, fit.seed, fit.uses_distributed_sampler, self._rendezvous, single_worker
+        )
+        self._environment.callback(data.close)
+        return data
+
+    @override
+    def setup(self, trainer: pl.Trainer) -> None:
+        super().setup(trainer)
+        if self._fit is None and self._rendezvous is not None:
+            assert self.model is not None
+            sync_module_states(self.model)
+
+    @override
+    def _close_stage(self) -> None:
+        self._environment.close()
+        if self._owns_group:
+            torch.distributed.destroy_process_group()
+            self._owns_group = False
+        if self._rendezvous is not None:
+            self._rendezvous.close_group()
+            if not (self._failed and self.is_global_zero):
+                self._rendezvous.finish()
+            self._rendezvous = None
+        if self._failed and isinstance(self.launcher, AsyncScriptLauncher):
+            # In training, the ranks of a node continue without the rank that has launched them. Elsewhere all are
+            # needed.
+            trainer = trainer_of(self.lightning_module)
+            if self.is_global_zero or trainer is None or trainer.state.fn != TrainerFn.FITTING:
+                self.launcher.end_processes()
+
+    # -------------------------------------------------- asynchronous training
+
+    @override
+    def _start_training(
+        self, settings: RuntimeSettings, restored: dict[str, Any] | None, budget: RunBudget
+    ) -> FitController:
+        fit = self._fit
+        assert self.lightning_module is not None
+        assert fit is not None
+        assert fit.limits is not None
+        runtime = LiveRuntime(
+            settings,
+            self.lightning_module,
+            self._rendezvous,
+            self.global_rank,
+            self.world_size,
+            restored=restored,
+            watch=raise_if_rank_missing,
+            grant=fit.grant,
+        )
+        if runtime.join_address is not None:
+            rank_zero_info(f"Workers may join this run at {runtime.join_address} with its token.")
+        data_state = restored.get("training_data") if restored is not None and runtime.single_process else None
+        try:
+            controller = FitController(
+                self._trainer, runtime, fit.data, fit.limits, budget, data_state, fit.grant, self.checkpoint_every
+            )
+        except BaseException:
+            runtime.close()
+            raise
+        if isinstance(self.launcher, _LAUNCHERS):
+            self.launcher.mark_started(runtime.ticket, runtime.may_restart)
+        if self._rendezvous is not None:
+            self._rendezvous.ignore_ended_processes()
+        return controller
+
+    @override
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        lost = [] if self._fit is None else self._fit.lost_workers
+        if self.fail_on_lost_workers and lost:
+            raise WorkersLostError(
+                f"Training is complete and saved, but worker(s) {', '.join(map(str, lost))} were lost and "
+                "fail_on_lost_workers=True."
+            )
+
+    @override
+    def _end_restarts(self) -> None:
+        if isinstance(self.launcher, _LAUNCHERS):
+            self.launcher.mark_ended()
+
+    @override
+    def _agree_after_training(self, controller: FitController) -> None:
+        rendezvous, runtime = self._rendezvous, controller.runtime
+        if rendezvous is None:
+            return
+        assert self._fit is not None
+        rendezvous.begin_after_training()
+        if self.is_global_zero:
+            rendezvous.survivors = runtime.live_workers
+        controller.save_optimizer_states(rendezvous)
+        rendezvous.barrier("end of training")
+        controller.gather_optimizer_states(rendezvous)
+        if runtime.server is not None:
+            # Now, while all workers that are left are still connected.
+            present = runtime.live_workers()
+            sound = present - runtime.server.quarantined
+            self._fit.lost_workers = [worker for worker in range(self.world_size) if worker not in sound]
+            rendezvous.survivors = lambda: present - ended_ranks()
+        remember_lost(rendezvous.broadcast(self._lost_ranks(controller, rendezvous)))
+        controller.synchronize(rendezvous)
+
+    def _lost_ranks(self, controller: FitController, rendezvous: Rendezvous) -> dict[int, tuple[str, str]]:
+        """Return on rank 0 the processes of the ranks that were lost in training, and why each was lost."""
+        if controller.runtime.server is None or self._fit is None:
+            return {}
+        processes = rendezvous.processes()
+        reasons = {worker: reason for worker, _, reason in controller.runtime.lost_workers}
+        return {rank: (processes.get(rank, ""), reasons.get(rank, "it left")) for rank in self._fit.lost_workers}
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        follows = print_in_one_line(exception, self.global_rank)
+        if self._rendezvous is not None and self.is_global_zero and isinstance(exception, Exception) and not follows:
+            # Before the other ranks say that they end, too. Python prints the traceback when they have ended.
+            _log.error("rank 0 ended with %s: %s", type(exception).__name__, exception)
+        super().on_exception(exception)
+
+    @override
+    def _share_after_training(self) -> None:
+        if self._rendezvous is not None:
+            states = self._rendezvous.broadcast(callback_states(self._trainer))
+            if not self.is_global_zero:
+                load_callback_states(self._trainer, states)
+
+    # -------------------------------------------------------------- collectives
+
+    @override
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        if self._runs_apart:
+            return
+        if torch.distributed.is_initialized():
+            super().barrier(*args, **kwargs)
+        elif self._rendezvous is not None:
+            self._rendezvous.barrier(str(args[0]) if args else kwargs.get("name"))
+
+    @override
+    def broadcast(self, obj: TBroadcast, src: int = 0) -> TBroadcast:
+        if self._runs_apart:
+            return obj
+        if torch.distributed.is_initialized():
+            return super().broadcast(obj, src)
+        if self._rendezvous is not None:
+            return self._rendezvous.broadcast(obj, src)  # type: ignore[no-any-return]
+        return obj
+
+    # -------------------------------------------------------------- checkpoints
+
+    @override
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
+        if isinstance(self.launcher, AsyncProcessLauncher) and self.launcher.has_untrained_model:
+            # Callbacks that save after an exception also do so in the process that has launched the ranks.
+            rank_zero_warn(f"Not saved to {filepath}: the ranks have failed, and this process has no trained model.")
+            return
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        server = checkpoint.get(CHECKPOINT_KEY)
+        if self.is_global_zero or server is None:
+            super().load_optimizer_state_dict(checkpoint)
+        else:
+            # The checkpoint holds rank 0's own state. Other workers' states are in files of the run.
+            file = resume_optimizers(self._trainer, checkpoint, server)
+            if self._fit is not None:
+                self._fit.optimizer_file = file

@@ -1,0 +1,1 @@
+"""Decisions in numbers: local steps, grace windows, budget, data leases. No thread, no socket and no clock."""

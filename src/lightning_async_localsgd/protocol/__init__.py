@@ -1,0 +1,1 @@
+"""What workers and the server exchange: messages, the model's layout, buffers and interfaces. No I/O, no threads."""

@@ -1,0 +1,66 @@
+"""Settings of a runtime: policies and numbers of one training run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from lightning_async_localsgd.protocol.options import ExchangeOptions
+from lightning_async_localsgd.server.merge_policy import MergePolicy
+
+if TYPE_CHECKING:
+    from lightning_async_localsgd.outer import OuterOptimizer
+    from lightning_async_localsgd.policies.grace import GraceWindow
+    from lightning_async_localsgd.policies.pacing import SpeedAwareSteps
+    from lightning_async_localsgd.policies.plan import RunBudget
+    from lightning_async_localsgd.protocol.moments import SecondMoments
+    from lightning_async_localsgd.runtime.optimizer_weights import OptimizerWeights
+    from lightning_async_localsgd.server.observers import RunObserver
+
+
+@dataclass(frozen=True)
+class RuntimeSettings:
+    """Policies and numbers of one training run.
+
+    The policies are made once, by the strategy's constructor. Policies with a state of their own (``pacing`` and
+    ``outer_optimizer``) are copies that belong to this run.
+
+    Args:
+        pacing: decides local steps per round (DyLU).
+        outer_optimizer: changes the global model.
+        grace: decides grace windows.
+        budget: local steps that the trainer's limits allow.
+        merge: quorum, staleness stage, weights and limits of pushes.
+        exchange: transport, port, encryption and timeouts.
+        steps_done: local steps of all workers that count as done at the start, where there is no saved server state.
+        step_offset: global steps that the trainer has counted beyond the steps of this run, see
+            :func:`.step_offset_of`.
+        reserved_units: local steps of each epoch that are reserved for worker 0, see :meth:`.DataLeases.lead`.
+        exchange_frozen: whether frozen parameters are exchanged like trainable ones.
+        moments: second moments that several workers average; None if they do not.
+        optimizer_weights: what the inner optimizers remember of weights; None if there are no optimizers.
+        token: the user's secret, with which workers may join while training runs. None if there is none.
+        fit_number: number of this fit in the script, from 1.
+        seed: seed of the training data's order.
+        run_name: name of the run's directory.
+        observers: objects that the server tells what happens.
+
+    """
+
+    pacing: SpeedAwareSteps
+    outer_optimizer: OuterOptimizer
+    grace: GraceWindow
+    budget: RunBudget
+    merge: MergePolicy = field(default_factory=MergePolicy)
+    exchange: ExchangeOptions = field(default_factory=ExchangeOptions)
+    steps_done: int = 0
+    step_offset: int = 0
+    reserved_units: int = 1
+    exchange_frozen: bool = False
+    moments: SecondMoments | None = None
+    optimizer_weights: OptimizerWeights | None = None
+    token: str | None = field(default=None, repr=False)
+    fit_number: int = 1
+    seed: int = 0
+    run_name: str = ""
+    observers: tuple[RunObserver, ...] = ()

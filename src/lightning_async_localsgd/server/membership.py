@@ -1,0 +1,278 @@
+"""Admits workers, removes them, and updates the parts of the server that depend on who takes part.
+
+A worker that left may come back as long as no newer session has replaced its own. Its round counts when it is pushed,
+unless the data of that round was leased to other workers meanwhile.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from lightning_async_localsgd.protocol.rejections import Rejection, inactive_session, quarantined
+from lightning_async_localsgd.server.sessions import SessionTable, WorkerSession
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from lightning_async_localsgd.policies.budget import Budget
+    from lightning_async_localsgd.policies.data_leases import DataLeases
+    from lightning_async_localsgd.policies.guard import StrikeCounter
+    from lightning_async_localsgd.policies.pacing import SpeedAwareSteps
+    from lightning_async_localsgd.protocol.messages import Hello
+    from lightning_async_localsgd.server.global_model import GlobalModel
+    from lightning_async_localsgd.server.run_stats import RunStats
+
+_log = logging.getLogger(__name__)
+
+MAX_LATE_JOINERS = 1024
+"""Number of late joiners that are remembered after they left, with their totals and sessions. Of earlier ones only the
+sum of the totals is kept, and their sessions cannot come back."""
+
+
+class Membership:
+    """Keeps who takes part in the run: initial workers and late joiners, live, departed or quarantined.
+
+    Args:
+        cohort: number of workers that the run is started with.
+        model: its outer optimizer depends on the number of live workers.
+        budget: has reserved steps for the workers.
+        pacing: has measured the workers' speeds.
+        leases: has leased data to the workers.
+        strikes: counts the workers' strikes.
+        stats: totals of the workers.
+
+    Attributes:
+        live: live sessions by worker.
+        started: whether the whole cohort has joined.
+        finished: whether all workers have been sent the final model.
+        quarantined: why each quarantined worker is refused for the rest of the run.
+        optimizer_files: the last :attr:`.Push.optimizer_file` of each worker.
+
+    """
+
+    def __init__(
+        self,
+        cohort: int,
+        model: GlobalModel,
+        budget: Budget,
+        pacing: SpeedAwareSteps,
+        leases: DataLeases,
+        strikes: StrikeCounter,
+        stats: RunStats,
+    ) -> None:
+        self.started = False
+        self.finished = False
+        self.quarantined: dict[int, str] = {}
+        self.optimizer_files: dict[int, str] = {}
+        self._sessions = SessionTable(cohort)
+        self.live = self._sessions.live
+        self._model = model
+        self._budget = budget
+        self._pacing = pacing
+        self._leases = leases
+        self._strikes = strikes
+        self._stats = stats
+
+    # ------------------------------------------------------------------- queries
+
+    @property
+    def missing(self) -> list[int]:
+        """Workers of the cohort that have not joined yet; empty once training has started."""
+        return [] if self.started else self._sessions.missing
+
+    @property
+    def departed(self) -> frozenset[int]:
+        """Workers that left and whose sessions may come back."""
+        return self._sessions.departed
+
+    @property
+    def bases(self) -> tuple[list[int], list[int]]:
+        """Versions that live workers may be computing on, and those that departed workers may."""
+        return self._sessions.bases
+
+    def new_number(self) -> int:
+        """Return a number for a late joiner. No number is given twice in a run."""
+        return self._sessions.new_number()
+
+    def check_number(self, worker: int) -> str | None:
+        """Return why no process can join as ``worker`` any more; None if one can."""
+        if self.finished:
+            return f"training is over; worker {worker} came too late to take part"
+        if not self._sessions.knows(worker):
+            return (
+                f"there is no worker {worker} in this run; to join a running run, set ASYNC_LOCALSGD_JOIN to the "
+                "server's address, and the server chooses the number"
+            )
+        return self.quarantined.get(worker)
+
+    def check_lease(self, worker: int, session_id: str) -> str | None:
+        """Return why a session gets no data; None if it is live, or departed and may come back."""
+        if self._sessions.find(worker, session_id) or self._sessions.find_departed(worker, session_id):
+            return None
+        return self.session_rejection(worker, session_id).text
+
+    def session_rejection(self, worker: int, session_id: str) -> Rejection:
+        """Return the rejection of everything that a session sends that cannot take part."""
+        reason = self.quarantined.get(worker)
+        return inactive_session(worker, session_id) if reason is None else quarantined(reason)
+
+    # -------------------------------------------------------------------- events
+
+    def join(self, hello: Hello, now: float) -> str | None:
+        """See :meth:`.Coordinator.join`."""
+        worker, session_id = hello.worker, hello.session
+        reason = self._sessions.check_protocol(hello)
+        if reason is not None:
+            return reason
+        session = self.find(worker, session_id, now)
+        if session is None:
+            ended = hello.reconnecting or self._sessions.is_replaced(worker, session_id)
+            reason = self.quarantined.get(worker) or (
+                inactive_session(worker, session_id).text if ended else self.check_number(worker)
+            )
+            if reason is None:
+                self._enter(worker, session_id, now)
+            return reason
+        if hello.reconnecting:
+            session.expect_push_again()
+        elif session.computing or self.finished:
+            session.dispatch_again()
+            self._budget.release(worker)
+        return None
+
+    def find(self, worker: int, session_id: str, now: float) -> WorkerSession | None:
+        """Return the session of a worker that has sent something, and make it live again if it has departed.
+
+        Returns:
+            None if the session cannot take part: it never joined, a newer one has replaced it, or its worker is in
+            quarantine.
+
+        """
+        session = self._sessions.find(worker, session_id)
+        if session is not None or self._sessions.find_departed(worker, session_id) is None:
+            return session
+        session = self._sessions.bring_back(worker)
+        self._leases.unpark(worker)
+        if worker == 0:
+            self._leases.lead(0)
+        if not self.finished:
+            _log.warning("worker %d is back and continues its round", worker)
+            steps = session.local_steps + session.overlap_steps if session.computing else session.begun_steps
+            if steps > 0:
+                self._budget.reserve(worker, steps, now)
+        self._update_worker_count()
+        return session
+
+    def leave(self, worker: int, session_id: str, reason: str) -> bool:
+        """See :meth:`.Coordinator.leave`."""
+        if self._sessions.find(worker, session_id) is None:
+            return False
+        self._leases.park(worker)
+        self._sessions.depart(worker)
+        if not self.finished:
+            self._stats.of(worker).departures += 1
+            _log.warning("worker %d left the run (%s); %d go on", worker, reason, len(self.live))
+        self._after_removal(worker)
+        self._forget_late_joiners()
+        return True
+
+    def quarantine(self, worker: int, strikes_text: str) -> str:
+        """Refuse a worker for the rest of the run, whatever its session.
+
+        Args:
+            worker: the worker's number.
+            strikes_text: what the worker did.
+
+        Returns:
+            The reason for the log and for the worker.
+
+        """
+        reason = (
+            f"worker {worker} is quarantined for the rest of the run: {strikes_text}, though each round began with a "
+            "fresh global model; its optimizer's state is probably broken, or its machine is: lower the learning rate, "
+            "clip gradients, or look at the data that this worker got"
+        )
+        _log.error("%s", reason)
+        self.quarantined[worker] = reason
+        self._sessions.end(worker)
+        self._leases.forget(worker)
+        self._after_removal(worker)
+        return reason
+
+    def wake(self) -> None:
+        """Let resting workers wait for a dispatch, because local steps may have become free."""
+        if not self.finished and not self._budget.exhausted:
+            for session in self.live.values():
+                session.wake()
+
+    # --------------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what outlives the server, as JSON types.
+
+        Quarantines do not: a worker that joins the server's successor is a new process.
+        """
+        return {
+            "next_number": self._sessions.next_number,
+            "optimizer_files": {str(worker): name for worker, name in self.optimizer_files.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore ``state``, after that of :class:`.RunStats`. Workers must join again."""
+        known = (
+            self._sessions.next_number,
+            int(state.get("next_number", 0)),
+            1 + max(self._stats.totals, default=-1),
+        )
+        self._sessions.next_number = max(known)
+        self.optimizer_files = {int(worker): str(name) for worker, name in state.get("optimizer_files", {}).items()}
+        self._forget_late_joiners()
+
+    # ------------------------------------------------------------------ internal
+
+    def _enter(self, worker: int, session_id: str, now: float) -> None:
+        """Admit a new session, which replaces an older one of the worker."""
+        if worker in self.live:
+            _log.warning(
+                "worker %d has joined with a newer session; the unfinished round of its older one is lost", worker
+            )
+            self._budget.release(worker)
+            self._stats.forget_view(worker)
+        if worker in self.live or worker in self._sessions.departed:
+            # The new process may have another speed. A resumed run restores the speed of the first one.
+            self._pacing.forget(worker)
+        self._sessions.enter(worker, session_id, now)
+        self._leases.forget(worker)
+        if worker == 0:
+            self._leases.lead(0)
+        self._stats.of(worker).sessions += 1
+        if self.started:
+            _log.warning("worker %d has joined the run; %d take part", worker, len(self.live))
+        self._update_worker_count()
+        self.wake()
+
+    def _after_removal(self, worker: int) -> None:
+        """Update everything that depends on a worker that is not live any more."""
+        self._stats.forget_view(worker)
+        self._budget.release(worker)
+        self._update_worker_count()
+        self.wake()
+
+    def _update_worker_count(self) -> None:
+        self.started = self.started or not self._sessions.missing
+        if self.started and self.live and not self.finished:
+            self._model.set_workers(len(self.live))
+
+    def _forget_late_joiners(self) -> None:
+        """Bound what is remembered of late joiners that left, so that a run can have any length."""
+        departed = [n for n in self._stats.totals if self._sessions.is_late_joiner(n) and n not in self.live]
+        oldest = sorted(departed)[: max(0, len(departed) - MAX_LATE_JOINERS)]
+        self._stats.merge(oldest)
+        for worker in oldest:
+            self._sessions.forget(worker)
+            self._leases.forget(worker)
+            self._pacing.forget(worker)
+            self._strikes.forget(worker)
+            self.quarantined.pop(worker, None)
+            self.optimizer_files.pop(worker, None)

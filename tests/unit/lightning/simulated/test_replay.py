@@ -1,0 +1,56 @@
+"""Simulated runs that are replayed from their event log."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lightning_async_localsgd import (
+    Arrival,
+    Death,
+)
+from lightning_async_localsgd import SimulatedAsyncLocalSGDStrategy as Simulated
+from tests.lightning_models import same_weights
+from tests.unit.lightning.simulated.support import SPEEDS, RunRecorder, StopAt, fit
+
+
+def test_replay_gives_the_same_weights_and_reports_differences(tmp_path: Path) -> None:
+    events = tmp_path / "events.jsonl"
+    schedule = [Death(0, 1.0, back_at=2.0), Arrival(1.5, 0.2)]
+    first, _ = fit(Simulated(SPEEDS, schedule=schedule, local_steps=5), callbacks=[RunRecorder(events=events)])
+    recorder = RunRecorder()
+    again, _ = fit(Simulated(replay=events, local_steps=5), callbacks=[recorder])
+    assert same_weights(first, again)
+    assert sorted(recorder.totals) == [0, 1, 2, 3]
+    for options, words in (
+        ({"local_steps": 6}, r"differs from its log .* at line .*local_steps=5, not 6"),
+        ({"local_steps": 5, "dynamic_local_steps": False}, r"(differs|has parted) from its log"),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            fit(Simulated(replay=events, **options))
+    with pytest.raises(ValueError, match=r"is the log of a run with 90 local steps .* allow 60"):
+        fit(Simulated(replay=events, local_steps=5), max_steps=20)
+    with pytest.raises(RuntimeError, match=r"the trainer stopped before the end of the logged run"):
+        fit(Simulated(replay=events, local_steps=5), callbacks=[StopAt()])
+    lines = events.read_text().splitlines(keepends=True)
+    (tmp_path / "broken.jsonl").write_text("".join(lines[: len(lines) // 2]))
+    with pytest.raises(RuntimeError, match=r"ends at .* before the end of training"):
+        fit(Simulated(replay=tmp_path / "broken.jsonl", local_steps=5))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "first event is not the beginning"),
+        ("no log\n", "line 1 cannot be read"),
+        ('{"kind":"begin","seconds":0,"content":{"format":99}}\n', "of format 99"),
+        ('{"kind":"pause","seconds":0,"content":{"worker":0}}\n', "first event is not the beginning"),
+        ('{"kind":"begin","seconds":0,"content":{"format":2}}\n' * 2, "more than one run"),
+    ],
+)
+def test_invalid_event_log_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "events.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=words):
+        Simulated(replay=path)

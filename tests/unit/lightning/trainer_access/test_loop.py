@@ -1,0 +1,119 @@
+"""What trainer_access does to a Trainer's loops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning as L
+
+from lightning_async_localsgd.lightning.trainer_access import loop
+from tests.unit.lightning.trainer_access.support import Model, RecordingLogger, at, fit, loader
+
+
+def test_trainer_can_stop_early_once_its_minimum_is_met() -> None:
+    def stop(trainer: L.Trainer) -> bool:
+        trainer.should_stop = True
+        return loop.can_stop_early(trainer)
+
+    callback, results = at(on_train_batch_end=stop)
+    trainer = fit(callback, min_steps=3, min_epochs=0)
+    assert results["on_train_batch_end"] == [False, False, True]
+    assert trainer.global_step == 3
+
+
+def test_batches_without_an_optimizer_step_accumulate_gradients() -> None:
+    callback, results = at(on_train_batch_start=loop.should_accumulate)
+    trainer = fit(callback, batches=5, accumulate_grad_batches=2)
+    assert results["on_train_batch_start"] == [True, False, True, False, False]
+    assert trainer.global_step == 3
+
+
+def test_metrics_are_logged_with_the_step_that_was_set() -> None:
+    callback, _ = at(on_train_batch_start=lambda trainer: loop.set_logged_step(trainer, 10 + trainer.global_step))
+    logger = RecordingLogger()
+    fit(callback, batches=3, logger=logger, log_every_n_steps=1)
+    assert logger.steps == [10, 11, 12, 12]
+
+
+def test_epoch_ends_with_its_data_until_restored() -> None:
+    restores: list[Callable[[], None]] = []
+
+    def shorten(trainer: L.Trainer) -> None:
+        trainer.fit_loop.max_batches = 2
+        restores.append(loop.end_epochs_with_data(trainer))
+
+    def restore(trainer: L.Trainer) -> int:
+        restores[0]()
+        return trainer.fit_loop.epoch_loop.batch_idx
+
+    callback, results = at(on_train_start=shorten, on_train_epoch_end=restore)
+    fit(callback, batches=5, max_epochs=2)
+    assert results["on_train_epoch_end"] == [4, 1]
+
+
+def test_begin_and_end_of_optimizer_steps_are_controlled_until_restored() -> None:
+    module = Model()
+    restores: list[Callable[[], None]] = []
+
+    def control(trainer: L.Trainer) -> None:
+        # The first epoch has six batches. Its first step takes one batch, and its second step takes four.
+        begins, ends = (lambda: module.value in (0, 1)), (lambda: module.value in (1, 5))
+        restores.append(loop.control_steps(trainer, begins, ends))
+
+    def restore(trainer: L.Trainer) -> int:
+        restores[0]()
+        return trainer.global_step
+
+    callback, results = at(on_train_start=control, on_train_epoch_end=restore)
+    fit(callback, module=module, batches=6, max_epochs=2, accumulate_grad_batches=3)
+    # Gradients are set to zero between the forward and the backward pass of a step's first batch.
+    assert module.zero_grads == [1, 2, 7, 10]
+    assert results["on_train_epoch_end"] == [2, 4]
+
+
+def test_validations_run_in_a_context_until_restored() -> None:
+    seen: list[str] = []
+
+    @contextmanager
+    def context() -> Iterator[None]:
+        seen.append("in")
+        yield
+        seen.append("out")
+
+    class Validated(Model):
+        def val_dataloader(self) -> Any:
+            seen.append("loader")
+            return loader(1)
+
+    restores: list[Callable[[], None]] = []
+    callback, _ = at(
+        setup=lambda trainer: restores.append(loop.run_validations_in(trainer, context)),
+        on_validation_batch_end=lambda _: seen.append("batch"),
+        on_train_batch_end=lambda _: seen.append("train"),
+        on_train_epoch_end=lambda trainer: restores[0]() if trainer.current_epoch == 1 else None,
+    )
+    fit(callback, module=Validated(), batches=1, max_epochs=3, limit_val_batches=1, num_sanity_val_steps=1)
+    validation = ["in", "batch", "out"]
+    assert seen == ["in", "loader", "batch", "out", "train", *validation, "train", *validation, "train", "batch"]
+
+
+def test_scheduler_is_stepped_with_the_modules_hook() -> None:
+    class Scheduled(Model):
+        def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+            steps.append((scheduler, metric))
+            super().lr_scheduler_step(scheduler, metric)
+
+    steps: list[Any] = []
+
+    def step(trainer: L.Trainer) -> Any:
+        scheduler = trainer.lr_scheduler_configs[0].scheduler
+        loop.step_scheduler(trainer, scheduler)
+        return scheduler
+
+    callback, results = at(on_train_batch_end=step)
+    fit(callback, batches=1, module=Scheduled())
+    [scheduler] = results["on_train_batch_end"]
+    assert steps[0] == (scheduler, None)
+    assert len(steps) == 2, "Lightning steps the scheduler at the end of the epoch"
