@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,8 @@ class Notes(Pace):
             (self.out / f"advanced_{trainer.global_rank}").touch()
         if self.fail == {"rank": trainer.global_rank, "step": self.batches}:
             (self.out / "failed").touch()
+            if trainer.is_global_zero:  # Ranks that follow end first, as they may on a busy machine.
+                threading.Thread(target=time.sleep, args=(3.0,)).start()
             raise RuntimeError("a fault of this rank's own")
         if self.fail == {"kill": trainer.global_rank, "step": self.batches} and not is_restarted():
             os.kill(os.getpid(), signal.SIGKILL)

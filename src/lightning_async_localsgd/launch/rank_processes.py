@@ -64,6 +64,11 @@ class RankPipe:
         self._ended: threading.Event | None = None
         self._thread: threading.Thread | None = None
 
+    @property
+    def has_joined(self) -> bool:
+        """Whether this rank has joined the training, now or earlier."""
+        return self._ended is not None
+
     def report_joined(self, ticket: JoinTicket, may_restart: MayRestart) -> None:
         """Report that this rank has joined the training, and answer the launcher's questions from now on."""
         self._report(ticket)

@@ -24,6 +24,17 @@ def follows_another(exception: BaseException, rank: int) -> bool:
     return isinstance(exception, FollowingError) or (rank > 0 and isinstance(exception, ExchangeError))
 
 
+def print_line(exception: BaseException, rank: int) -> None:
+    """Print in one line that another failure ends this process.
+
+    Args:
+        exception: what ends this process.
+        rank: this process's global rank.
+
+    """
+    print(f"rank {rank} ends: {exception}", file=sys.stderr, flush=True)
+
+
 def print_in_one_line(exception: BaseException, rank: int) -> bool:
     """Print the exception without its traceback if nothing catches it, and if another failure has caused it.
 
@@ -45,7 +56,7 @@ def print_in_one_line(exception: BaseException, rank: int) -> bool:
 
     def hook(kind: type[BaseException], value: BaseException, traceback: TracebackType | None) -> None:
         if value is reference():
-            print(f"rank {rank} ends: {value}", file=sys.stderr, flush=True)
+            print_line(value, rank)
         else:
             previous(kind, value, traceback)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,7 @@ from lightning_async_localsgd.launch.restarts import (
     restart_delay,
 )
 from lightning_async_localsgd.launch.run_name import RESUME_ENV
-from lightning_async_localsgd.launch.uncaught import follows_another
+from lightning_async_localsgd.launch.uncaught import follows_another, print_line
 from lightning_async_localsgd.lightning.checkpoints.run_folder import prepare_fit
 from lightning_async_localsgd.lightning.trainer_access.launchers import (
     ProcessLauncher,
@@ -186,6 +187,10 @@ class AsyncProcessLauncher(ProcessLauncher):
             if trainer is not None:
                 signal.signal(signal.SIGINT, signal.SIG_IGN)
                 abort(trainer, exception)
-            if follows_another(exception, self._strategy.global_rank):
+            rank = self._strategy.global_rank
+            if follows_another(exception, rank):
+                if self._pipe.has_joined:  # The launcher would log the traceback that torch leaves to it.
+                    print_line(exception, rank)
+                    sys.exit(1)
                 raise exception.with_traceback(None) from None
             raise
