@@ -77,6 +77,25 @@ def check_plugins(strategy: DDPStrategy, name: str, start_method: str) -> None:
         )
 
 
+def check_minimum(min_workers: int, workers: int, advice: str) -> None:
+    """Check that as many workers can take part as training needs.
+
+    Args:
+        min_workers: fewest live workers with which training goes on.
+        workers: most workers that can take part.
+        advice: how more workers can take part.
+
+    Raises:
+        ValueError: ``min_workers`` is larger.
+
+    """
+    if min_workers > workers:
+        raise ValueError(
+            f"min_workers={min_workers} is larger than the {workers} worker(s) that can take part, so training would "
+            f"be paused for ever; use at most {workers}, or {advice}"
+        )
+
+
 def check_no_process_group() -> None:
     """Check that no process group is left from another strategy's run in this process.
 

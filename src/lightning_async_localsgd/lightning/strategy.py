@@ -37,7 +37,9 @@ from lightning_async_localsgd.lightning.launchers.process_launcher import AsyncP
 from lightning_async_localsgd.lightning.launchers.script_launcher import AsyncScriptLauncher
 from lightning_async_localsgd.lightning.loop.controller import FitController
 from lightning_async_localsgd.lightning.loop.rank_zero_callbacks import callback_states, load_callback_states
+from lightning_async_localsgd.lightning.lost_workers import lost_ranks
 from lightning_async_localsgd.lightning.option_checks import (
+    check_minimum,
     check_no_process_group,
     check_plugins,
     check_processes,
@@ -102,6 +104,9 @@ class AsyncLocalSGDStrategy(_StrategyBase):
         max_restarts: how often the launcher restarts a worker that has died in training. The worker then rejoins.
         fail_on_lost_workers: whether the job ends with an error if a worker was lost, even though the remaining workers
             have used up the budget.
+        min_workers: fewest live workers with which training goes on. With fewer it is paused: no worker begins a new
+            round, and nothing is lost. A pause longer than ``exchange.pause_timeout`` ends the run with an error and
+            a checkpoint. 1 never pauses training.
         checkpoint_every: how often rank 0 writes a checkpoint into the run's directory, and each worker its inner
             optimizer states: a number of merged rounds, a ``timedelta``, or ``None`` for never.
         accelerator: see :class:`~lightning.pytorch.strategies.DDPStrategy`, as for the arguments up to
@@ -148,6 +153,7 @@ class AsyncLocalSGDStrategy(_StrategyBase):
         exchange: ExchangeOptions | None = None,
         max_restarts: int = 3,
         fail_on_lost_workers: bool = False,
+        min_workers: int = 1,
         checkpoint_every: int | timedelta | None = timedelta(minutes=10),
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
@@ -169,6 +175,7 @@ class AsyncLocalSGDStrategy(_StrategyBase):
             merge,
             exchange,
             checkpoint_every,
+            min_workers,
             accelerator=accelerator,
             parallel_devices=parallel_devices,
             cluster_environment=cluster_environment,
@@ -200,6 +207,8 @@ class AsyncLocalSGDStrategy(_StrategyBase):
             workers = max(1, self.num_nodes * self.num_processes)
             others_may_join = self._token() is not None
             self.merge_policy.check_workers(workers, others_may_join, self.outer_optimizer, self.grace)
+            if not others_may_join:
+                check_minimum(self.min_workers, workers, "set a token, so that others may join")
         if self._start_method == "popen" or joins_late:
             self._launcher = AsyncScriptLauncher(
                 self.cluster_environment, self.num_processes, self.num_nodes, self.max_restarts
@@ -427,16 +436,8 @@ class AsyncLocalSGDStrategy(_StrategyBase):
             sound = present - runtime.server.quarantined
             self._fit.lost_workers = [worker for worker in range(self.world_size) if worker not in sound]
             rendezvous.survivors = lambda: present - ended_ranks()
-        remember_lost(rendezvous.broadcast(self._lost_ranks(controller, rendezvous)))
+        remember_lost(rendezvous.broadcast(lost_ranks(runtime, rendezvous, self._fit.lost_workers)))
         controller.synchronize(rendezvous)
-
-    def _lost_ranks(self, controller: FitController, rendezvous: Rendezvous) -> dict[int, tuple[str, str]]:
-        """Return on rank 0 the processes of the ranks that were lost in training, and why each was lost."""
-        if controller.runtime.server is None or self._fit is None:
-            return {}
-        processes = rendezvous.processes()
-        reasons = {worker: reason for worker, _, reason in controller.runtime.lost_workers}
-        return {rank: (processes.get(rank, ""), reasons.get(rank, "it left")) for rank in self._fit.lost_workers}
 
     @override
     def on_exception(self, exception: BaseException) -> None:

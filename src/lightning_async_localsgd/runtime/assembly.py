@@ -8,6 +8,7 @@ from lightning_async_localsgd.policies.budget import Budget
 from lightning_async_localsgd.policies.data_leases import DataLeases
 from lightning_async_localsgd.policies.guard import UpdateGuard
 from lightning_async_localsgd.policies.plan import restored_done
+from lightning_async_localsgd.policies.worker_minimum import WorkerMinimum
 from lightning_async_localsgd.server.coordinator import Coordinator
 from lightning_async_localsgd.server.global_model import GlobalModel
 from lightning_async_localsgd.server.merging import Merging
@@ -50,6 +51,7 @@ def build_coordinator(
         merging=Merging(model, workers, settings.merge),
         leases=DataLeases(workers, reserved=settings.reserved_units),
         overlap=settings.exchange.overlap,
+        minimum=WorkerMinimum(settings.min_workers, settings.exchange.pause_timeout),
     )
 
 

@@ -72,7 +72,7 @@ class SimulatedRuntime(Runtime):
         if len(scenario.worker_numbers) > 1:
             binding.on_own = warn_of_own_buffer
         if isinstance(scenario, Recording):
-            scenario.check(self.binding, settings.budget.total, settings.exchange)
+            scenario.check(self.binding, settings.budget.total, settings.exchange, settings.min_workers)
         coordinator = build_coordinator(settings, layout, self.workers, scenario.incarnation)
         coordinator.model.read(self.binding)
         if restored is not None:
