@@ -43,6 +43,7 @@ def make_coordinator(
     incarnation: str = "this",
     overlap: bool = False,
     minimum: WorkerMinimum | None = None,
+    expected: int = 0,
 ) -> Coordinator:
     """Make a coordinator with simple defaults. Its model is zero."""
     model = GlobalModel(layout, outer_optimizer or DelayedNesterov(), workers)
@@ -57,6 +58,7 @@ def make_coordinator(
         merging=Merging(model, workers, policy),
         overlap=overlap,
         minimum=minimum,
+        expected=expected,
     )
 
 

@@ -257,7 +257,7 @@ def run_summary(runtime: Runtime) -> dict[str, Any]:
     totals = runtime.totals()
     all_steps = sum(worker.steps for worker in totals.values())
     view = runtime.server.snapshot
-    present = runtime.live_workers()
+    present = runtime.present_workers()
     speeds = [worker.steps_per_second for worker in view.workers.values() if worker.steps_per_second]
     steps = all_steps - runtime.steps_before
     return {

@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -33,16 +32,17 @@ from lightning_async_localsgd.lightning.checkpoints.contents import CHECKPOINT_K
 from lightning_async_localsgd.lightning.checkpoints.optimizer_states import resume_optimizers
 from lightning_async_localsgd.lightning.data.training_data import TrainingData
 from lightning_async_localsgd.lightning.fit_state import FitState
+from lightning_async_localsgd.lightning.launchers.host_ranks import JoiningEnvironment, adopt_ranks
 from lightning_async_localsgd.lightning.launchers.process_launcher import AsyncProcessLauncher
 from lightning_async_localsgd.lightning.launchers.script_launcher import AsyncScriptLauncher
 from lightning_async_localsgd.lightning.loop.controller import FitController
 from lightning_async_localsgd.lightning.loop.rank_zero_callbacks import callback_states, load_callback_states
 from lightning_async_localsgd.lightning.lost_workers import lost_ranks
 from lightning_async_localsgd.lightning.option_checks import (
-    check_minimum,
     check_no_process_group,
     check_plugins,
     check_processes,
+    check_workers,
 )
 from lightning_async_localsgd.lightning.registration import register_names
 from lightning_async_localsgd.lightning.strategy_base import _StrategyBase
@@ -104,6 +104,8 @@ class AsyncLocalSGDStrategy(_StrategyBase):
         max_restarts: how often the launcher restarts a worker that has died in training. The worker then rejoins.
         fail_on_lost_workers: whether the job ends with an error if a worker was lost, even though the remaining workers
             have used up the budget.
+        expected_workers: number of workers with which the run begins, ranks and workers that join together. Rank 0
+            waits for them. ``None`` begins with the ranks.
         min_workers: fewest live workers with which training goes on. With fewer it is paused: no worker begins a new
             round, and nothing is lost. A pause longer than ``exchange.pause_timeout`` ends the run with an error and
             a checkpoint. 1 never pauses training.
@@ -153,6 +155,7 @@ class AsyncLocalSGDStrategy(_StrategyBase):
         exchange: ExchangeOptions | None = None,
         max_restarts: int = 3,
         fail_on_lost_workers: bool = False,
+        expected_workers: int | None = None,
         min_workers: int = 1,
         checkpoint_every: int | timedelta | None = timedelta(minutes=10),
         accelerator: Accelerator | None = None,
@@ -185,9 +188,10 @@ class AsyncLocalSGDStrategy(_StrategyBase):
             timeout=timeout,
             start_method=start_method,
         )
-        check_processes(start_method, max_restarts)
+        check_processes(start_method, max_restarts, expected_workers)
         self.max_restarts = max_restarts
         self.fail_on_lost_workers = check_bool("fail_on_lost_workers", fail_on_lost_workers)
+        self.expected_workers = expected_workers
         self._rendezvous: Rendezvous | None = None
         self._grant: JoinGrant | None = None
         self._owns_group = False
@@ -202,16 +206,15 @@ class AsyncLocalSGDStrategy(_StrategyBase):
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None
         check_plugins(self, self.strategy_name, self._start_method)
+        check_hosts = adopt_ranks(self, self.exchange.start_timeout)
         joins_late = self._joins_late
         if not joins_late:  # A late joiner is not one of the workers that the run was started with.
-            workers = max(1, self.num_nodes * self.num_processes)
             others_may_join = self._token() is not None
-            self.merge_policy.check_workers(workers, others_may_join, self.outer_optimizer, self.grace)
-            if not others_may_join:
-                check_minimum(self.min_workers, workers, "set a token, so that others may join")
+            check_workers(self.expected_workers, self.min_workers, self.world_size, others_may_join)
+            self.merge_policy.check_workers(self._initial_workers, others_may_join, self.outer_optimizer, self.grace)
         if self._start_method == "popen" or joins_late:
             self._launcher = AsyncScriptLauncher(
-                self.cluster_environment, self.num_processes, self.num_nodes, self.max_restarts
+                self.cluster_environment, self.num_processes, self.num_nodes, self.max_restarts, check_hosts
             )
         else:
             self._launcher = AsyncProcessLauncher(self, self._start_method, self.max_restarts)
@@ -234,45 +237,39 @@ class AsyncLocalSGDStrategy(_StrategyBase):
 
     @override
     def takes_part(self, fitting: bool) -> bool:
+        return (grant := self._enter()) is None or takes_part(grant, fitting)
+
+    def _enter(self) -> JoinGrant | None:
+        """Join the training that the environment names, if any."""
         invited = self._invitation
-        return invited is None or takes_part(enter(invited, self.exchange.start_timeout), fitting)
+        return None if invited is None else enter(invited, self.exchange.start_timeout, self.expected_workers)
 
     @override
     def set_world_ranks(self) -> None:
-        if not self._joins_late:
-            super().set_world_ranks()
-            return
-        if type(self.cluster_environment) is not LightningEnvironment:
-            # A late joiner may be a SLURM task or a torchrun process. These know only the ranks of their own job.
-            self.cluster_environment = LightningEnvironment()
+        if self._joins_late:
+            assert self.cluster_environment is not None
+            self.cluster_environment = JoiningEnvironment.of(self.cluster_environment, self._grant)
         super().set_world_ranks()
-        # The rank is above 0 from the beginning. The server decides the number when this process joins.
-        info = None if self._grant is None else self._grant.info
-        assert self.cluster_environment is not None
-        self.cluster_environment.set_global_rank(1 if info is None else info.worker)
-        self.cluster_environment.set_world_size(2 if info is None else info.workers)
-        rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined] # a function with a rank
 
     @property
     @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        shares = super().distributed_sampler_kwargs
         # A late joiner has no share of its own in data that is split in advance.
-        return {**shares, "rank": shares["rank"] % shares["num_replicas"]}
+        replicas = self.world_size if self._fit is None else self._initial_workers
+        return {"num_replicas": replicas, "rank": self.global_rank % replicas}
 
     # ------------------------------------------------------- before and after a stage
 
     @property
     @override
     def _initial_workers(self) -> int:
-        return self.world_size
+        return self.expected_workers or self.world_size
 
     @override
     def _open_stage(self, fitting: bool) -> FitState | None:
         run, fit_number = begin_call(fitting)
         self._grant = None
-        if (invited := self._invitation) is not None:
-            grant = enter(invited, self.exchange.start_timeout)
+        if (grant := self._enter()) is not None:
             self._grant = grant if fitting and grant.info.fit_number == fit_number else None
         self.set_world_ranks()
         trainer = self._trainer
@@ -296,9 +293,10 @@ class AsyncLocalSGDStrategy(_StrategyBase):
     def _show_ranks(self, trainer: pl.Trainer, fitting: bool) -> None:
         """Let data libraries know this rank, until the stage is closed."""
         self._environment.close()
-        # A late joiner has no share of its own in data that is split by rank, and is a single process.
-        rank, processes = self.global_rank % self.world_size, 1 if self._joins_late else self.num_processes
-        self._environment.enter_context(rank_environment(rank, self.world_size, self.local_rank, processes))
+        # A late joiner has no share of its own in data that is split by rank.
+        ranks = self._initial_workers if fitting else self.world_size
+        rank = self.global_rank % ranks
+        self._environment.enter_context(rank_environment(rank, ranks, self.local_rank, self.num_processes))
         if fitting and self.world_size > 1:
             # In fit, a rank that validates does so on all data.
             self._environment.callback(run_validations_in(trainer, partial(rank_environment, 0, 1, 0, 1)))
@@ -320,6 +318,7 @@ class AsyncLocalSGDStrategy(_StrategyBase):
             ended_ranks,
             call=run,
             rejoins=self._grant is not None,
+            expected_workers=self.expected_workers,
         )
 
     def _open_group(self) -> None:
@@ -336,8 +335,9 @@ class AsyncLocalSGDStrategy(_StrategyBase):
     @override
     def _make_training_data(self, fit: FitState) -> TrainingData:
         single_worker = self.world_size == 1 and self._token() is None
+        workers = self._initial_workers
         data = TrainingData(
-            self._trainer, self.world_size, fit.seed, fit.uses_distributed_sampler, self._rendezvous, single_worker
+            self._trainer, workers, fit.seed, fit.uses_distributed_sampler, self._rendezvous, single_worker
         )
         self._environment.callback(data.close)
         return data
@@ -382,6 +382,7 @@ class AsyncLocalSGDStrategy(_StrategyBase):
             self.lightning_module,
             self._rendezvous,
             self.global_rank,
+            self._initial_workers,
             self.world_size,
             restored=restored,
             watch=raise_if_rank_missing,

@@ -73,6 +73,7 @@ class _StrategyBase(DDPStrategy):
 class AsyncLocalSGDStrategy(_StrategyBase):
     max_restarts: int
     fail_on_lost_workers: bool
+    expected_workers: int | None
     def __init__(
         self,
         local_steps: int | Literal["auto"] = "auto",
@@ -86,6 +87,7 @@ class AsyncLocalSGDStrategy(_StrategyBase):
         exchange: ExchangeOptions | None = None,
         max_restarts: int = 3,
         fail_on_lost_workers: bool = False,
+        expected_workers: int | None = None,
         min_workers: int = 1,
         checkpoint_every: int | timedelta | None = ...,
         accelerator: Accelerator | None = None,

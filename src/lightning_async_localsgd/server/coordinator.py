@@ -62,6 +62,7 @@ class Coordinator:
         leases: leases of training data.
         overlap: whether workers go on training while their pushes are in flight.
         minimum: pauses training while too few workers take part; by default never.
+        expected: number of workers that must be live before the first dispatch, if that is more than ``cohort``.
 
     Attributes:
         observers: observers of all events and pushes.
@@ -85,6 +86,7 @@ class Coordinator:
         leases: DataLeases | None = None,
         overlap: bool = False,
         minimum: WorkerMinimum | None = None,
+        expected: int = 0,
     ) -> None:
         self.model = model
         self.budget = budget
@@ -101,7 +103,7 @@ class Coordinator:
         self._leases = leases if leases is not None else DataLeases(cohort)
         self._stats = RunStats()
         strikes = StrikeCounter()
-        self.membership = Membership(cohort, model, budget, pacing, self._leases, strikes, self._stats)
+        self.membership = Membership(cohort, model, budget, pacing, self._leases, strikes, self._stats, expected)
         self._discipline = Discipline(strikes, self.membership)
         self._live = self.membership.live
         self._grants = StepGrants(budget, pacing, self._live, overlap)

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lightning_async_localsgd.protocol.exchange import TooFewWorkersError
 from lightning_async_localsgd.protocol.messages import JoinInfo, Lease
 from lightning_async_localsgd.protocol.ports import LocalReplyChannel
+from lightning_async_localsgd.server.begin_event import begin_event
 from lightning_async_localsgd.server.coordinator import Coordinator
 from lightning_async_localsgd.server.event_loop import EventLoop, nothing
-from lightning_async_localsgd.server.events import FORMAT, Event
 from lightning_async_localsgd.server.observers import MetricsQueue
 from lightning_async_localsgd.server.run_stats import RunSnapshot, WorkerTotals
 from lightning_async_localsgd.server.shared_values import SharedValues
@@ -90,7 +90,7 @@ class Server:
         self.lost_workers: deque[tuple[int, float, str]] = deque(maxlen=_MAX_LOST_WORKERS)
         self._coordinator = coordinator
         coordinator.observers.add([metrics, *observers])
-        coordinator.observers.on_event(_begin_event(coordinator, clock()))
+        coordinator.observers.on_event(begin_event(coordinator, clock()))
         self.gave_up: str | None = None
         self._clock = clock
         self._channels: dict[int, ReplyChannel | LocalReplyChannel] = {}
@@ -210,6 +210,16 @@ class Server:
     def missing(self) -> list[int]:
         """Workers of the cohort that have not joined yet; empty once training has started."""
         return self._ask(lambda coordinator: coordinator.membership.missing)
+
+    @property
+    def missing_workers(self) -> int:
+        """Number of workers that have to join before training starts, whatever their numbers."""
+        return self._ask(lambda coordinator: coordinator.membership.missing_count)
+
+    @property
+    def present(self) -> set[int]:
+        """Live workers, and those that have left after the end of training."""
+        return self._ask(lambda coordinator: coordinator.membership.stayed | set(coordinator.live))
 
     @property
     def finished(self) -> bool:
@@ -476,18 +486,3 @@ class Server:
                 batch.send(worker, self._coordinator.session_of(worker), reply, channel)
             # Without a channel, the worker has no connection yet. Once connected, it sends its push again.
         batch.close()
-
-
-def _begin_event(coordinator: Coordinator, now: float) -> Event:
-    """Return the first event of a run."""
-    content = {
-        "format": FORMAT,
-        "incarnation": coordinator.incarnation,
-        "workers": len(coordinator.membership.missing),
-        "min_workers": coordinator.minimum.workers,
-        "version": coordinator.model.version,
-        "done": coordinator.budget.done,
-        "total": coordinator.budget.total,
-        "fingerprint": coordinator.model.layout.fingerprint,
-    }
-    return Event("begin", now, content)

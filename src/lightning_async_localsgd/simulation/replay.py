@@ -46,6 +46,7 @@ class Recording:
     Attributes:
         path: path of the file.
         initial_workers: number of workers that the run was started with.
+        ranks: how many of these have the numbers 0, 1, ...; the others had joined before training began.
         worker_numbers: numbers of all workers, including those that joined later.
         is_live: whether the logged run was live, not simulated.
         incarnation: name of the server.
@@ -66,6 +67,7 @@ class Recording:
         self.events = read_events(path)
         begin = self.events[0].content
         self.initial_workers = int(begin["workers"])
+        self.ranks = int(begin.get("ranks", self.initial_workers))
         hellos = [event.content["hello"] for event in self.events if event.kind == "join"]
         self.worker_numbers = sorted({hello.worker for hello in hellos})
         self.is_live = not any(hello.session.startswith(SESSION_PREFIX) for hello in hellos)
