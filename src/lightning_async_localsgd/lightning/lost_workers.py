@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from lightning_async_localsgd.launch.restarts import WorkersLostError
+
 if TYPE_CHECKING:
     from lightning_async_localsgd.launch.rendezvous import Rendezvous
     from lightning_async_localsgd.runtime.base import Runtime
@@ -24,6 +26,22 @@ def lost_ranks(runtime: Runtime, rendezvous: Rendezvous, lost: Iterable[int]) ->
     processes = rendezvous.processes()
     reasons = {worker: reason for worker, _, reason in runtime.lost_workers}
     return {rank: (processes.get(rank, ""), reasons.get(rank, "it left")) for rank in lost}
+
+
+def raise_if_lost(lost: Iterable[int]) -> None:
+    """Raise if workers were lost, with the option ``fail_on_lost_workers``.
+
+    Args:
+        lost: the lost workers.
+
+    Raises:
+        WorkersLostError: There are such workers.
+
+    """
+    if names := ", ".join(map(str, lost)):
+        raise WorkersLostError(
+            f"Training is complete and saved, but worker(s) {names} were lost and fail_on_lost_workers=True."
+        )
 
 
 def lost_text(summary: dict[str, Any]) -> str:

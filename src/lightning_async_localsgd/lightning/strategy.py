@@ -26,7 +26,6 @@ from lightning_async_localsgd.launch.joining import Invitation, begin_call, ente
 from lightning_async_localsgd.launch.lost_ranks import raise_if_rank_missing, remember_lost
 from lightning_async_localsgd.launch.rank_environment import rank_environment
 from lightning_async_localsgd.launch.rendezvous import Rendezvous, open_group_of_one
-from lightning_async_localsgd.launch.restarts import WorkersLostError
 from lightning_async_localsgd.launch.uncaught import print_in_one_line
 from lightning_async_localsgd.lightning.checkpoints.contents import CHECKPOINT_KEY
 from lightning_async_localsgd.lightning.checkpoints.optimizer_states import resume_optimizers
@@ -37,7 +36,7 @@ from lightning_async_localsgd.lightning.launchers.process_launcher import AsyncP
 from lightning_async_localsgd.lightning.launchers.script_launcher import AsyncScriptLauncher
 from lightning_async_localsgd.lightning.loop.controller import FitController
 from lightning_async_localsgd.lightning.loop.rank_zero_callbacks import callback_states, load_callback_states
-from lightning_async_localsgd.lightning.lost_workers import lost_ranks
+from lightning_async_localsgd.lightning.lost_workers import lost_ranks, raise_if_lost
 from lightning_async_localsgd.lightning.option_checks import (
     check_no_process_group,
     check_plugins,
@@ -130,12 +129,9 @@ class AsyncLocalSGDStrategy(_StrategyBase):
     Example::
 
         import lightning as L
-        from lightning_async_localsgd import AsyncLocalSGDStrategy, DelayedNesterov
+        from lightning_async_localsgd import AsyncLocalSGDStrategy
 
-        trainer = L.Trainer(strategy=AsyncLocalSGDStrategy(), accelerator="cpu", devices=4, max_steps=1000)
-
-        # The paper's configuration:
-        strategy = AsyncLocalSGDStrategy(local_steps=50, outer_optimizer=DelayedNesterov(lr=0.7, momentum=0.9))
+        strategy = AsyncLocalSGDStrategy(local_steps=50)
         trainer = L.Trainer(strategy=strategy, accelerator="cpu", devices=4, max_steps=1000)
 
     """
@@ -196,6 +192,7 @@ class AsyncLocalSGDStrategy(_StrategyBase):
         self._grant: JoinGrant | None = None
         self._owns_group = False
         self._environment = ExitStack()
+        self._ranks: int | None = None
 
     @classmethod
     @override
@@ -253,6 +250,12 @@ class AsyncLocalSGDStrategy(_StrategyBase):
 
     @property
     @override
+    def world_size(self) -> int:
+        # In fit, data libraries are shown all workers, in a variable from which torchrun's environment reads the ranks.
+        return super().world_size if self._ranks is None else self._ranks
+
+    @property
+    @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         # A late joiner has no share of its own in data that is split in advance.
         replicas = self.world_size if self._fit is None else self._initial_workers
@@ -293,6 +296,7 @@ class AsyncLocalSGDStrategy(_StrategyBase):
     def _show_ranks(self, trainer: pl.Trainer, fitting: bool) -> None:
         """Let data libraries know this rank, until the stage is closed."""
         self._environment.close()
+        self._ranks = super().world_size
         # A late joiner has no share of its own in data that is split by rank.
         ranks = self._initial_workers if fitting else self.world_size
         rank = self.global_rank % ranks
@@ -407,12 +411,8 @@ class AsyncLocalSGDStrategy(_StrategyBase):
     @override
     def on_train_end(self) -> None:
         super().on_train_end()
-        lost = [] if self._fit is None else self._fit.lost_workers
-        if self.fail_on_lost_workers and lost:
-            raise WorkersLostError(
-                f"Training is complete and saved, but worker(s) {', '.join(map(str, lost))} were lost and "
-                "fail_on_lost_workers=True."
-            )
+        if self.fail_on_lost_workers and self._fit is not None:
+            raise_if_lost(self._fit.lost_workers)
 
     @override
     def _end_restarts(self) -> None:

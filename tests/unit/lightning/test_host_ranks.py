@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from typing import Any
 
@@ -60,6 +61,19 @@ def test_contradiction_ends_all_ranks_when_they_start(
     [(address, port, rank, world_size, *_, reason)] = told
     assert (address, port, rank, world_size) == ("127.0.0.1", 1, 4, 5)
     assert words in reason
+
+
+def test_data_libraries_see_all_workers_and_the_run_its_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    own = AsyncLocalSGDStrategy(expected_workers=6, exchange=ExchangeOptions(token=TOKEN))
+    options = {"devices": "auto", "num_nodes": 2, "accelerator": "cpu", "logger": False}
+    trainer = L.Trainer(strategy=own, plugins=[TorchElasticEnvironment()], **options)
+    own._show_ranks(trainer, fitting=True)
+    assert (os.environ["WORLD_SIZE"], os.environ["RANK"], os.environ["LOCAL_WORLD_SIZE"]) == ("6", "4", "3")
+    assert (own.world_size, own.global_rank) == (5, 4)
+    own._close_stage()
+    assert os.environ["WORLD_SIZE"] == "5"
 
 
 @pytest.mark.parametrize(("devices", "processes"), [(1, 3), (4, 3)])

@@ -182,7 +182,9 @@ class Network(RuleBasedStateMachine):
         while self.coordinator.ready(self.now):
             for worker, reply in self.coordinator.dispatch(self.now).items():
                 process = next(p for p in self.processes if p.worker == worker)
-                assert reply.stop or len(self.coordinator.live) >= self.min_workers, "training is paused"
+                # Steps that a worker was granted ahead are its own, also while others are missing.
+                enough = len(self.coordinator.live) >= self.min_workers
+                assert reply.stop or enough or process.begun > 0, "training is paused"
                 waited = process.pending
                 process.receive(reply)
                 if waited is not None and process.pending is None and reply.refused in (None, ALREADY_APPLIED):

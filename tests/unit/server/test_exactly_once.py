@@ -412,5 +412,12 @@ class PausedRun(GroupRun):
         super().teardown()
 
 
+class PausedOverlapRun(PausedRun):
+    """The same events with pauses and overlap."""
+
+    overlap = True
+
+
 TestPausedRun = PausedRun.TestCase
-TestPausedRun.settings = TestRun.settings
+TestPausedOverlapRun = PausedOverlapRun.TestCase
+TestPausedRun.settings = TestPausedOverlapRun.settings = settings(TestRun.settings, max_examples=75)
