@@ -13,8 +13,10 @@ from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnv
 
 from lightning_async_localsgd import AsyncLocalSGDStrategy, ExchangeOptions
 from lightning_async_localsgd.launch.joining import JoinGrant
-from lightning_async_localsgd.lightning.launchers import host_ranks
+from lightning_async_localsgd.launch.restarts import JoinTicket
+from lightning_async_localsgd.lightning.launchers import host_ranks, script_launcher
 from lightning_async_localsgd.lightning.launchers.host_ranks import JoiningEnvironment
+from lightning_async_localsgd.lightning.launchers.script_launcher import AsyncScriptLauncher
 from lightning_async_localsgd.protocol.messages import JoinInfo
 
 TOKEN = "of-a-run-that-does-not-exist"
@@ -120,3 +122,10 @@ def test_workers_that_cannot_come_are_refused_when_the_trainer_is_made(
     monkeypatch.delenv("ASYNC_LOCALSGD_TOKEN", raising=False)
     with pytest.raises(ValueError, match=words):
         L.Trainer(strategy=AsyncLocalSGDStrategy(**options), accelerator="cpu", devices=2, logger=False)
+
+
+def test_launcher_of_a_joined_host_restarts_no_worker_by_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(script_launcher, "children", {1: None})
+    launcher = AsyncScriptLauncher(JoiningEnvironment(LightningEnvironment()), num_processes=2, num_nodes=1)
+    launcher.mark_started(JoinTicket("tcp://127.0.0.1:1", TOKEN, True, 1))
+    assert launcher._watch is None
