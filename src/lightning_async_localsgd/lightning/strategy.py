@@ -338,10 +338,9 @@ class AsyncLocalSGDStrategy(_StrategyBase):
 
     @override
     def _make_training_data(self, fit: FitState) -> TrainingData:
-        single_worker = self.world_size == 1 and self._token() is None
-        workers = self._initial_workers
+        single = self.world_size == 1 and self._token() is None
         data = TrainingData(
-            self._trainer, workers, fit.seed, fit.uses_distributed_sampler, self._rendezvous, single_worker
+            self._trainer, self._initial_workers, fit.seed, fit.uses_distributed_sampler, self._rendezvous, single
         )
         self._environment.callback(data.close)
         return data
@@ -356,6 +355,7 @@ class AsyncLocalSGDStrategy(_StrategyBase):
     @override
     def _close_stage(self) -> None:
         self._environment.close()
+        self._ranks = None
         if self._owns_group:
             torch.distributed.destroy_process_group()
             self._owns_group = False

@@ -76,6 +76,14 @@ def test_data_libraries_see_all_workers_and_the_run_its_ranks(monkeypatch: pytes
     assert (own.world_size, own.global_rank) == (5, 4)
     own._close_stage()
     assert os.environ["WORLD_SIZE"] == "5"
+    # The next Trainer with this strategy may have other ranks.
+    monkeypatch.setenv("WORLD_SIZE", "7")
+    assert own.world_size == 7
+
+
+def test_variables_of_an_interactive_job_say_nothing_about_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    strategy = strategy_with(SLURMEnvironment, monkeypatch, {**SLURM, "SLURM_JOB_NAME": "interactive"}, devices=2)
+    assert strategy.num_processes == 2
 
 
 @pytest.mark.parametrize(("devices", "processes"), [(1, 3), (4, 3)])

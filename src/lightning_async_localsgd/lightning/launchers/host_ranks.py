@@ -127,6 +127,8 @@ def _end_run(environment: ClusterEnvironment | None, timeout: float, error: Valu
 def _ranks_in(environment: ClusterEnvironment) -> HostRanks | None:
     if isinstance(environment, TorchElasticEnvironment):
         return ranks_of_torchrun(os.environ)
-    if isinstance(environment, SLURMEnvironment) and "SLURM_NTASKS" in os.environ:
+    # In an interactive job, the variables are those of the job, not of the processes that the user starts in it.
+    interactive = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
+    if isinstance(environment, SLURMEnvironment) and "SLURM_NTASKS" in os.environ and not interactive:
         return ranks_of_slurm(os.environ)
     return None
