@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -15,7 +16,7 @@ from lightning_async_localsgd import AsyncLocalSGDStrategy, ExchangeOptions
 from lightning_async_localsgd.launch.joining import JoinGrant
 from lightning_async_localsgd.launch.restarts import JoinTicket
 from lightning_async_localsgd.lightning.launchers import host_ranks, script_launcher
-from lightning_async_localsgd.lightning.launchers.host_ranks import JoiningEnvironment
+from lightning_async_localsgd.lightning.launchers.host_ranks import JoiningEnvironment, adopt_ranks
 from lightning_async_localsgd.lightning.launchers.script_launcher import AsyncScriptLauncher
 from lightning_async_localsgd.protocol.messages import JoinInfo
 
@@ -137,3 +138,30 @@ def test_launcher_of_a_joined_host_restarts_no_worker_by_number(monkeypatch: pyt
     launcher = AsyncScriptLauncher(JoiningEnvironment(LightningEnvironment()), num_processes=2, num_nodes=1)
     launcher.mark_started(JoinTicket("tcp://127.0.0.1:1", TOKEN, True, 1))
     assert launcher._watch is None
+
+
+@pytest.mark.parametrize(
+    ("found", "used"),
+    [
+        (8, [0, 1, 2]),  # devices="auto" on a host with more GPUs than ranks
+        (3, [0, 1, 2]),
+        (2, None),  # A GPU is not shared.
+    ],
+)
+def test_each_rank_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch, found: int, used: list[int] | None) -> None:
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(host_ranks, "end_all_ranks", lambda *_: None)
+    strategy: Any = SimpleNamespace(
+        cluster_environment=TorchElasticEnvironment(),
+        parallel_devices=[torch.device("cuda", number) for number in range(found)],
+        accelerator=SimpleNamespace(auto_device_count=lambda: found),
+        num_nodes=2,
+    )
+    check = adopt_ranks(strategy, timeout=1.0)
+    if used is None:
+        with pytest.raises(ValueError, match=r"has 3 rank\(s\) .* its Trainer has 2 device\(s\)"):
+            check()
+    else:
+        check()
+        assert [device.index for device in strategy.parallel_devices] == used
