@@ -15,6 +15,10 @@ class ExchangeError(RuntimeError):
     """The server is gone, or has refused this worker for good. The text says what to do."""
 
 
+class TooFewWorkersError(ExchangeError):
+    """The run ends because too few workers took part for too long. What was merged can be saved."""
+
+
 class Exchange(ABC):
     """A worker's end of the exchange. Calls block until they are answered. One call runs at a time.
 

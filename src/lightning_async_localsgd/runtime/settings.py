@@ -32,6 +32,7 @@ class RuntimeSettings:
         budget: local steps that the trainer's limits allow.
         merge: quorum, staleness stage, weights and limits of pushes.
         exchange: transport, port, encryption and timeouts.
+        min_workers: fewest live workers with which training goes on.
         steps_done: local steps of all workers that count as done at the start, where there is no saved server state.
         step_offset: global steps that the trainer has counted beyond the steps of this run, see
             :func:`.step_offset_of`.
@@ -53,6 +54,7 @@ class RuntimeSettings:
     budget: RunBudget
     merge: MergePolicy = field(default_factory=MergePolicy)
     exchange: ExchangeOptions = field(default_factory=ExchangeOptions)
+    min_workers: int = 1
     steps_done: int = 0
     step_offset: int = 0
     reserved_units: int = 1

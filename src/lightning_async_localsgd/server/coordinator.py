@@ -14,13 +14,14 @@ and the outcome of that push. A push that is sent again is answered again, and c
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any
 
 from lightning_async_localsgd.policies.data_leases import DataLeases
 from lightning_async_localsgd.policies.guard import StrikeCounter, UpdateGuard
+from lightning_async_localsgd.policies.worker_minimum import WorkerMinimum
 from lightning_async_localsgd.protocol import rejections
 from lightning_async_localsgd.protocol.messages import Lease, Reply
+from lightning_async_localsgd.server.discipline import Discipline
 from lightning_async_localsgd.server.events import Event
 from lightning_async_localsgd.server.membership import Membership
 from lightning_async_localsgd.server.merging import Merging
@@ -42,8 +43,6 @@ if TYPE_CHECKING:
     from lightning_async_localsgd.server.global_model import GlobalModel
     from lightning_async_localsgd.server.sessions import WorkerSession
 
-_log = logging.getLogger(__name__)
-
 
 class Coordinator:
     """Membership, order of pushes, dispatch windows and dispatches over one global model.
@@ -62,12 +61,15 @@ class Coordinator:
         merging: merges pushes; by default each one when it arrives.
         leases: leases of training data.
         overlap: whether workers go on training while their pushes are in flight.
+        minimum: pauses training while too few workers take part; by default never.
+        expected: number of workers that must be live before the first dispatch, if that is more than ``cohort``.
 
     Attributes:
         observers: observers of all events and pushes.
         broadcast: see :attr:`.Reply.broadcast`.
         save_request: see :attr:`.Reply.save_request`.
         membership: who takes part.
+        minimum: knows whether training is paused, because too few workers take part.
 
     """
 
@@ -83,6 +85,8 @@ class Coordinator:
         merging: Merging | None = None,
         leases: DataLeases | None = None,
         overlap: bool = False,
+        minimum: WorkerMinimum | None = None,
+        expected: int = 0,
     ) -> None:
         self.model = model
         self.budget = budget
@@ -95,14 +99,16 @@ class Coordinator:
         self._pacing = pacing
         self._guard = guard if guard is not None else UpdateGuard()
         self._merging = merging if merging is not None else Merging(model, cohort)
-        self._strikes = StrikeCounter()
+        self.minimum = minimum if minimum is not None else WorkerMinimum()
         self._leases = leases if leases is not None else DataLeases(cohort)
         self._stats = RunStats()
-        self.membership = Membership(cohort, model, budget, pacing, self._leases, self._strikes, self._stats)
+        strikes = StrikeCounter()
+        self.membership = Membership(cohort, model, budget, pacing, self._leases, strikes, self._stats, expected)
+        self._discipline = Discipline(strikes, self.membership)
         self._live = self.membership.live
         self._grants = StepGrants(budget, pacing, self._live, overlap)
         self._recalls = Recalls(self._live, pacing)
-        self._window = DispatchWindow(self._live, grace, pacing, budget, self._merging, self._recalls)
+        self._window = DispatchWindow(self._live, grace, pacing, budget, self._merging, self._recalls, self.minimum)
         self._progress = ProgressEstimate(self._live, pacing, budget)
 
     # -------------------------------------------------------------------- events
@@ -118,6 +124,7 @@ class Coordinator:
         reason = self.membership.join(hello, now)
         # A worker that was waiting will resend its lost push, so it counts as computing.
         self._window.close_if_unused()
+        self._update_minimum(now)
         return reason
 
     def revive(self, worker: int, session: str, now: float) -> bool:
@@ -128,7 +135,9 @@ class Coordinator:
 
         """
         self.observers.on_event(Event("revive", now, {"worker": worker, "session": session}))
-        return self.membership.find(worker, session, now) is not None
+        is_live = self.membership.find(worker, session, now) is not None
+        self._update_minimum(now)
+        return is_live
 
     def push(self, push: Push, gradient: Tensor | None, now: float, result: Tensor | None = None) -> str | None:
         """Merge a complete push, hold it for its group, or refuse it. Then the worker waits for its dispatch.
@@ -158,12 +167,14 @@ class Coordinator:
         session.staleness = 0
         refused = self._check(push, gradient, session) or self._merge(push, gradient, result, session)
         self._record(push, refused, session, now)
-        reason = self._discipline(push.worker, refused, session)
-        if reason is not None:
-            return reason
-        self._await_dispatch(push, session, now)
-        self.membership.wake()
-        return None
+        reason = self._discipline.note(push.worker, refused, session)
+        if reason is None:
+            self._await_dispatch(push, session, now)
+            self.membership.wake()
+        else:
+            self._window.close_if_unused()
+        self._update_minimum(now)
+        return reason
 
     def leave(self, worker: int, session: str, now: float, reason: str) -> bool:
         """Handle the loss of a worker: it died, closed its connection, or was silent. See also :meth:`revive`.
@@ -176,6 +187,7 @@ class Coordinator:
         was_live = self.membership.leave(worker, session, reason)
         if was_live:
             self._window.close_if_unused()
+            self._update_minimum(now)
         return was_live
 
     def lease(self, request: LeaseRequest) -> Lease:
@@ -246,8 +258,9 @@ class Coordinator:
 
     def snapshot(self) -> RunSnapshot:
         """Return the state of the run, for logging."""
+        quarantined = self.membership.quarantined
         return self._stats.snapshot(
-            self.model, self.budget, len(self._live), self.membership.quarantined, self._stop_requested
+            self.model, self.budget, len(self._live), quarantined, self._stop_requested, self.minimum
         )
 
     @property
@@ -259,7 +272,7 @@ class Coordinator:
 
     def deadline(self) -> float | None:
         """Return when :meth:`ready` may become true without an event, in seconds; None if never."""
-        return self._window.deadline
+        return min((at for at in (self._window.deadline, self.minimum.deadline) if at is not None), default=None)
 
     def ready(self, now: float) -> bool:
         """Return whether :meth:`dispatch` has something to do."""
@@ -277,6 +290,7 @@ class Coordinator:
             again (another worker died) or training is over.
 
         """
+        self._update_minimum(now)
         if self._window.group_is_due(now):
             for held in self._merging.merge():
                 self._report(held.push, None, now, held.staleness)
@@ -404,32 +418,6 @@ class Coordinator:
         if push.stop:
             self._stop()
 
-    def _discipline(self, worker: int, rejection: Rejection | None, session: WorkerSession) -> str | None:
-        """Count the worker's strikes. After too many, quarantine the worker, or reset the optimizer of worker 0.
-
-        Returns:
-            Why the worker is quarantined; None if it is not.
-
-        """
-        strikes = self._strikes.note(worker, rejection is not None and rejection.strike)
-        if strikes is None:
-            return None
-        assert rejection is not None
-        strikes = f"{strikes} were refused (the last one: {rejection.text})"
-        if worker != HOST or len(self._live) == 1:
-            reason = self.membership.quarantine(worker, strikes)
-            self._window.close_if_unused()
-            return reason
-        self._strikes.forget(worker)
-        session.reset_optimizer = True
-        _log.error(
-            "worker %d: %s, though each round began with a fresh global model. The server is in its process, so worker "
-            "%d is not quarantined. Its optimizer is reset, and its pushes are still checked. Lower the learning rate, "
-            "clip gradients, or look at the data that this worker got",
-            worker, strikes, worker,
-        )  # fmt: skip
-        return None
-
     def _answer_again(self, push: Push, session: WorkerSession, now: float) -> None:
         """Handle a push that was decided on before. Only the latest one is answered again."""
         if push.sequence < session.sequence:
@@ -489,6 +477,14 @@ class Coordinator:
     def _all_rest(self) -> bool:
         return bool(self._live) and all(session.resting for session in self._live.values())
 
+    def _update_minimum(self, now: float) -> None:
+        """Begin or end a pause, after something has happened to a worker or to the budget."""
+        done = self.finished or self.budget.exhausted
+        done = done or (bool(self._live) and all(session.final for session in self._live.values()))
+        if self.membership.started:
+            self.minimum.update(len(self._live), now, steps_left=not done)
+
     def _stop(self) -> None:
         self.stopping = True
         self.budget.stop()
+        self.minimum.end()

@@ -17,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant
 
 from lightning_async_localsgd.outer import TorchOptimizer
 from lightning_async_localsgd.policies.guard import UpdateGuard
+from lightning_async_localsgd.policies.worker_minimum import WorkerMinimum
 from lightning_async_localsgd.protocol.layout import Layout
 from lightning_async_localsgd.protocol.messages import ALREADY_APPLIED, Hello, Push, Reply
 from lightning_async_localsgd.server.coordinator import Coordinator
@@ -44,7 +45,12 @@ class InTurn(TorchOptimizer):
 
 
 def build(
-    total: int | None, grace: float | str, incarnation: str, groups: dict[str, Any], overlap: bool = False
+    total: int | None,
+    grace: float | str,
+    incarnation: str,
+    groups: dict[str, Any],
+    overlap: bool = False,
+    min_workers: int = 1,
 ) -> Coordinator:
     """Make a server whose model is minus the sum of all applied pushes."""
     return make_coordinator(
@@ -58,6 +64,7 @@ def build(
         guard=UpdateGuard(TOO_LARGE),
         incarnation=incarnation,
         overlap=overlap,
+        minimum=WorkerMinimum(min_workers),
     )
 
 
@@ -119,6 +126,9 @@ class Network(RuleBasedStateMachine):
     overlap: ClassVar[bool] = False
     """Whether workers go on training while their pushes are in flight."""
 
+    min_workers: ClassVar[int] = 1
+    """Fewest live workers with which training goes on."""
+
     def __init__(self) -> None:
         super().__init__()
         self.now = 0.0
@@ -139,8 +149,11 @@ class Network(RuleBasedStateMachine):
     def begin(self, total: int | None, grace: float | str, data: st.DataObject) -> None:
         self.total, self.grace = total, grace
         self.group = data.draw(st.sampled_from(self.groups))
-        self.open(build(total, grace, next(self.names), self.group, self.overlap))
+        self.open(self.build())
         self.save()
+
+    def build(self) -> Coordinator:
+        return build(self.total, self.grace, next(self.names), self.group, self.overlap, self.min_workers)
 
     def open(self, coordinator: Coordinator) -> None:
         self.coordinator = coordinator
@@ -169,6 +182,9 @@ class Network(RuleBasedStateMachine):
         while self.coordinator.ready(self.now):
             for worker, reply in self.coordinator.dispatch(self.now).items():
                 process = next(p for p in self.processes if p.worker == worker)
+                # Steps that a worker was granted ahead are its own, also while others are missing.
+                enough = len(self.coordinator.live) >= self.min_workers
+                assert reply.stop or enough or process.begun > 0, "training is paused"
                 waited = process.pending
                 process.receive(reply)
                 if waited is not None and process.pending is None and reply.refused in (None, ALREADY_APPLIED):
