@@ -262,3 +262,23 @@ def test_memory_for_what_workers_hold_is_limited(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ValueError, match=r"download='int8' keeps a copy.* 3 workers x .*GiB.*use download='bf16'"):
         Traffic(layout, BufferPool(layout.numel), download="int8", workers=3)
     assert "3 workers" in (way.check(hello(2, None, layout, download="int8"), workers=2) or "")
+
+
+def test_memory_of_a_quarantined_worker_is_freed() -> None:
+    server, workers, _ = start(ExchangeOptions(download="int8"))
+    for seed in range(20):
+        if 1 in server.quarantined:
+            break
+        workers[1].train(seed, 1e-2)
+        workers[1].binding.tensors()[0].data.fill_(math.nan)
+        lease = server.buffers.try_acquire()
+        assert lease is not None
+        push = workers[1].worker.make_push()
+        lease.tensor.copy_(workers[1].worker.gradient)
+        server.push(push, lease, workers[1].channel)
+        if workers[1].channel.leases:
+            workers[1].receive(lost=False)
+
+    assert server.quarantined == {1}
+    assert set(server._traffic._held) == {0}
+    server.close()
