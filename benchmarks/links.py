@@ -1,13 +1,13 @@
 """Measures what exchanges cost over slow links, and compares that with the simulator's prediction.
 
-    python -m benchmarks.links                                      # 20 M parameters, 100 Mbit/s, 50 ms: the bar
-    python -m benchmarks.links --parameters 1e6 --megabits 10 100 1000 --delays 0 0.05 --seconds-per-step 0.05
-    python -m benchmarks.links --report                             # write the tables of docs/slow-networks.md
+    python -m benchmarks.links                  # 20 M parameters, 100 Mbit/s, 50 ms: the bar
+    python -m benchmarks.links --parameters 1e6 --megabits 10 --delays 0 0.05 --seconds-per-step 0.05
+    python -m benchmarks.links --report         # write the table of docs/slow-networks.md
 
-Real ranks train on this machine. Each rank above 0 reaches rank 0 over a link of its own: a proxy that carries a limited
-number of bytes a second in each direction, and delivers them late. Their model has the given size, but its steps only
-sleep, so a few cores are enough. For each way of exchanging, a run counts the rounds between the first model that a
-rank adopts and the last one before the end of training:
+Real ranks train on this machine. Each rank above 0 reaches rank 0 over a link of its own: a proxy that carries a
+limited number of bytes a second in each direction, and delivers them late. Their model has the given size, but its
+steps only sleep, so a few cores are enough. For each way of exchanging, a run counts the rounds between the first model
+that a rank adopts and the last one before the end of training:
 
 * blocked: share of the time in which the training threads of ranks above 0 stand still for packing, exchanges and
   waiting;
@@ -15,9 +15,9 @@ rank adopts and the last one before the end of training:
 * predicted speed: the same in a simulated run over ``Link(delay, rate)``;
 * bytes a round: of a push and a model.
 
-Prints a line of JSON for each, which ``--results`` appends to a file, and a table. The exit code is 1 if a bar is missed:
-with overlap and int8, at most 1 % of the time is blocked if a round takes three times as long as its exchange; and the
-predicted speed is within 5 % of the measured one. Figures are only valid while the machine has idle cores.
+Prints a line of JSON for each, which ``--results`` appends to a file, and a table. The exit code is 1 if a bar is
+missed: with overlap and int8, at most 1 % of the time is blocked if a round takes three times as long as its exchange;
+and the predicted speed is within 5 % of the measured one. Figures are only valid while the machine has idle cores.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def run(options: dict[str, Any], modes: Sequence[str], timeout: float) -> list[d
 
 def table(records: Iterable[dict[str, Any]]) -> str:
     """Format measurements in Markdown."""
-    names = ["parameters", "ranks", "link", "round", "exchange", "bytes a round", "alone on the link"]
+    names = ["parameters", "ranks", "link", "round", "exchange", "bytes a round", "its time on the link"]
     names += ["blocked", "speed", "predicted speed"]
     rows = [
         [
