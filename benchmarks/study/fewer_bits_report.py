@@ -58,7 +58,8 @@ def _row(results: Results, cell: Cell) -> list[str]:
 def label(cell: Cell) -> str:
     """Return how the pushes and the models of a cell travel."""
     name = cell.upload if cell.upload == cell.download else f"{cell.upload}, models {cell.download}"
-    return f"{name}, overlap" if cell.overlap else name
+    extras = [*(["overlap"] if cell.overlap else []), *([] if cell.grace else ["no grace window"])]
+    return ", ".join([name, *extras])
 
 
 def _difference(results: Results, cell: Cell) -> str:

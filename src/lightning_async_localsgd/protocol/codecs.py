@@ -14,6 +14,7 @@ block are then NaN or infinite, so the receiver refuses them as it refuses unpac
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -123,11 +124,9 @@ class Codec:
         self.parameter_nbytes = scales + codes
         self._rows = min(_CHUNK_BLOCKS if self.device.type == "cpu" else _DEVICE_CHUNK_BLOCKS, blocks)
         # The scratch memory of a chunk. bf16 needs none.
-        rows = 0 if self._top is None else self._rows
-        self._values, self._rounded = (torch.empty(rows, BLOCK, device=self.device) for _ in range(2))
-        halves = rows if encoding == "int4" else 0
+        halves = self._rows if encoding == "int4" else 0
         self._halves, self._upper = (torch.empty(halves, BLOCK // 2, device=self.device) for _ in range(2))
-        self._maxima = torch.empty(rows, 1, device=self.device)
+        self._maxima = torch.empty(0 if self._top is None else self._rows, 1, device=self.device)
         self._numerator = torch.tensor(self._top or 1.0, device=self.device)
 
     def new_packed(self) -> Tensor:
@@ -194,7 +193,7 @@ class Codec:
         """
         for chunk in self._chunks(packed, held, model):
             holds, wanted = chunk.flats
-            values, rounded = self._values[: len(holds)], self._rounded[: len(holds)]
+            values, rounded = (scratch[: len(holds)] for scratch in self._differences)
             torch.sub(wanted, holds, out=values)
             self._round(values, chunk.scales, chunk.codes, rounded)
             holds.add_(rounded)
@@ -218,7 +217,7 @@ class Codec:
             if self._top is None:
                 part.copy_(codes)
                 continue
-            values = self._rounded[: len(part)] if difference else part
+            values = self._differences[0][: len(part)] if difference else part
             if self.encoding == "int8":
                 values.copy_(codes)
                 values.mul_(chunk.scales)
@@ -230,6 +229,12 @@ class Codec:
         self._unpack_rest(packed, out)
 
     # ------------------------------------------------------------------ internal
+
+    @functools.cached_property
+    def _differences(self) -> tuple[Tensor, Tensor]:
+        """Scratch memory of a chunk of a difference."""
+        values, rounded = (torch.empty(self._rows, BLOCK, device=self.device) for _ in range(2))
+        return values, rounded
 
     def _chunks(self, packed: Tensor, *flats: Tensor) -> Iterator[_Chunk]:
         """Yield the chunks of the parameters, in rows of a block; with bf16, in one dimension.
@@ -305,7 +310,7 @@ class Codec:
         that are cut off.
         """
         fraction = number * _GOLDEN % 2**16
-        step = _CHUNK_BLOCKS * BLOCK
+        step = self._rows * BLOCK
         for begin in range(0, moments.numel(), step):
             part, out = moments[begin : begin + step], codes[begin : begin + step]
             out.copy_(part.view(torch.int32).add(fraction).bitwise_right_shift_(16))
