@@ -225,6 +225,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if options.ranks < 2 or options.rounds < 1:
         parser.error(f"--ranks {options.ranks} must be at least 2, and --rounds {options.rounds} at least 1")
+    # A signal must not leave ranks behind: it ends this program through its `finally` clauses.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     records = []
     for parameters, megabits, delay in itertools.product(options.parameters, options.megabits, options.delays):
         job = {

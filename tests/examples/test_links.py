@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from benchmarks import links
 from benchmarks.links import MODES, blocked_share, bytes_a_round, latest, missed_bars, speed_of, table
+from tests.wire.fakes import wait_for
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -82,6 +86,22 @@ def test_report_shows_the_last_measurement_of_each_kind(tmp_path: Path, monkeypa
 
 def test_page_has_the_stored_measurements() -> None:
     assert table(latest(links.RESULTS)) in links.PAGE.read_text()
+
+
+@pytest.mark.slow
+def test_ended_benchmark_leaves_no_rank_behind(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.links", "--parameters", "1e4", "--seconds-per-step", "10"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    process = subprocess.Popen(command, cwd=PROJECT, env=environment, stderr=subprocess.DEVNULL)
+    ranks: list[psutil.Process] = []
+    try:
+        wait_for(lambda: ranks.extend(psutil.Process(process.pid).children(recursive=True)) or ranks, "the job starts")
+        process.terminate()
+        assert process.wait(30.0) == 128 + signal.SIGTERM
+    finally:
+        process.kill()
+    assert psutil.wait_procs(ranks, 30.0)[1] == []
+    assert list(tmp_path.glob("async_localsgd_links_*")) == []
 
 
 @pytest.mark.slow
