@@ -20,9 +20,6 @@ settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.register_profile("search", derandomize=False, deadline=None, print_blob=True)
 settings.load_profile("repeatable")
 
-# Like the ranks that the tests start. Two threads that wait for each other beside other programs are very slow.
-torch.set_num_threads(1)
-
 _BEFORE = frozenset(os.environ)
 
 
@@ -44,6 +41,12 @@ def started() -> Iterator[Jobs]:
     """Start processes. At the end of the test, fail if anything of them is left."""
     with jobs() as started:
         yield started
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Use one thread, like the ranks that tests start. Two that wait for each other beside other programs are slow."""
+    torch.set_num_threads(1)  # A launcher of an earlier test may have chosen another number.
 
 
 @pytest.fixture(autouse=True)

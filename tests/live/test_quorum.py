@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,16 +53,6 @@ def ledger(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "ledger.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Compute with one thread, like the job's ranks, because the number of threads changes the order of sums."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.mark.usefixtures("one_thread")
 def test_quorum_of_all_workers_equals_synchronous_diloco_bit_for_bit(started: Jobs, tmp_path: Path) -> None:
     started.run(quorum_job.__file__, tmp_path, json.dumps({"quorum": "all"}))
     expected = diloco()

@@ -32,9 +32,9 @@ def test_run_with_fewer_bits_learns_as_much(tmp_path: Path, upload: Any, downloa
     for kind in (("fp32", "fp32"), (upload, download)):
         watch = Watch()
         strategy = Simulated(SPEEDS, local_steps=5, upload=kind[0], download=kind[1])
-        _, trainer = fit(strategy, max_steps=100, val_check_interval=20, callbacks=[watch], module=NoSchedule)
+        _, trainer = fit(strategy, max_steps=100, val_check_interval=20, callbacks=[watch])
         losses.append(float(trainer.callback_metrics["val_loss"]))
-    assert losses[1] <= 1.2 * losses[0] + 0.01
+    assert losses[1] == pytest.approx(losses[0], rel=0.1)
     assert set(watch.residuals) == {"0", "1", "2"}
     assert all(0 < float(residual.abs().max()) < 0.1 for residual in watch.residuals.values())
 

@@ -6,10 +6,8 @@ Data-parallel training on k ranks is a run on one device with k times the batch.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 
 import pytest
-import torch
 
 from lightning_async_localsgd import SimulatedAsyncLocalSGDStrategy
 from tests.short_tasks import BATCH, EPOCHS, TASKS
@@ -19,15 +17,6 @@ CLUSTERS = {
     "4 equal": [0.1] * 4,
     "4 unequal": [0.1, 0.13, 0.26, 0.574],
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Use one thread, because several wait long for each other where other programs use the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @functools.cache
