@@ -14,8 +14,8 @@ import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader
 
+from benchmarks.study.bandwidth import packed_share
 from benchmarks.study.cells import Cell, strategy_options
-from benchmarks.study.links import packed_share
 from benchmarks.study.results import TUNING_SEED, NotTunedError, Results
 from lightning_async_localsgd import SimulatedAsyncLocalSGDStrategy
 

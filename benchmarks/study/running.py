@@ -27,9 +27,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from benchmarks.study import text
+from benchmarks.study.bandwidth import link_of
 from benchmarks.study.cells import Cell, strategy_options, strategy_quorum
 from benchmarks.study.equal_time import steps_in
-from benchmarks.study.links import link_of
 from benchmarks.study.model import LanguageModel
 from benchmarks.study.text import Corpus, Windows
 from lightning_async_localsgd import AsyncLocalSGDCallback, SimulatedAsyncLocalSGDStrategy

@@ -11,11 +11,11 @@ import pytest
 
 from benchmarks.study import cells, fewer_bits
 from benchmarks.study.__main__ import plan_runs
+from benchmarks.study.bandwidth import link_of, packed_share
 from benchmarks.study.cells import LEVELS, SEEDS, Cell
 from benchmarks.study.equal_time import steps_in
 from benchmarks.study.fewer_bits import BLOCKING, INT4, INT8, OVERLAP, OVERLAP_INT8, TABLE_I, over_link, reference
 from benchmarks.study.fewer_bits_report import render
-from benchmarks.study.links import link_of, packed_share
 from benchmarks.study.results import Results
 from benchmarks.study.running import RunContext
 from benchmarks.study.scheduling import PlannedRun, Queue, run_queue
