@@ -26,11 +26,14 @@ class Exchange(ABC):
     :meth:`check` does less, and :meth:`close` makes it end with an error.
 
     Attributes:
+        sends_packed: whether pushes that travel packed are sent as their packed bytes. Otherwise, their
+            pseudo-gradients are read.
         bytes_sent: bytes that this worker has sent so far, headers and heartbeats included (0 within a process).
         bytes_received: bytes that this worker has received so far.
 
     """
 
+    sends_packed: bool = False
     bytes_sent: int = 0
     bytes_received: int = 0
 
@@ -59,7 +62,8 @@ class Exchange(ABC):
                 ``push.steps`` is 0, it is not read.
             model: flat fp32 tensor that receives the global model; must not share memory with ``gradient``. If models
                 travel as differences, it holds what the call before has written.
-            packed: the bytes that ``gradient`` is unpacked from, if it travels packed, see :class:`.Codec`.
+            packed: the bytes that ``gradient`` is unpacked from, if it travels packed, see :class:`.Codec`. An exchange
+                that sends them does not read ``gradient``, see :attr:`sends_packed`.
 
         Raises:
             ExchangeError: the server is gone, or a newer session has replaced this one.

@@ -314,7 +314,7 @@ class LiveRuntime(Runtime):
     @override
     def state_dict(self) -> dict[str, Any]:
         state, uplink = super().state_dict(), self.worker.uplink
-        return state if uplink is None else {**state, RESIDUAL: uplink.residual.clone()}
+        return state if uplink is None else {**state, RESIDUAL: uplink.copy_residual()}
 
     # -------------------------------------------------------------------- ending
 

@@ -178,7 +178,9 @@ class Membership:
             self._leases.lead(0)
         if not self.finished:
             _log.warning("worker %d is back and continues its round", worker)
-            steps = session.local_steps + session.overlap_steps if session.computing else session.begun_steps
+            steps = session.begun_steps
+            if session.computing:
+                steps = max(steps, session.local_steps) + session.overlap_steps
             if steps > 0:
                 self._budget.reserve(worker, steps, now)
         self._update_worker_count()

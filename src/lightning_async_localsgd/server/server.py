@@ -407,6 +407,7 @@ class Server:
             channel.refuse(reason)
             if self._coordinator.session_of(push.worker) is None:
                 self._channels.pop(push.worker, None)
+                self._traffic.forget(push.worker)
             return
         self._channels[push.worker] = channel
 

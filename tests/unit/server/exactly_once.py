@@ -85,6 +85,8 @@ class WorkerProcess:
         self.items: list[tuple[int, int]] = []
         self.begun = 0
         """Steps of the next round that the worker takes while its push is in flight."""
+        self.steps = 0
+        """Steps of the round: those that were granted, or those in flight if they are more."""
         self.used = 0
         self.requests = 0
         self.epoch = 0
@@ -112,8 +114,8 @@ class WorkerProcess:
     def receive(self, reply: Reply) -> None:
         """Receive a reply. As on the wire, only the reply to the pending message is let through."""
         if self.connected and reply.sequence == (0 if self.reply is None else self.pending and self.pending.sequence):
-            if not reply.stop and reply.refused in (None, ALREADY_APPLIED):
-                assert reply.local_steps >= self.begun, "steps that a worker may have taken are not granted to others"
+            goes_on = not reply.stop and reply.refused in (None, ALREADY_APPLIED)
+            self.steps = max(reply.local_steps, self.begun if goes_on else 0)
             self.reply, self.pending, self.begun = reply, None, 0
 
 
@@ -323,6 +325,6 @@ class Network(RuleBasedStateMachine):
             process.connected = True
             self.join(process)
         else:
-            push = process.next_push(process.reply.local_steps, process.used)
+            push = process.next_push(process.steps, process.used)
             self.send_new(process, push, float(len(self.gradients) + 1), [])
         self.flush()
