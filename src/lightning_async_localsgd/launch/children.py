@@ -56,19 +56,7 @@ class Child:
             variables: environment variables in addition to those of the first process.
 
         """
-        reader, writer = os.pipe()
-        try:
-            process = subprocess.Popen(
-                self.command,
-                env={**self.environment, **variables, _JOINED_PIPE_ENV: f"{writer}:{os.getpid()}"},
-                cwd=self.folder,
-                pass_fds=(writer,),
-            )
-        except BaseException:
-            os.close(reader)
-            raise
-        finally:
-            os.close(writer)
+        process, reader = start_joining(self.command, {**self.environment, **variables}, self.folder)
         self.close_pipe()
         self._joined_pipe = reader
         self.process = process
@@ -78,6 +66,31 @@ class Child:
         if self._joined_pipe is not None:
             os.close(self._joined_pipe)
             self._joined_pipe = None
+
+
+def start_joining(
+    command: Sequence[str], environment: Mapping[str, str], folder: str
+) -> tuple[subprocess.Popen[Any], int]:
+    """Start a process that joins the training, and that ends if this process ends before.
+
+    Returns:
+        The process, and the end of a pipe that can be read once the process has joined.
+
+    """
+    reader, writer = os.pipe()
+    try:
+        process = subprocess.Popen(
+            command,
+            env={**environment, _JOINED_PIPE_ENV: f"{writer}:{os.getpid()}"},
+            cwd=folder,
+            pass_fds=(writer,),
+        )
+    except BaseException:
+        os.close(reader)
+        raise
+    finally:
+        os.close(writer)
+    return process, reader
 
 
 children: dict[int, Child] = {}

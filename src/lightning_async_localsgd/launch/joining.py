@@ -1,6 +1,6 @@
 """Joining a training that is already running.
 
-Two kinds of workers join:
+Two kinds of workers join, and the evaluator (:data:`ROLE_ENV`), which joins like the second kind:
 
 * a worker whose process the launcher has restarted, which *rejoins* under its old number, see :data:`REJOIN_ENV`;
 * a *late joiner*: a worker that was not among those the run was started with.
@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lightning_async_localsgd.launch.run_name import RUN_ENV
-from lightning_async_localsgd.protocol.messages import JoinInfo
+from lightning_async_localsgd.protocol.messages import EVALUATOR, JoinInfo
 from lightning_async_localsgd.protocol.options import check_token
 
 if TYPE_CHECKING:
@@ -37,6 +37,9 @@ TOKEN_ENV = "ASYNC_LOCALSGD_TOKEN"
 
 REJOIN_ENV = "ASYNC_LOCALSGD_REJOIN"
 """Environment variable that the launcher sets for a restarted worker, see :meth:`.JoinTicket.variables`."""
+
+ROLE_ENV = "ASYNC_LOCALSGD_ROLE"
+"""Environment variable with the role of a process that joins: ``worker``, the default, or ``evaluator``."""
 
 _calls = 0
 _fits = 0
@@ -56,6 +59,24 @@ def token_of(option: str | None) -> str | None:
     return check_token(token, source)
 
 
+def is_evaluator() -> bool:
+    """Return whether this process joins as the evaluator.
+
+    Raises:
+        ValueError: the role is unknown, or there is no training to join.
+
+    """
+    role = os.environ.get(ROLE_ENV) or "worker"
+    if role not in ("worker", "evaluator"):
+        raise ValueError(f"{ROLE_ENV}={role!r} is unknown; use 'worker' or 'evaluator'")
+    if role == "evaluator" and not os.environ.get(JOIN_ENV):
+        raise ValueError(
+            f"{ROLE_ENV}='evaluator' needs a running training; set {JOIN_ENV} to the address of its server, "
+            "tcp://host:port"
+        )
+    return role == "evaluator"
+
+
 @dataclass(frozen=True)
 class Invitation:
     """A running training to join, as named by the environment.
@@ -64,7 +85,7 @@ class Invitation:
         address: server address.
         token: the run's token.
         encrypted: whether the server uses CURVE encryption at this address.
-        worker: number of a restarted worker; -1 for a late joiner.
+        worker: number of a restarted worker; -1 for a late joiner, :data:`.EVALUATOR` for the evaluator.
         restart_count: how often this worker has been restarted.
 
     """
@@ -78,7 +99,7 @@ class Invitation:
     @property
     def late_joiner(self) -> bool:
         """Whether this process is not one of the ranks that the run was started with."""
-        return self.worker < 0
+        return self.worker in (-1, EVALUATOR)
 
 
 def restart_count() -> int:
@@ -102,6 +123,7 @@ def invitation(token: str | None, encrypt: bool | None) -> Invitation | None:
         ValueError: the address is invalid, or has no token to go with it.
 
     """
+    evaluates = is_evaluator()
     address = os.environ.get(JOIN_ENV)
     if not address:
         return None
@@ -115,7 +137,8 @@ def invitation(token: str | None, encrypt: bool | None) -> Invitation | None:
         )
     settings = _rejoin_settings()
     encrypted = bool(settings.get("encrypted", address.startswith("tcp://") and encrypt is not False))
-    return Invitation(address, secret, encrypted, int(settings.get("worker", -1)), restart_count())
+    worker = EVALUATOR if evaluates else int(settings.get("worker", -1))
+    return Invitation(address, secret, encrypted, worker, restart_count())
 
 
 @dataclass(frozen=True)
@@ -132,6 +155,11 @@ class JoinGrant:
     endpoints: Endpoints
     info: JoinInfo
     late_joiner: bool
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether this process is the run's evaluator."""
+        return self.info.worker == EVALUATOR
 
 
 def enter(invited: Invitation, timeout: float, expected_workers: int | None = None) -> JoinGrant:
@@ -160,7 +188,8 @@ def enter(invited: Invitation, timeout: float, expected_workers: int | None = No
             )
         os.environ.setdefault(RUN_ENV, info.run_name)
         _grants[invited.address] = JoinGrant(endpoints, info, invited.late_joiner)
-        _log.warning("joining the run at %s as worker %d", invited.address, info.worker)
+        role = "the evaluator" if info.worker == EVALUATOR else f"worker {info.worker}"
+        _log.warning("joining the run at %s as %s", invited.address, role)
     return _grants[invited.address]
 
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from lightning_async_localsgd.launch.children import ended_ranks
+from lightning_async_localsgd.launch.lost_ranks import remember_lost
 from lightning_async_localsgd.launch.restarts import WorkersLostError
 
 if TYPE_CHECKING:
     from lightning_async_localsgd.launch.rendezvous import Rendezvous
+    from lightning_async_localsgd.lightning.fit_state import FitState
+    from lightning_async_localsgd.lightning.loop.controller import FitController
     from lightning_async_localsgd.runtime.base import Runtime
 
 
@@ -26,6 +30,33 @@ def lost_ranks(runtime: Runtime, rendezvous: Rendezvous, lost: Iterable[int]) ->
     processes = rendezvous.processes()
     reasons = {worker: reason for worker, _, reason in runtime.lost_workers}
     return {rank: (processes.get(rank, ""), reasons.get(rank, "it left")) for rank in lost}
+
+
+def agree_after_training(rendezvous: Rendezvous, controller: FitController, fit: FitState, ranks: int) -> None:
+    """Bring all ranks together after training, and let them know which ranks were lost.
+
+    Args:
+        rendezvous: where the ranks meet.
+        controller: drives this rank's loop.
+        fit: state of the fit; gets the lost workers.
+        ranks: number of ranks.
+
+    """
+    runtime = controller.runtime
+    rendezvous.begin_after_training()
+    if runtime.server is not None:
+        rendezvous.survivors = runtime.live_workers
+    controller.save_optimizer_states(rendezvous)
+    rendezvous.barrier("end of training")
+    controller.gather_optimizer_states(rendezvous)
+    if runtime.server is not None:
+        # Now, while all workers that are left are still connected.
+        present = runtime.live_workers()
+        sound = present - runtime.server.quarantined
+        fit.lost_workers = [worker for worker in range(ranks) if worker not in sound]
+        rendezvous.survivors = lambda: present - ended_ranks()
+    remember_lost(rendezvous.broadcast(lost_ranks(runtime, rendezvous, fit.lost_workers)))
+    controller.synchronize(rendezvous)
 
 
 def raise_if_lost(lost: Iterable[int]) -> None:

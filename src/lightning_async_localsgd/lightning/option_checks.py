@@ -13,6 +13,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_async_localsgd.lightning.trainer_access.callbacks import callbacks_of, may_unfreeze
 from lightning_async_localsgd.lightning.trainer_access.strategy import is_interactive, remove_batch_norm_sync
+from lightning_async_localsgd.protocol.checks import check_bool
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -25,13 +26,20 @@ START_METHODS = ("popen", "spawn", "fork", "forkserver")
 """Ways of starting ranks."""
 
 
-def check_processes(start_method: str, max_restarts: int, expected_workers: int | None) -> None:
-    """Check how ranks are started and restarted, and how many workers are expected.
+def check_processes(start_method: str, max_restarts: int, expected_workers: int | None, evaluator: bool) -> None:
+    """Check how ranks and the evaluator are started, how ranks are restarted, and how many workers are expected.
 
     Raises:
         ValueError: An option is outside its range.
+        TypeError: ``evaluator`` is no bool.
+        MisconfigurationException: The session is interactive, and the evaluator needs a script.
 
     """
+    if check_bool("evaluator", evaluator) and is_interactive():
+        raise MisconfigurationException(
+            "evaluator=True runs the script again for the evaluator, but an interactive session has no script; use "
+            "evaluator=False, or let an evaluator join from a script with ASYNC_LOCALSGD_ROLE=evaluator"
+        )
     if start_method not in START_METHODS:
         raise ValueError(f"start_method={start_method!r} is unknown; use one of {', '.join(START_METHODS)}")
     if type(max_restarts) is not int or max_restarts < 0:

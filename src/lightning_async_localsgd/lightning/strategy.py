@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,21 +23,24 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_async_localsgd.launch.children import ended_ranks
+from lightning_async_localsgd.launch.evaluator_process import EvaluatorProcess
 from lightning_async_localsgd.launch.joining import Invitation, begin_call, enter, invitation, takes_part, token_of
-from lightning_async_localsgd.launch.lost_ranks import raise_if_rank_missing, remember_lost
+from lightning_async_localsgd.launch.lost_ranks import raise_if_rank_missing
 from lightning_async_localsgd.launch.rank_environment import rank_environment
 from lightning_async_localsgd.launch.rendezvous import Rendezvous, open_group_of_one
 from lightning_async_localsgd.launch.uncaught import print_in_one_line
 from lightning_async_localsgd.lightning.checkpoints.contents import CHECKPOINT_KEY
 from lightning_async_localsgd.lightning.checkpoints.optimizer_states import resume_optimizers
 from lightning_async_localsgd.lightning.data.training_data import TrainingData
+from lightning_async_localsgd.lightning.evaluator import check_can_evaluate, evaluate
 from lightning_async_localsgd.lightning.fit_state import FitState
 from lightning_async_localsgd.lightning.launchers.host_ranks import JoiningEnvironment, adopt_ranks
 from lightning_async_localsgd.lightning.launchers.process_launcher import AsyncProcessLauncher
 from lightning_async_localsgd.lightning.launchers.script_launcher import AsyncScriptLauncher
 from lightning_async_localsgd.lightning.loop.controller import FitController
 from lightning_async_localsgd.lightning.loop.rank_zero_callbacks import callback_states, load_callback_states
-from lightning_async_localsgd.lightning.lost_workers import lost_ranks, raise_if_lost
+from lightning_async_localsgd.lightning.loop.second_moments import averaged_moments
+from lightning_async_localsgd.lightning.lost_workers import agree_after_training, raise_if_lost
 from lightning_async_localsgd.lightning.option_checks import (
     check_no_process_group,
     check_plugins,
@@ -45,6 +49,7 @@ from lightning_async_localsgd.lightning.option_checks import (
 )
 from lightning_async_localsgd.lightning.registration import register_names
 from lightning_async_localsgd.lightning.strategy_base import _StrategyBase
+from lightning_async_localsgd.lightning.trainer_access.launchers import script_command
 from lightning_async_localsgd.lightning.trainer_access.loop import run_validations_in
 from lightning_async_localsgd.lightning.trainer_access.strategy import sync_module_states, trainer_of
 from lightning_async_localsgd.outer import OuterOptimizer
@@ -108,6 +113,8 @@ class AsyncLocalSGDStrategy(_StrategyBase):
         min_workers: fewest live workers with which training goes on. With fewer it is paused: no worker begins a new
             round, and nothing is lost. A pause longer than ``exchange.pause_timeout`` ends the run with an error and
             a checkpoint. 1 never pauses training.
+        evaluator: whether one more process on the host of rank 0 validates the global model, so that rank 0 goes on
+            training meanwhile.
         checkpoint_every: how often rank 0 writes a checkpoint into the run's directory, and each worker its inner
             optimizer states: a number of merged rounds, a ``timedelta``, or ``None`` for never.
         accelerator: see :class:`~lightning.pytorch.strategies.DDPStrategy`, as for the arguments up to
@@ -153,6 +160,7 @@ class AsyncLocalSGDStrategy(_StrategyBase):
         fail_on_lost_workers: bool = False,
         expected_workers: int | None = None,
         min_workers: int = 1,
+        evaluator: bool = False,
         checkpoint_every: int | timedelta | None = timedelta(minutes=10),
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
@@ -184,10 +192,12 @@ class AsyncLocalSGDStrategy(_StrategyBase):
             timeout=timeout,
             start_method=start_method,
         )
-        check_processes(start_method, max_restarts, expected_workers)
+        check_processes(start_method, max_restarts, expected_workers, evaluator)
         self.max_restarts = max_restarts
         self.fail_on_lost_workers = check_bool("fail_on_lost_workers", fail_on_lost_workers)
         self.expected_workers = expected_workers
+        self.evaluator = evaluator
+        self._evaluator_process: EvaluatorProcess | None = None
         self._rendezvous: Rendezvous | None = None
         self._grant: JoinGrant | None = None
         self._owns_group = False
@@ -338,7 +348,7 @@ class AsyncLocalSGDStrategy(_StrategyBase):
 
     @override
     def _make_training_data(self, fit: FitState) -> TrainingData:
-        single = self.world_size == 1 and self._token() is None
+        single = self.world_size == 1 and self._token() is None and not self.evaluator
         data = TrainingData(
             self._trainer, self._initial_workers, fit.seed, fit.uses_distributed_sampler, self._rendezvous, single
         )
@@ -348,6 +358,8 @@ class AsyncLocalSGDStrategy(_StrategyBase):
     @override
     def setup(self, trainer: pl.Trainer) -> None:
         super().setup(trainer)
+        if self._fit is not None and self.evaluator and not self.joins:
+            check_can_evaluate(trainer)
         if self._fit is None and self._rendezvous is not None:
             assert self.model is not None
             sync_module_states(self.model)
@@ -356,6 +368,8 @@ class AsyncLocalSGDStrategy(_StrategyBase):
     def _close_stage(self) -> None:
         self._environment.close()
         self._ranks = None
+        if self._evaluator_process is not None:
+            self._evaluator_process.end()
         if self._owns_group:
             torch.distributed.destroy_process_group()
             self._owns_group = False
@@ -381,6 +395,9 @@ class AsyncLocalSGDStrategy(_StrategyBase):
         assert self.lightning_module is not None
         assert fit is not None
         assert fit.limits is not None
+        if self.evaluator and self.is_global_zero:
+            self._evaluator_process = EvaluatorProcess(*script_command())
+            settings = replace(settings, start_evaluator=self._evaluator_process.start)
         runtime = LiveRuntime(
             settings,
             self.lightning_module,
@@ -389,7 +406,7 @@ class AsyncLocalSGDStrategy(_StrategyBase):
             self._initial_workers,
             self.world_size,
             restored=restored,
-            watch=raise_if_rank_missing,
+            watch=self._raise_if_process_missing,
             grant=fit.grant,
         )
         if runtime.join_address is not None:
@@ -408,6 +425,22 @@ class AsyncLocalSGDStrategy(_StrategyBase):
             self._rendezvous.ignore_ended_processes()
         return controller
 
+    def _raise_if_process_missing(self) -> None:
+        raise_if_rank_missing()
+        if self._evaluator_process is not None:
+            self._evaluator_process.raise_if_ended()
+
+    @override
+    def on_train_start(self) -> None:
+        if self._grant is None or not self._grant.evaluates:
+            super().on_train_start()
+            return
+        assert self._fit is not None
+        assert self._fit.limits is not None
+        moments = averaged_moments(self.merge_policy, self._exchanges_frozen, self.optimizers)
+        evaluate(self._trainer, self._grant, self.exchange, self._exchanges_frozen, moments)
+        self._fit.limits.end_training(limit_reached=False)
+
     @override
     def on_train_end(self) -> None:
         super().on_train_end()
@@ -421,24 +454,9 @@ class AsyncLocalSGDStrategy(_StrategyBase):
 
     @override
     def _agree_after_training(self, controller: FitController) -> None:
-        rendezvous, runtime = self._rendezvous, controller.runtime
-        if rendezvous is None:
-            return
-        assert self._fit is not None
-        rendezvous.begin_after_training()
-        if self.is_global_zero:
-            rendezvous.survivors = runtime.live_workers
-        controller.save_optimizer_states(rendezvous)
-        rendezvous.barrier("end of training")
-        controller.gather_optimizer_states(rendezvous)
-        if runtime.server is not None:
-            # Now, while all workers that are left are still connected.
-            present = runtime.live_workers()
-            sound = present - runtime.server.quarantined
-            self._fit.lost_workers = [worker for worker in range(self.world_size) if worker not in sound]
-            rendezvous.survivors = lambda: present - ended_ranks()
-        remember_lost(rendezvous.broadcast(lost_ranks(runtime, rendezvous, self._fit.lost_workers)))
-        controller.synchronize(rendezvous)
+        if self._rendezvous is not None:
+            assert self._fit is not None
+            agree_after_training(self._rendezvous, controller, self._fit, self.world_size)
 
     @override
     def on_exception(self, exception: BaseException) -> None:

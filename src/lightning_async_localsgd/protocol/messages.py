@@ -24,6 +24,9 @@ ALREADY_APPLIED = "already applied"
 NOT_FINITE = "holds NaN or infinite values"
 """Why a push of a worker that has diverged is refused."""
 
+EVALUATOR = 2**31 - 1
+"""Number of the evaluator in messages. The evaluator is no worker: it validates the global model for rank 0."""
+
 MAX_HEADER_BYTES = 64 * 1024
 """Longer message headers are refused before they are parsed."""
 

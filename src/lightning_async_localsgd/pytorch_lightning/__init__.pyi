@@ -74,6 +74,7 @@ class AsyncLocalSGDStrategy(_StrategyBase):
     max_restarts: int
     fail_on_lost_workers: bool
     expected_workers: int | None
+    evaluator: bool
     def __init__(
         self,
         local_steps: int | Literal["auto"] = "auto",
@@ -89,6 +90,7 @@ class AsyncLocalSGDStrategy(_StrategyBase):
         fail_on_lost_workers: bool = False,
         expected_workers: int | None = None,
         min_workers: int = 1,
+        evaluator: bool = False,
         checkpoint_every: int | timedelta | None = ...,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,

@@ -261,17 +261,25 @@ class Runtime(ABC):
         self.server.resume(self.worker.number)
         self.worker.interrupt()
 
-    def show_global_model(self) -> None:
-        """Save the local weights, and load the current global model into the module."""
-        if self.server is None or self.stopped:
+    def show_global_model(self, snapshot: Tensor | None = None, version: int = 0) -> None:
+        """Save the local weights, and load the global model into the module.
+
+        Args:
+            snapshot: an earlier state of the global model, flat fp32; None for the current one.
+            version: version of the snapshot.
+
+        """
+        if self.server is None or (self.stopped and snapshot is None):
             return
         self.pause()
         weights = self.optimizer_weights
         if weights is not None:
             self._training = weights.leave()
         self._local_weights.save()
-        snapshot = torch.empty(self.binding.layout.numel, dtype=torch.float32)
-        self._shown_version = self.server.copy_model(snapshot)
+        if snapshot is None:
+            snapshot = torch.empty(self.binding.layout.numel, dtype=torch.float32)
+            version = self.server.copy_model(snapshot)
+        self._shown_version = version
         self.binding.load(snapshot)
         self._show_shared_parameters()
         if weights is not None:

@@ -144,10 +144,11 @@ class ServerAccess:
         )
 
     def wait_for_workers(self, watch: Callable[[], None]) -> None:
-        """Wait until all other workers have joined that the run begins with. Rank 0 only.
+        """Wait until all other workers have joined that the run begins with, and the evaluator. Rank 0 only.
 
         Raises:
-            RendezvousError: A worker has not joined in time.
+            RendezvousError: A worker or the evaluator has not joined in time.
+            ExchangeError: The evaluator cannot validate.
 
         """
         assert self.server is not None
@@ -167,6 +168,14 @@ class ServerAccess:
                 raise RendezvousError(
                     f"{', '.join(names)} of {self._workers} did not join within exchange.start_timeout={timeout:g} s; "
                     "see the output of these workers"
+                )
+            time.sleep(_POLL_SECONDS)
+        while self._settings.start_evaluator is not None and not self.server.evaluations.present:
+            self.server.raise_failure()
+            watch()
+            if time.monotonic() > deadline:
+                raise RendezvousError(
+                    f"the evaluator did not join within exchange.start_timeout={timeout:g} s; see its output"
                 )
             time.sleep(_POLL_SECONDS)
 
@@ -213,7 +222,7 @@ class ServerAccess:
             )
         # With the user's token, workers may also join from other hosts.
         needs_network = options.transport != "ipc" and (bool(remote) or token is not None)
-        has_local_ranks = sum(on_this_host.values()) > 1
+        has_local_ranks = sum(on_this_host.values()) > 1 or self._settings.start_evaluator is not None
         self.wire = WireServer(
             server,
             ipc=options.transport == "ipc" or (options.transport == "auto" and has_local_ranks),

@@ -9,6 +9,9 @@ from lightning_async_localsgd.protocol.options import ExchangeOptions
 from lightning_async_localsgd.server.merge_policy import MergePolicy
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from lightning_async_localsgd.launch.restarts import JoinTicket
     from lightning_async_localsgd.outer import OuterOptimizer
     from lightning_async_localsgd.policies.grace import GraceWindow
     from lightning_async_localsgd.policies.pacing import SpeedAwareSteps
@@ -45,6 +48,7 @@ class RuntimeSettings:
         seed: seed of the training data's order.
         run_name: name of the run's directory.
         observers: objects that the server tells what happens.
+        start_evaluator: on rank 0, starts the evaluator, which joins with the given ticket; None without the option.
 
     """
 
@@ -66,3 +70,4 @@ class RuntimeSettings:
     seed: int = 0
     run_name: str = ""
     observers: tuple[RunObserver, ...] = ()
+    start_evaluator: Callable[[JoinTicket], None] | None = None

@@ -115,6 +115,17 @@ class Membership:
         number = None if self.started else next(self._expected_numbers, None)
         return self._sessions.new_number() if number is None else number
 
+    def admit(self, worker: int) -> tuple[int, str | None]:
+        """Return the number of a process that asks to join, and why it cannot join; None if it can.
+
+        Args:
+            worker: number of the worker whose process is replaced; -1 for a new worker.
+
+        """
+        if worker != -1:
+            return worker, self.check_number(worker)
+        return (worker, "training is over") if self.finished else (self.new_number(), None)
+
     def check_number(self, worker: int) -> str | None:
         """Return why no process can join as ``worker`` any more; None if one can."""
         if self.finished:

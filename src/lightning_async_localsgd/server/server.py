@@ -13,14 +13,17 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lightning_async_localsgd.protocol.exchange import TooFewWorkersError
-from lightning_async_localsgd.protocol.messages import JoinInfo, Lease
+from typing_extensions import override
+
+from lightning_async_localsgd.protocol.exchange import ExchangeError, TooFewWorkersError
+from lightning_async_localsgd.protocol.messages import EVALUATOR, JoinInfo, Lease
 from lightning_async_localsgd.protocol.ports import LocalReplyChannel
 from lightning_async_localsgd.server.begin_event import begin_event
 from lightning_async_localsgd.server.coordinator import Coordinator
+from lightning_async_localsgd.server.evaluations import Evaluations, ValidationRequest
 from lightning_async_localsgd.server.event_loop import EventLoop, nothing
 from lightning_async_localsgd.server.observers import MetricsQueue
-from lightning_async_localsgd.server.run_stats import RunSnapshot, WorkerTotals
+from lightning_async_localsgd.server.queries import ServerQueries
 from lightning_async_localsgd.server.shared_values import SharedValues
 from lightning_async_localsgd.server.traffic import Traffic
 
@@ -42,7 +45,7 @@ _MAX_LOST_WORKERS = 1000
 """Number of lost workers of which time and reason are kept."""
 
 
-class Server:
+class Server(ServerQueries):
     """Runs a :class:`~lightning_async_localsgd.server.coordinator.Coordinator` in a thread of its own.
 
     Any thread may call any method. Methods that report events return at once. Methods that return values wait for the
@@ -65,6 +68,8 @@ class Server:
         lost_workers: the last workers that were lost before the end of training, each with time and reason.
         gave_up: why the run ends with an error because a pause for lack of workers was too long; None if it does not.
             The model stays usable.
+        misfit: why the run ends with an error because its evaluator cannot validate; None if it does not.
+        evaluations: validations by the evaluator.
 
     """
 
@@ -92,6 +97,8 @@ class Server:
         coordinator.observers.add([metrics, *observers])
         coordinator.observers.on_event(begin_event(coordinator, clock()))
         self.gave_up: str | None = None
+        self.misfit: str | None = None
+        self.evaluations = Evaluations(self.incarnation, coordinator.model.layout.numel)
         self._clock = clock
         self._channels: dict[int, ReplyChannel | LocalReplyChannel] = {}
         self._retry = False
@@ -192,55 +199,9 @@ class Server:
     # ------------------------------------------------------------ state of the run
 
     @property
-    def snapshot(self) -> RunSnapshot:
-        """State of the run after the last event."""
-        return self._snapshot
-
-    @property
-    def quarantined(self) -> frozenset[int]:
-        """Workers that are refused for the rest of the run, after the last event."""
-        return self._snapshot.quarantined
-
-    @property
-    def live(self) -> list[int]:
-        """Live workers, in order of their numbers."""
-        return self._ask(lambda coordinator: coordinator.live)
-
-    @property
-    def missing(self) -> list[int]:
-        """Workers of the cohort that have not joined yet; empty once training has started."""
-        return self._ask(lambda coordinator: coordinator.membership.missing)
-
-    @property
-    def missing_workers(self) -> int:
-        """Number of workers that have to join before training starts, whatever their numbers."""
-        return self._ask(lambda coordinator: coordinator.membership.missing_count)
-
-    @property
-    def present(self) -> set[int]:
-        """Live workers, and those that have left after the end of training."""
-        return self._ask(lambda coordinator: coordinator.membership.stayed | set(coordinator.live))
-
-    @property
-    def finished(self) -> bool:
-        """Whether all workers have been sent the final model."""
-        return self._ask(lambda coordinator: coordinator.finished)
-
-    @property
     def deadline(self) -> float | None:
         """When :meth:`dispatch_due` may have an effect without an event, in seconds; None if never."""
         return self._ask(lambda coordinator: None if self._ended is not None else coordinator.deadline())
-
-    @property
-    def optimizer_files(self) -> dict[int, str]:
-        """The last :attr:`.Push.optimizer_file` of each worker."""
-        return self._ask(lambda coordinator: dict(coordinator.membership.optimizer_files))
-
-    def totals(self) -> dict[int, WorkerTotals]:
-        """Return copies of the totals of all workers."""
-        return self._ask(
-            lambda coordinator: {n: dataclasses.replace(totals) for n, totals in coordinator.totals.items()}
-        )
 
     def copy_model(self, out: Tensor) -> int:
         """Copy the global model to ``out`` (flat fp32), and return its version.
@@ -290,6 +251,15 @@ class Server:
         """Recall workers because rank 0 is about to validate, and return them, see :meth:`.Coordinator.recall`."""
         return self._ask(lambda coordinator: coordinator.recall(self._clock()))
 
+    def request_validation(self, position: Mapping[str, int]) -> ValidationRequest | None:
+        """Let the evaluator validate the global model as it is now, see :meth:`.Evaluations.begin`."""
+        shared = self._shared.listed
+        return self._ask(lambda coordinator: self.evaluations.begin(coordinator.model, position, shared))
+
+    def end_evaluations(self) -> None:
+        """End the evaluator, because training is over."""
+        self._loop.submit(lambda: self.evaluations.end(self._coordinator.model))
+
     def pause(self, worker: int) -> None:
         """Note that a worker begins to validate or save: no worker waits for it until :meth:`resume`."""
         self._loop.submit(lambda: self._coordinator.pause(worker, self._clock()))
@@ -336,11 +306,14 @@ class Server:
         Raises:
             RuntimeError: The server has failed or is closed.
             TooFewWorkersError: A pause for lack of workers was too long.
+            ExchangeError: The evaluator cannot validate.
 
         """
         self._loop.raise_failure()
         if self.gave_up is not None:
             raise TooFewWorkersError(self.gave_up)
+        if self.misfit is not None:
+            raise ExchangeError(self.misfit)
 
     def close(self, reason: str | None = None) -> None:
         """End the owner thread. Workers that still wait are refused with ``reason``. Can be called twice."""
@@ -350,14 +323,14 @@ class Server:
 
     # ---------------------------------------------------------------- owner thread
 
+    @override
     def _ask(self, question: Callable[[Coordinator], _T]) -> _T:
-        """Run ``question`` in the owner thread, between two events, and return its answer."""
         return self._loop.ask(lambda: question(self._coordinator))
 
     @property
     def _ended(self) -> str | None:
         """Why the server refuses whatever comes; None while it does not."""
-        return self.gave_up if self._loop.failure is None else f"the server failed: {self._loop.failure}"
+        return self.gave_up or self.misfit if self._loop.failure is None else f"the server failed: {self._loop.failure}"
 
     def _on_failure(self, error: BaseException) -> None:
         self._refuse_all(f"the server failed: {error}")
@@ -366,17 +339,22 @@ class Server:
         for channel in self._channels.values():
             channel.refuse(reason)
         self._channels.clear()
+        self.evaluations.refuse(reason)
 
     def _seconds_to_deadline(self) -> float | None:
         if self._retry:
             return _RETRY_SECONDS
         # The loop's thread may be here before the constructor has the loop.
-        deadline = None if self.gave_up is not None else self._coordinator.deadline()
+        deadline = None if self.gave_up or self.misfit else self._coordinator.deadline()
         return None if deadline is None else max(0.0, deadline - self._clock())
 
     def _on_join(self, hello: Hello, channel: ReplyChannel | LocalReplyChannel) -> None:
         if self._ended is not None:
             channel.refuse(self._ended)
+            return
+        if hello.worker == EVALUATOR and not isinstance(channel, LocalReplyChannel):
+            if (reason := self.evaluations.join(hello, channel, self._coordinator.model)) is not None:
+                channel.refuse(reason)
             return
         older = self._coordinator.session_of(hello.worker)
         reason = self._traffic.check(hello, len(self._coordinator.live))
@@ -401,6 +379,11 @@ class Server:
         if self._ended is not None:
             channel.refuse(self._ended)
             return
+        if push.worker == EVALUATOR and not isinstance(channel, LocalReplyChannel):
+            self.misfit = self.evaluations.push(push, channel)
+            if self.misfit is not None:
+                self._refuse_all(self.misfit)
+            return
         self._traffic.confirm(push)
         reason = self._coordinator.push(push, gradient, self._clock(), result)
         if reason is not None:
@@ -423,6 +406,9 @@ class Server:
         return self._coordinator.lease(request)
 
     def _on_lost(self, worker: int, session: str, reason: str) -> None:
+        if worker == EVALUATOR:
+            self.evaluations.lose(session, reason)
+            return
         # The worker is sent nothing, because it may come back and continue.
         if self._coordinator.leave(worker, session, self._clock(), reason):
             self._channels.pop(worker, None)
@@ -431,19 +417,17 @@ class Server:
                 self.lost_workers.append((worker, self._clock(), reason))
 
     def _on_revive(self, worker: int, session: str) -> None:
-        if self._ended is None:
+        if worker == EVALUATOR:
+            self.evaluations.revive(session)
+        elif self._ended is None:
             self._coordinator.revive(worker, session, self._clock())
 
     def _on_join_request(self, worker: int) -> JoinInfo:
-        membership = self._coordinator.membership
-        refused: str | None
-        if self._ended is not None:
-            refused = self._ended
-        elif worker == -1:
-            refused = "training is over" if membership.finished else None
-            worker = worker if membership.finished else membership.new_number()
-        else:
-            refused = membership.check_number(worker)
+        refused = self._ended
+        if refused is None and worker == EVALUATOR:
+            refused = self.evaluations.check_join()
+        elif refused is None:
+            worker, refused = self._coordinator.membership.admit(worker)
         return dataclasses.replace(self.join_info, incarnation=self.incarnation, worker=worker, refused=refused)
 
     # ------------------------------------------------------------------ dispatches
@@ -459,7 +443,7 @@ class Server:
         if self.gave_up is None and (failure := self._coordinator.minimum.failure(now)) is not None:
             self.gave_up = failure
             self._refuse_all(failure)
-        if self.gave_up is not None:
+        if self._ended is not None:
             self._publish()
             return
         if self._coordinator.ready(now):

@@ -18,7 +18,7 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from typing_extensions import override
 
 from lightning_async_localsgd.launch.host_ranks import HostRanks, ranks_of_slurm, ranks_of_torchrun
-from lightning_async_localsgd.launch.joining import next_call
+from lightning_async_localsgd.launch.joining import is_evaluator, next_call
 from lightning_async_localsgd.launch.rendezvous import end_all_ranks
 
 if TYPE_CHECKING:
@@ -52,7 +52,8 @@ class JoiningEnvironment(LightningEnvironment):
     @property
     @override
     def creates_processes_externally(self) -> bool:
-        return self.started_by.creates_processes_externally
+        # One evaluator is enough, however many devices this host has.
+        return self.started_by.creates_processes_externally or is_evaluator()
 
     @override
     def local_rank(self) -> int:
@@ -64,7 +65,9 @@ class JoiningEnvironment(LightningEnvironment):
 
     @override
     def global_rank(self) -> int:
-        return 1 if self._grant is None else self._grant.info.worker
+        if self._grant is None:
+            return 1
+        return self._grant.info.workers if self._grant.evaluates else self._grant.info.worker
 
     @override
     def set_global_rank(self, rank: int) -> None:

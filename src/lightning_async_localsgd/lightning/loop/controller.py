@@ -13,6 +13,7 @@ from lightning_async_localsgd.lightning.data.batch_sizes import batch_size, batc
 from lightning_async_localsgd.lightning.loop.averaging import GlobalAverages
 from lightning_async_localsgd.lightning.loop.collective_warnings import CollectiveWarnings
 from lightning_async_localsgd.lightning.loop.counters import GlobalStepCounters
+from lightning_async_localsgd.lightning.loop.delegated_validations import DelegatedValidations
 from lightning_async_localsgd.lightning.loop.limits import epoch_steps, has_minimum
 from lightning_async_localsgd.lightning.loop.metric_sync import MetricSync
 from lightning_async_localsgd.lightning.loop.optimizer_reset import reset_after_adoption, torch_optimizer
@@ -87,6 +88,7 @@ class FitController:
         self._state_saver: OptimizerStateSaver | None = None
         self._state_collector: WorkerStateCollector | None = None
         self._unchanged_validations: UnchangedValidations | None = None
+        self._delegated: DelegatedValidations | None = None
         self._restores = ExitStack()
         try:
             self._change_trainer(restored)
@@ -133,6 +135,11 @@ class FitController:
         if trainer.is_global_zero:
             self._unchanged_validations = UnchangedValidations(trainer, runtime)
             restores.callback(self._unchanged_validations.restore)
+            if not runtime.single_process and runtime.virtual_seconds is None:
+                self._delegated = DelegatedValidations(
+                    trainer, runtime, self._bring_up_to_date, self._unchanged_validations.begin, self.end_validation
+                )
+                restores.callback(self._delegated.restore)
             restores.callback(PeriodicCheckpoints(trainer, runtime, self._checkpoint_every).close)
             if runtime.server is not None and not runtime.single_process and self._checkpoint_every is not None:
                 self._state_collector = WorkerStateCollector(runtime.server)
@@ -204,6 +211,8 @@ class FitController:
         """Update the counters after a batch. Callbacks have not run their hooks for its end yet."""
         self._step_counter.end_batch()
         self._counters.after_batch()
+        if self._delegated is not None:
+            self._delegated.poll()
         if self.runtime.stop_requested:
             self._trainer.should_stop = True  # Lightning still waits until min_epochs and min_steps are met.
 
@@ -215,17 +224,23 @@ class FitController:
 
     def begin_validation(self) -> None:
         """Bring the global model up to date, and load it into the module."""
-        self.flush_round()
-        if self.runtime.recall_rounds():
-            self._end_recalled_round()
+        if self._delegated is not None and (request := self._delegated.repeated) is not None:
+            self.runtime.show_global_model(request.buffer.tensor, request.version)
+            return
+        self._bring_up_to_date()
         self.runtime.show_global_model()
         if self._unchanged_validations is not None:
-            self._unchanged_validations.begin()
+            self._unchanged_validations.begin(self.runtime.shown_version)
 
-    def end_validation(self) -> None:
-        """Share rank 0's validation metrics, and stop training if a callback has asked for it."""
+    def end_validation(self, validated: dict[str, Any] | None = None) -> None:
+        """Share rank 0's validation metrics, and stop training if a callback has asked for it.
+
+        Args:
+            validated: the metrics in JSON's types if the evaluator has validated; None if rank 0 has.
+
+        """
         if self._metric_sync is not None:
-            self._metric_sync.end_validation()
+            self._metric_sync.end_validation(validated)
         trainer = self._trainer
         if trainer.should_stop and can_stop_early(trainer) and not self.runtime.stopped:
             self.runtime.request_stop()
@@ -248,6 +263,8 @@ class FitController:
                 else:
                     self.runtime.finish(stop=not self._data_ended)
             self._apply_progress()
+        if self._delegated is not None:
+            self._delegated.end()
 
     # ----------------------------------------------------------- optimizer states
 
@@ -319,6 +336,12 @@ class FitController:
     def _scheduled_steps(self) -> int:
         """Global steps that schedulers must have followed."""
         return self._counters.steps
+
+    def _bring_up_to_date(self) -> None:
+        """Bring the global model up to date before it is validated."""
+        self.flush_round()
+        if self.runtime.recall_rounds():
+            self._end_recalled_round()
 
     def _end_recalled_round(self) -> None:
         self.runtime.end_round()

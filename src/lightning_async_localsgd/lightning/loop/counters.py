@@ -21,7 +21,7 @@ from lightning_async_localsgd.lightning.trainer_access.callbacks import (
     set_steps_between_checkpoints,
     steps_between_checkpoints,
 )
-from lightning_async_localsgd.lightning.trainer_access.loop import set_logged_step, should_accumulate
+from lightning_async_localsgd.lightning.trainer_access.loop import set_logged_step, should_accumulate, step_progress
 from lightning_async_localsgd.runtime.global_steps import TOLERANCE
 
 if TYPE_CHECKING:
@@ -163,10 +163,7 @@ class GlobalStepCounters:
 
     @property
     def _progress(self) -> Any:
-        loop = self._trainer.fit_loop.epoch_loop
-        if self._trainer.lightning_module.automatic_optimization:
-            return loop.automatic_optimization.optim_progress.optimizer.step.total
-        return loop.manual_optimization.optim_step_progress.total
+        return step_progress(self._trainer)
 
     def _step_of_batch(self) -> int:
         """Return the global step to which the current batch belongs, as estimated."""

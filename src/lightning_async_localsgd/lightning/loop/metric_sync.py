@@ -54,9 +54,14 @@ class MetricSync:
             self._plateaus.apply(content["rates"])
             self._metrics.set_validation_metrics(content["validated"])
 
-    def end_validation(self) -> None:
-        """Send the metrics of a validation that has ended on rank 0."""
-        self._validated = self._metrics.validation_metrics()
+    def end_validation(self, validated: dict[str, Any] | None = None) -> None:
+        """Send the metrics of a validation that has ended.
+
+        Args:
+            validated: the metrics in JSON's types; None for those of the validation that ends on rank 0.
+
+        """
+        self._validated = self._metrics.validation_metrics() if validated is None else validated
         self._send()
 
     def synchronize(self, rendezvous: Rendezvous) -> None:

@@ -49,9 +49,9 @@ class UnchangedValidations:
             if config.reduce_on_plateau:
                 self._restores.callback(mixed_in(config.scheduler, _DecidingScheduler, _validations=self))
 
-    def begin(self) -> None:
-        """Note that the global model that the module holds is about to be validated."""
-        version, steps = self._runtime.shown_version, self._runtime.global_steps
+    def begin(self, version: int) -> None:
+        """Note that this version of the global model is about to be validated."""
+        steps = self._runtime.global_steps
         self.counts = version != self._version or steps <= self._steps or self._runtime.stopped
         self._version, self._steps = version, steps
         if not self.counts and not self._warned:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import callbacks
@@ -47,6 +49,40 @@ def steps_between_checkpoints(callback: ModelCheckpoint) -> int:
 def set_steps_between_checkpoints(callback: ModelCheckpoint, steps: int) -> None:
     """Set ``every_n_train_steps``. The callback saves if ``trainer.global_step`` modulo ``steps`` is 0."""
     callback._every_n_train_steps = steps
+
+
+@contextmanager
+def saving_as_in(callback: Callback, epoch: int) -> Iterator[None]:
+    """Let a ``ModelCheckpoint`` with ``every_n_epochs`` act as in another epoch, for the duration of a ``with`` block.
+
+    The callback saves if ``trainer.current_epoch + 1`` modulo its interval is 0. Other callbacks are not changed.
+    """
+    if not isinstance(callback, ModelCheckpoint):
+        yield
+        return
+    interval = callback._every_n_epochs
+    callback._every_n_epochs = _FixedInterval(interval, epoch + 1)
+    try:
+        yield
+    finally:
+        callback._every_n_epochs = interval
+
+
+class _FixedInterval(int):
+    """An interval for which ``count % interval`` does not depend on ``count``."""
+
+    _count: int
+
+    def __new__(cls, interval: int, count: int) -> _FixedInterval:
+        fixed = super().__new__(cls, interval)
+        fixed._count = count
+        return fixed
+
+    def __rmod__(self, count: int) -> int:
+        return self._count % int(self)
+
+    def __reduce__(self) -> tuple[type[int], tuple[int]]:
+        return int, (int(self),)
 
 
 def average_of(callback: Any) -> Any:

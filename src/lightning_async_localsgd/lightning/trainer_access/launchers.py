@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import os
 from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.strategies.launchers.multiprocessing import _check_bad_cuda_fork, _check_missing_main_guard
+from lightning.fabric.strategies.launchers.subprocess_script import _basic_subprocess_cmd, _hydra_subprocess_cmd
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies.launchers.multiprocessing import _GlobalStateSnapshot, _MultiProcessingLauncher
 from lightning.pytorch.strategies.launchers.subprocess_script import _HYDRA_AVAILABLE, _SubprocessScriptLauncher
@@ -42,6 +44,17 @@ def limit_threads(processes: int) -> None:
 def hydra_is_installed() -> bool:
     """Return whether Hydra is installed. Lightning then starts the script in the directory before Hydra changed it."""
     return bool(_HYDRA_AVAILABLE)
+
+
+def script_command() -> tuple[list[str], str]:
+    """Return the command that runs this script again, as Lightning does for a local rank, and its directory."""
+    if hydra_is_installed():
+        from hydra.core.hydra_config import HydraConfig  # type: ignore[import-not-found]
+
+        if HydraConfig.initialized():
+            command, folder = _hydra_subprocess_cmd(0)
+            return list(command), str(folder)
+    return list(_basic_subprocess_cmd()), os.getcwd()
 
 
 def global_states() -> Any:

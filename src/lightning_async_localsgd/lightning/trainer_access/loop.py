@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -88,8 +89,98 @@ def step_scheduler(trainer: pl.Trainer, scheduler: Any) -> None:
     call._call_lightning_module_hook(trainer, "lr_scheduler_step", scheduler, None)
 
 
+def step_progress(trainer: pl.Trainer) -> Any:
+    """Return the counts ``ready`` and ``completed`` from which ``trainer.global_step`` follows."""
+    loop = trainer.fit_loop.epoch_loop
+    if trainer.lightning_module.automatic_optimization:
+        return loop.automatic_optimization.optim_progress.optimizer.step.total
+    return loop.manual_optimization.optim_step_progress.total
+
+
+def set_position(trainer: pl.Trainer, step: int, epoch: int) -> None:
+    """Set ``trainer.global_step`` and ``trainer.current_epoch``."""
+    steps = step_progress(trainer)
+    steps.ready = steps.completed = step
+    for name in ("ready", "started", "processed", "completed"):
+        setattr(trainer.fit_loop.epoch_progress.current, name, epoch)
+
+
+def logged_step(trainer: pl.Trainer) -> int:
+    """Return the step with which the trainer logs metrics now."""
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def has_validation_batches(trainer: pl.Trainer) -> bool:
+    """Return whether the validation loop of ``fit`` has batches. Loads the validation data."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    trainer.validating = True
+    try:
+        loop.setup_data()
+        return not loop.skip
+    finally:
+        trainer.training = True
+
+
+def run_validation(trainer: pl.Trainer) -> None:
+    """Run the validation loop of ``fit`` once, as Lightning does between two batches."""
+    connector = trainer._logger_connector
+    trainer.validating = True
+    first = connector._first_loop_iter
+    try:
+        trainer.fit_loop.epoch_loop.val_loop.run()
+    finally:
+        trainer.training = True
+        connector._first_loop_iter = first
+
+
+def restart_validation_timer(trainer: pl.Trainer) -> None:
+    """Begin another interval of time between validations, as Lightning does at the end of a validation."""
+    trainer._last_val_time = time.monotonic()  # type: ignore[attr-defined]
+
+
+def control_validations(
+    trainer: pl.Trainer, is_due: Callable[[bool], bool], run: Callable[[Callable[[], Any]], Any]
+) -> Callable[[], None]:
+    """Decide how the validations of ``fit`` run, until the returned function is called.
+
+    Args:
+        trainer: the trainer.
+        is_due: whether a validation follows the current batch, given whether Lightning plans one.
+        run: called instead of a validation, with the function that runs the validation here.
+
+    """
+    loop = trainer.fit_loop.epoch_loop
+    should_check, run_here = loop._should_check_val_fx, loop.val_loop.run
+    restores = (
+        _replace_method(loop, "_should_check_val_fx", lambda fetcher: is_due(should_check(fetcher))),
+        _replace_method(loop.val_loop, "run", lambda: run(run_here)),
+    )
+
+    def restore() -> None:
+        for each in restores:
+            each()
+
+    return restore
+
+
+def step_plateau_scheduler(trainer: pl.Trainer, config: Any, value: Any) -> None:
+    """Step a scheduler that follows a metric as Lightning does, with the metric's value."""
+    progress = trainer.fit_loop.epoch_loop.scheduler_progress
+    progress.increment_ready()
+    call._call_lightning_module_hook(trainer, "lr_scheduler_step", config.scheduler, value)
+    progress.increment_completed()
+
+
 def _replace_method(instance: Any, name: str, method: Callable[..., Any]) -> Callable[[], None]:
-    """Replace a method of one object, until the returned function is called."""
+    """Replace a method of one object, until the returned function is called. Replacements are undone in reverse."""
     assert hasattr(type(instance), name)
+    before = vars(instance).get(name)
     setattr(instance, name, method)
-    return lambda: vars(instance).pop(name, None)
+
+    def restore() -> None:
+        if before is None:
+            vars(instance).pop(name, None)
+        else:
+            setattr(instance, name, before)
+
+    return restore
