@@ -11,6 +11,7 @@ import torch
 from lightning_async_localsgd.launch.children import report_joined
 from lightning_async_localsgd.lightning.loop.optimizer_reset import torch_optimizer
 from lightning_async_localsgd.lightning.loop.rank_zero_callbacks import RestingCallbacks
+from lightning_async_localsgd.lightning.loop.second_moments import averaged_moments
 from lightning_async_localsgd.lightning.mixed_in import mixed_in
 from lightning_async_localsgd.lightning.trainer_access.callbacks import WEIGHT_AVERAGING, callbacks_of
 from lightning_async_localsgd.lightning.trainer_access.loop import has_validation_batches, run_validation, set_position
@@ -23,9 +24,9 @@ if TYPE_CHECKING:
 
     import lightning.pytorch as pl
 
-    from lightning_async_localsgd.launch.joining import JoinGrant
-    from lightning_async_localsgd.protocol.moments import SecondMoments
+    from lightning_async_localsgd.lightning.fit_state import FitState
     from lightning_async_localsgd.protocol.options import ExchangeOptions
+    from lightning_async_localsgd.server.merge_policy import MergePolicy
 
 
 def check_can_evaluate(trainer: pl.Trainer) -> None:
@@ -52,26 +53,25 @@ def _unfit(trainer: pl.Trainer) -> str | None:
     return None
 
 
-def evaluate(
-    trainer: pl.Trainer,
-    grant: JoinGrant,
-    options: ExchangeOptions,
-    exchange_frozen: bool,
-    moments: SecondMoments | None,
-) -> None:
-    """Validate as the run's evaluator until training ends, see :class:`Evaluator`.
+def evaluate(trainer: pl.Trainer, fit: FitState, options: ExchangeOptions, policy: MergePolicy, frozen: bool) -> None:
+    """Validate as the run's evaluator until training ends, then end the trainer's loop.
 
     Args:
         trainer: the trainer, before its first batch.
-        grant: the server's permission.
+        fit: state of the fit.
         options: transport and timeouts.
-        exchange_frozen: see :class:`.EvaluatorClient`.
-        moments: see :class:`.EvaluatorClient`.
+        policy: how pushes are merged.
+        frozen: whether frozen parameters are exchanged like trainable ones.
 
     """
-    weights = OptimizerWeights([torch_optimizer(optimizer) for optimizer in trainer.strategy.optimizers])
-    client = EvaluatorClient(grant, trainer.lightning_module, options, exchange_frozen, moments, weights)
+    assert fit.grant is not None
+    assert fit.limits is not None
+    optimizers = trainer.strategy.optimizers
+    moments = averaged_moments(policy, frozen, optimizers)
+    weights = OptimizerWeights([torch_optimizer(optimizer) for optimizer in optimizers])
+    client = EvaluatorClient(fit.grant, trainer.lightning_module, options, frozen, moments, weights)
     Evaluator(trainer, client).run()
+    fit.limits.end_training(limit_reached=False)
 
 
 class Evaluator:

@@ -39,7 +39,6 @@ from lightning_async_localsgd.lightning.launchers.process_launcher import AsyncP
 from lightning_async_localsgd.lightning.launchers.script_launcher import AsyncScriptLauncher
 from lightning_async_localsgd.lightning.loop.controller import FitController
 from lightning_async_localsgd.lightning.loop.rank_zero_callbacks import callback_states, load_callback_states
-from lightning_async_localsgd.lightning.loop.second_moments import averaged_moments
 from lightning_async_localsgd.lightning.lost_workers import agree_after_training, raise_if_lost
 from lightning_async_localsgd.lightning.option_checks import (
     check_no_process_group,
@@ -197,7 +196,6 @@ class AsyncLocalSGDStrategy(_StrategyBase):
         self.fail_on_lost_workers = check_bool("fail_on_lost_workers", fail_on_lost_workers)
         self.expected_workers = expected_workers
         self.evaluator = evaluator
-        self._evaluator_process: EvaluatorProcess | None = None
         self._rendezvous: Rendezvous | None = None
         self._grant: JoinGrant | None = None
         self._owns_group = False
@@ -368,8 +366,6 @@ class AsyncLocalSGDStrategy(_StrategyBase):
     def _close_stage(self) -> None:
         self._environment.close()
         self._ranks = None
-        if self._evaluator_process is not None:
-            self._evaluator_process.end()
         if self._owns_group:
             torch.distributed.destroy_process_group()
             self._owns_group = False
@@ -396,19 +392,11 @@ class AsyncLocalSGDStrategy(_StrategyBase):
         assert fit is not None
         assert fit.limits is not None
         if self.evaluator and self.is_global_zero:
-            self._evaluator_process = EvaluatorProcess(*script_command())
-            settings = replace(settings, start_evaluator=self._evaluator_process.start)
-        runtime = LiveRuntime(
-            settings,
-            self.lightning_module,
-            self._rendezvous,
-            self.global_rank,
-            self._initial_workers,
-            self.world_size,
-            restored=restored,
-            watch=self._raise_if_process_missing,
-            grant=fit.grant,
-        )
+            evaluator = EvaluatorProcess(*script_command())
+            self._environment.callback(evaluator.end)
+            settings = replace(settings, evaluator=evaluator)
+        module, place = self.lightning_module, (self.global_rank, self._initial_workers, self.world_size)
+        runtime = LiveRuntime(settings, module, self._rendezvous, *place, restored, raise_if_rank_missing, fit.grant)
         if runtime.join_address is not None:
             rank_zero_info(f"Workers may join this run at {runtime.join_address} with its token.")
         data_state = restored.get("training_data") if restored is not None and runtime.single_process else None
@@ -425,21 +413,12 @@ class AsyncLocalSGDStrategy(_StrategyBase):
             self._rendezvous.ignore_ended_processes()
         return controller
 
-    def _raise_if_process_missing(self) -> None:
-        raise_if_rank_missing()
-        if self._evaluator_process is not None:
-            self._evaluator_process.raise_if_ended()
-
     @override
     def on_train_start(self) -> None:
-        if self._grant is None or not self._grant.evaluates:
+        if self._fit is not None and self._grant is not None and self._grant.evaluates:
+            evaluate(self._trainer, self._fit, self.exchange, self.merge_policy, self._exchanges_frozen)
+        else:
             super().on_train_start()
-            return
-        assert self._fit is not None
-        assert self._fit.limits is not None
-        moments = averaged_moments(self.merge_policy, self._exchanges_frozen, self.optimizers)
-        evaluate(self._trainer, self._grant, self.exchange, self._exchanges_frozen, moments)
-        self._fit.limits.end_training(limit_reached=False)
 
     @override
     def on_train_end(self) -> None:

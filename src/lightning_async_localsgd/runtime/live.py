@@ -82,7 +82,7 @@ class LiveRuntime(Runtime):
         watch: Callable[[], None] = lambda: None,
         grant: JoinGrant | None = None,
     ) -> None:
-        self._single_worker = workers == 1 and settings.token is None and settings.start_evaluator is None
+        self._single_worker = workers == 1 and settings.token is None and settings.evaluator is None
         moments = None if self._single_worker else settings.moments
         layout = Layout.of(module, settings.exchange_frozen, moments)
         binding = Binding(layout, module, moments)
@@ -116,8 +116,8 @@ class LiveRuntime(Runtime):
                 exchange = self._access.find_server(rendezvous)
             else:
                 exchange = self._access.open_server(rendezvous, info, restored, self._single_worker, watch)
-                if settings.start_evaluator is not None:
-                    settings.start_evaluator(self._access.ticket)
+                if settings.evaluator is not None:
+                    settings.evaluator.start(self._access.ticket)
             self.worker = Worker(rank, self.binding, exchange, exchange_options=settings.exchange)
             if restored is not None and self.worker.uplink is not None:
                 self.worker.uplink.restore(restored.get(RESIDUAL))

@@ -170,8 +170,10 @@ class ServerAccess:
                     "see the output of these workers"
                 )
             time.sleep(_POLL_SECONDS)
-        while self._settings.start_evaluator is not None and not self.server.evaluations.present:
+        evaluator = self._settings.evaluator
+        while evaluator is not None and not self.server.evaluations.present:
             self.server.raise_failure()
+            evaluator.raise_if_ended()
             watch()
             if time.monotonic() > deadline:
                 raise RendezvousError(
@@ -222,7 +224,7 @@ class ServerAccess:
             )
         # With the user's token, workers may also join from other hosts.
         needs_network = options.transport != "ipc" and (bool(remote) or token is not None)
-        has_local_ranks = sum(on_this_host.values()) > 1 or self._settings.start_evaluator is not None
+        has_local_ranks = sum(on_this_host.values()) > 1 or self._settings.evaluator is not None
         self.wire = WireServer(
             server,
             ipc=options.transport == "ipc" or (options.transport == "auto" and has_local_ranks),

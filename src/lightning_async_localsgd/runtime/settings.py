@@ -9,9 +9,7 @@ from lightning_async_localsgd.protocol.options import ExchangeOptions
 from lightning_async_localsgd.server.merge_policy import MergePolicy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from lightning_async_localsgd.launch.restarts import JoinTicket
+    from lightning_async_localsgd.launch.evaluator_process import EvaluatorProcess
     from lightning_async_localsgd.outer import OuterOptimizer
     from lightning_async_localsgd.policies.grace import GraceWindow
     from lightning_async_localsgd.policies.pacing import SpeedAwareSteps
@@ -48,7 +46,7 @@ class RuntimeSettings:
         seed: seed of the training data's order.
         run_name: name of the run's directory.
         observers: objects that the server tells what happens.
-        start_evaluator: on rank 0, starts the evaluator, which joins with the given ticket; None without the option.
+        evaluator: on rank 0, the process that validates for it; None if rank 0 validates, or an evaluator that joins.
 
     """
 
@@ -70,4 +68,4 @@ class RuntimeSettings:
     seed: int = 0
     run_name: str = ""
     observers: tuple[RunObserver, ...] = ()
-    start_evaluator: Callable[[JoinTicket], None] | None = None
+    evaluator: EvaluatorProcess | None = None
