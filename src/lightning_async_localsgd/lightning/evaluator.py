@@ -6,8 +6,6 @@ import math
 import socket
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from lightning_async_localsgd.launch.children import report_joined
 from lightning_async_localsgd.lightning.loop.optimizer_reset import torch_optimizer
 from lightning_async_localsgd.lightning.loop.rank_zero_callbacks import RestingCallbacks
@@ -24,7 +22,8 @@ if TYPE_CHECKING:
 
     import lightning.pytorch as pl
 
-    from lightning_async_localsgd.lightning.fit_state import FitState
+    from lightning_async_localsgd.launch.joining import JoinGrant
+    from lightning_async_localsgd.lightning.loop.limits import SuspendedLimits
     from lightning_async_localsgd.protocol.options import ExchangeOptions
     from lightning_async_localsgd.server.merge_policy import MergePolicy
 
@@ -53,25 +52,31 @@ def _unfit(trainer: pl.Trainer) -> str | None:
     return None
 
 
-def evaluate(trainer: pl.Trainer, fit: FitState, options: ExchangeOptions, policy: MergePolicy, frozen: bool) -> None:
+def evaluate(
+    trainer: pl.Trainer,
+    grant: JoinGrant,
+    limits: SuspendedLimits,
+    options: ExchangeOptions,
+    policy: MergePolicy,
+    frozen: bool,
+) -> None:
     """Validate as the run's evaluator until training ends, then end the trainer's loop.
 
     Args:
         trainer: the trainer, before its first batch.
-        fit: state of the fit.
+        grant: the server's permission.
+        limits: the trainer's suspended limits.
         options: transport and timeouts.
         policy: how pushes are merged.
         frozen: whether frozen parameters are exchanged like trainable ones.
 
     """
-    assert fit.grant is not None
-    assert fit.limits is not None
     optimizers = trainer.strategy.optimizers
     moments = averaged_moments(policy, frozen, optimizers)
     weights = OptimizerWeights([torch_optimizer(optimizer) for optimizer in optimizers])
-    client = EvaluatorClient(fit.grant, trainer.lightning_module, options, frozen, moments, weights)
+    client = EvaluatorClient(grant, trainer.lightning_module, options, frozen, moments, weights)
     Evaluator(trainer, client).run()
-    fit.limits.end_training(limit_reached=False)
+    limits.end_training(limit_reached=False)
 
 
 class Evaluator:
@@ -148,8 +153,3 @@ def _numbers(metrics: Mapping[str, Any]) -> dict[str, float | str]:
     """Return metrics as numbers, and as strings if they are not finite, as JSON has no NaN."""
     plain = {name: float(value) for name, value in metrics.items()}
     return {name: value if math.isfinite(value) else str(value) for name, value in plain.items()}
-
-
-def tensors(numbers: Mapping[str, float | str]) -> dict[str, torch.Tensor]:
-    """Return the metrics of a result as tensors, as a validation in this process would show them."""
-    return {name: torch.tensor(float(value)) for name, value in numbers.items()}

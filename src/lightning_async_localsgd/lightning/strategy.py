@@ -415,8 +415,9 @@ class AsyncLocalSGDStrategy(_StrategyBase):
 
     @override
     def on_train_start(self) -> None:
-        if self._fit is not None and self._grant is not None and self._grant.evaluates:
-            evaluate(self._trainer, self._fit, self.exchange, self.merge_policy, self._exchanges_frozen)
+        grant, limits = self._grant, None if self._fit is None else self._fit.limits
+        if grant is not None and limits is not None and grant.evaluates:
+            evaluate(self._trainer, grant, limits, self.exchange, self.merge_policy, self._exchanges_frozen)
         else:
             super().on_train_start()
 

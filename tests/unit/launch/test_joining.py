@@ -13,6 +13,7 @@ from lightning_async_localsgd.launch import joining
 from lightning_async_localsgd.launch.joining import (
     JOIN_ENV,
     REJOIN_ENV,
+    ROLE_ENV,
     TOKEN_ENV,
     JoinGrant,
     invitation,
@@ -20,14 +21,14 @@ from lightning_async_localsgd.launch.joining import (
     takes_part,
     token_of,
 )
-from lightning_async_localsgd.protocol.messages import JoinInfo
+from lightning_async_localsgd.protocol.messages import EVALUATOR, JoinInfo
 
 SECRET = secrets.token_hex(16)
 
 
 @pytest.fixture(autouse=True)
 def _fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (JOIN_ENV, TOKEN_ENV, REJOIN_ENV):
+    for name in (JOIN_ENV, TOKEN_ENV, REJOIN_ENV, ROLE_ENV):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(joining, "_calls", 0)
     monkeypatch.setattr(joining, "_fits", 0)
@@ -132,3 +133,19 @@ def test_error_for_an_option_out_of_range_names_its_value(option: dict[str, Any]
     with pytest.raises((ValueError, TypeError), match=name) as rejected:
         AsyncLocalSGDStrategy(**option)
     assert repr(value) in str(rejected.value)
+
+
+def test_evaluator_joins_like_a_late_joiner(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(JOIN_ENV, "tcp://host:29600")
+    monkeypatch.setenv(ROLE_ENV, "evaluator")
+    invited = invitation(SECRET, None)
+    assert invited is not None
+    assert invited.worker == EVALUATOR
+    assert invited.late_joiner
+
+
+@pytest.mark.parametrize(("role", "text"), [("evaluator", JOIN_ENV), ("judge", "'worker' or 'evaluator'")])
+def test_errors_for_a_role_name_the_way_out(monkeypatch: pytest.MonkeyPatch, role: str, text: str) -> None:
+    monkeypatch.setenv(ROLE_ENV, role)
+    with pytest.raises(ValueError, match=f"ASYNC_LOCALSGD_ROLE='{role}'.*{text}"):
+        invitation(SECRET, None)

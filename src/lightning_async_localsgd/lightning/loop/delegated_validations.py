@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import queue
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,6 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from lightning_async_localsgd.lightning.evaluator import tensors
 from lightning_async_localsgd.lightning.mixed_in import mixed_in
 from lightning_async_localsgd.lightning.trainer_access.callbacks import callbacks_of, saving_as_in
 from lightning_async_localsgd.lightning.trainer_access.loop import (
@@ -137,6 +136,11 @@ class DelegatedValidations:
         """Run ``action`` of ``owner`` when the result has arrived."""
         self._waiting[id(owner)] = action
 
+    def step_scheduler(self, config: Any) -> None:
+        """Step a scheduler that has waited for its metric."""
+        if (value := self._trainer.callback_metrics.get(config.monitor)) is not None:
+            step_plateau_scheduler(self._trainer, config, value)
+
     def restore(self) -> None:
         """Let Lightning run validations as usual again."""
         self._restores.close()
@@ -194,13 +198,13 @@ class DelegatedValidations:
 
     def _act(self, out: _Validation, result: dict[str, Any]) -> None:
         """Do what Lightning does when a validation ends."""
-        trainer, metrics = self._trainer, tensors(result["metrics"])
+        trainer, metrics = self._trainer, _tensors(result["metrics"])
         shown, logged, bar = shown_metrics(trainer)
         shown.update(metrics)
         bar.update({name: float(value) for name, value in result["bar"].items()})
         for numbers, step in result["logged"]:
             values = {name: float(value) for name, value in numbers.items()}
-            logged.update(tensors(numbers))
+            logged.update(_tensors(numbers))
             self._log(values, step, out)
         self._runtime.show_global_model(out.request.buffer.tensor, out.request.version)
         # Files are named after the validation, as long as the module logs no metrics with these names.
@@ -283,22 +287,22 @@ class _WaitingCallback:
 class _WaitingFrequency(int):
     """Frequency of a scheduler that follows a metric. If the metric's validation is out, the scheduler waits for it."""
 
-    _config: Any
-    _delegated: DelegatedValidations
+    config: Any
+    delegated: DelegatedValidations
 
     def __new__(cls, config: Any, delegated: DelegatedValidations) -> _WaitingFrequency:
         frequency = super().__new__(cls, config.frequency)
-        frequency._config, frequency._delegated = config, delegated
+        frequency.config, frequency.delegated = config, delegated
         return frequency
 
     def __rmod__(self, count: int) -> int:
         remainder = count % int(self)
-        if remainder or not self._delegated.waits(self._config.monitor):
+        if remainder or not self.delegated.waits(self.config.monitor):
             return remainder
-        self._delegated.wait(self._config, self._step)
+        self.delegated.wait(self.config, lambda: self.delegated.step_scheduler(self.config))
         return 1  # Not now.
 
-    def _step(self) -> None:
-        trainer, config = self._delegated._trainer, self._config
-        if (value := trainer.callback_metrics.get(config.monitor)) is not None:
-            step_plateau_scheduler(trainer, config, value)
+
+def _tensors(numbers: Mapping[str, float | str]) -> dict[str, torch.Tensor]:
+    """Return the metrics of a result as tensors, as a validation in this process would show them."""
+    return {name: torch.tensor(float(value)) for name, value in numbers.items()}

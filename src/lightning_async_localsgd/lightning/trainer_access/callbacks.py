@@ -71,15 +71,15 @@ def saving_as_in(callback: Callback, epoch: int) -> Iterator[None]:
 class _FixedInterval(int):
     """An interval for which ``count % interval`` does not depend on ``count``."""
 
-    _count: int
+    counted: int
 
     def __new__(cls, interval: int, count: int) -> _FixedInterval:
         fixed = super().__new__(cls, interval)
-        fixed._count = count
+        fixed.counted = count
         return fixed
 
     def __rmod__(self, count: int) -> int:
-        return self._count % int(self)
+        return self.counted % int(self)
 
     def __reduce__(self) -> tuple[type[int], tuple[int]]:
         return int, (int(self),)

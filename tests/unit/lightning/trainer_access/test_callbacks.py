@@ -97,3 +97,18 @@ def test_epoch_for_batch_norm_statistics_can_be_cancelled(module: type[BoringMod
     fit(callback, averaging, module=module(), max_epochs=2)
     assert results["on_train_start"] == [module is Normalized]
     assert len(results["on_train_epoch_end"]) == 2
+
+
+@pytest.mark.parametrize(("epoch", "saves"), [(0, False), (1, True), (2, False)])
+def test_checkpoint_is_saved_as_in_another_epoch(tmp_path: Path, epoch: int, saves: bool) -> None:
+    saved = ModelCheckpoint(tmp_path, every_n_epochs=2, save_on_train_epoch_end=False)
+
+    def save(trainer: L.Trainer) -> None:
+        key = saved.state_key
+        with callbacks.saving_as_in(saved, epoch), callbacks.saving_as_in(L.Callback(), epoch):
+            assert saved.state_key == key
+            saved.on_validation_end(trainer, trainer.lightning_module)
+
+    callback, _ = at(on_train_epoch_end=save)
+    fit(callback, saved, enable_checkpointing=True)
+    assert bool(list(tmp_path.glob("*.ckpt"))) == saves

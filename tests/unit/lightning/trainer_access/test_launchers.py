@@ -125,3 +125,15 @@ def test_hpc_checkpoint_is_found_in_the_default_root(tmp_path: Path) -> None:
     trainer.fit(Model(), loader(1))
     trainer.save_checkpoint(tmp_path / "hpc_ckpt_1.ckpt")
     assert str(launchers.hpc_checkpoint(trainer)) == str(tmp_path / "hpc_ckpt_1.ckpt")
+
+
+def test_command_runs_the_script_again(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from lightning_async_localsgd.lightning.trainer_access.launchers import script_command\n"
+        "print(*script_command(), sep=chr(10))\n"
+    )
+    command = [sys.executable, str(script), "an argument"]
+    done = subprocess.run(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, check=True)
+    assert done.stdout.splitlines() == [str(command), str(tmp_path)]
+    assert launchers.script_command()[1] == os.getcwd()

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
+import pytest
+import torch
 
 from lightning_async_localsgd.lightning.trainer_access import loop
 from tests.unit.lightning.trainer_access.support import Model, RecordingLogger, at, fit, loader
@@ -117,3 +119,82 @@ def test_scheduler_is_stepped_with_the_modules_hook() -> None:
     [scheduler] = results["on_train_batch_end"]
     assert steps[0] == (scheduler, None)
     assert len(steps) == 2, "Lightning steps the scheduler at the end of the epoch"
+
+
+class Validated(Model):
+    """Has a validation of one batch, and a scheduler that follows its loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def val_dataloader(self) -> Any:
+        return loader(1)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.seen.append((self.trainer.global_step, self.current_epoch))
+        self.log("loss", 1.0)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "loss", "frequency": 100}}
+
+
+def test_validation_runs_at_a_position_of_another_process() -> None:
+    module = Validated()
+
+    def validate(trainer: L.Trainer) -> bool:
+        found = loop.has_validation_batches(trainer)
+        loop.set_position(trainer, 7, 3)
+        loop.run_validation(trainer)
+        assert loop.step_progress(trainer).completed == 7
+        loop.set_position(trainer, 0, 0)
+        return found and trainer.training
+
+    callback, results = at(on_train_start=validate)
+    trainer = fit(callback, module=module, batches=2, limit_val_batches=1, num_sanity_val_steps=0)
+    assert results["on_train_start"] == [True]
+    assert module.seen == [(7, 3), (2, 0)]
+    assert trainer.callback_metrics["loss"] == 1.0
+    nothing, results = at(on_train_start=loop.has_validation_batches)
+    fit(nothing, module=Validated(), batches=2)
+    assert results["on_train_start"] == [False]
+
+
+def test_validations_are_controlled_until_restored() -> None:
+    module = Validated()
+    steps: list[int] = []
+    restores: list[Callable[[], None]] = []
+
+    def control(trainer: L.Trainer) -> None:
+        def is_due(planned: bool) -> bool:
+            return trainer.global_step == 2 or planned
+
+        def run(run_here: Callable[[], Any]) -> Any:
+            loop.restart_validation_timer(trainer)
+            steps.append(loop.logged_step(trainer) + 1)
+            return run_here() if trainer.global_step == 2 else []
+
+        restores.append(loop.control_validations(trainer, is_due, run))
+
+    callback, _ = at(
+        on_train_start=control,
+        on_train_epoch_end=lambda trainer: restores[0]() if trainer.current_epoch == 1 else None,
+    )
+    fit(callback, module=module, batches=4, max_epochs=3, limit_val_batches=1, num_sanity_val_steps=0)
+    assert steps == [2, 4, 8]
+    assert module.seen == [(2, 0), (12, 2)]
+
+
+def test_scheduler_of_a_metric_is_stepped_with_a_value() -> None:
+    rates: list[float] = []
+
+    def step(trainer: L.Trainer) -> None:
+        [config] = trainer.lr_scheduler_configs
+        loop.step_plateau_scheduler(trainer, config, torch.tensor(1.0))
+        rates.append(config.scheduler.optimizer.param_groups[0]["lr"])
+
+    callback, _ = at(on_train_batch_end=step)
+    fit(callback, module=Validated(), batches=2)
+    assert rates == [0.1, pytest.approx(0.01)]
