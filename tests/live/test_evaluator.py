@@ -78,6 +78,10 @@ def test_evaluator_joins_by_hand_and_early_stopping_follows_it(started: Jobs, tm
     rank_0 = json.loads((tmp_path / "rank_0.json").read_text())
     assert text.count("an evaluator has joined the run") == 1
     assert rank_0["steps"] < 3000
+    # Four results without an improvement end training, and no model is validated after that.
+    lines = [json.loads(line) for line in (tmp_path / "validations.jsonl").read_text().splitlines()]
+    assert len(rank_0["losses"]) == len(lines)
+    assert [seen["pid"] == rank_0["pid"] for seen in lines[-3:]] == [False] * 3
 
 
 def test_evaluator_without_data_ends_the_run_on_all_ranks(started: Jobs, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from lightning_async_localsgd.lightning.mixed_in import mixed_in
 from lightning_async_localsgd.lightning.trainer_access.callbacks import callbacks_of, saving_as_in
 from lightning_async_localsgd.lightning.trainer_access.loop import (
+    can_stop_early,
     control_validations,
     logged_step,
     restart_validation_timer,
@@ -92,6 +93,7 @@ class DelegatedValidations:
         self._out: _Validation | None = None
         self._lost: _Validation | None = None
         self._planned = False
+        self._stops = False
         self._waiting: dict[int, Callable[[], None]] = {}
         self._warned = False
         self._restores = ExitStack()
@@ -148,8 +150,9 @@ class DelegatedValidations:
     # ----------------------------------------------------------------- internal
 
     def _is_due(self, planned: bool) -> bool:
-        self._planned = planned
-        return planned or self._lost is not None
+        # Lightning would validate once more when it stops early.
+        self._planned = planned and not self._stops
+        return self._planned or self._lost is not None
 
     def _run(self, run_here: Callable[[], Any]) -> Any:
         """Validate here or let the evaluator do it, in place of Lightning's validation loop."""
@@ -199,6 +202,7 @@ class DelegatedValidations:
     def _act(self, out: _Validation, result: dict[str, Any]) -> None:
         """Do what Lightning does when a validation ends."""
         trainer, metrics = self._trainer, _tensors(result["metrics"])
+        stopped_before = trainer.should_stop
         shown, logged, bar = shown_metrics(trainer)
         shown.update(metrics)
         bar.update({name: float(value) for name, value in result["bar"].items()})
@@ -225,6 +229,7 @@ class DelegatedValidations:
             self._runtime.hide_global_model()
             out.request.buffer.release()
         trainer.should_stop |= result["stop"]
+        self._stops = trainer.should_stop and not stopped_before and can_stop_early(trainer)
         self._finish(result["metrics"])
 
     def _validate_lost(self, run_here: Callable[[], Any]) -> None:
