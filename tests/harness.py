@@ -16,6 +16,7 @@ from lightning_async_localsgd.policies.budget import Budget
 from lightning_async_localsgd.policies.grace import GraceWindow
 from lightning_async_localsgd.policies.guard import UpdateGuard
 from lightning_async_localsgd.policies.pacing import SpeedAwareSteps
+from lightning_async_localsgd.policies.synchronous_beginning import SynchronousBeginning
 from lightning_async_localsgd.protocol.layout import Layout
 from lightning_async_localsgd.protocol.messages import PROTOCOL_VERSION, Hello, Push, Reply
 from lightning_async_localsgd.server.coordinator import Coordinator
@@ -41,6 +42,7 @@ def make_coordinator(
     guard: UpdateGuard | None = None,
     incarnation: str = "this",
     overlap: bool = False,
+    beginning: int = 0,
 ) -> Coordinator:
     """Make a coordinator with simple defaults. Its model is zero."""
     model = GlobalModel(layout, outer_optimizer or DelayedNesterov(), workers)
@@ -52,8 +54,9 @@ def make_coordinator(
         cohort=workers,
         incarnation=incarnation,
         guard=guard,
-        merging=Merging(model, workers, policy),
+        merging=Merging(model, policy),
         overlap=overlap,
+        beginning=SynchronousBeginning(beginning, workers),
     )
 
 

@@ -54,9 +54,8 @@ class ServerPort(Protocol):
     def layout(self) -> Layout:
         """Layout of the exchanged model. A worker with another layout is refused before :meth:`join`."""
 
-    @property
-    def buffers(self) -> BufferPool:
-        """Pool of the buffers that uploads are received into."""
+    def push_buffers(self, push: Push) -> BufferPool:
+        """Return the pool of the buffers that the vector after a :class:`.Push` is received into."""
 
     @property
     def recalled(self) -> Mapping[int, int]:

@@ -31,6 +31,7 @@ class RuntimeSettings:
         grace: decides grace windows.
         budget: local steps that the trainer's limits allow.
         merge: quorum, staleness stage, weights and limits of pushes.
+        sync_warmup_steps: length of the synchronous beginning in steps per worker.
         exchange: transport, port, encryption and timeouts.
         steps_done: local steps of all workers that count as done at the start, where there is no saved server state.
         step_offset: global steps that the trainer has counted beyond the steps of this run, see
@@ -52,6 +53,7 @@ class RuntimeSettings:
     grace: GraceWindow
     budget: RunBudget
     merge: MergePolicy = field(default_factory=MergePolicy)
+    sync_warmup_steps: int = 0
     exchange: ExchangeOptions = field(default_factory=ExchangeOptions)
     steps_done: int = 0
     step_offset: int = 0

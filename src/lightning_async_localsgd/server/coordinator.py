@@ -14,13 +14,16 @@ and the outcome of that push. A push that is sent again is answered again, and c
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from typing import TYPE_CHECKING, Any
 
 from lightning_async_localsgd.policies.data_leases import DataLeases
 from lightning_async_localsgd.policies.guard import StrikeCounter, UpdateGuard
+from lightning_async_localsgd.policies.synchronous_beginning import SynchronousBeginning
 from lightning_async_localsgd.protocol import rejections
 from lightning_async_localsgd.protocol.messages import Lease, Reply
+from lightning_async_localsgd.server.beginning import Beginning
 from lightning_async_localsgd.server.events import Event
 from lightning_async_localsgd.server.membership import Membership
 from lightning_async_localsgd.server.merging import Merging
@@ -32,6 +35,8 @@ from lightning_async_localsgd.server.step_grants import StepGrants
 from lightning_async_localsgd.server.waiting import DispatchWindow
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
     from torch import Tensor
 
     from lightning_async_localsgd.policies.budget import Budget
@@ -62,12 +67,14 @@ class Coordinator:
         merging: merges pushes; by default each one when it arrives.
         leases: leases of training data.
         overlap: whether workers go on training while their pushes are in flight.
+        beginning: length and shares of the synchronous beginning; by default there is none.
 
     Attributes:
         observers: observers of all events and pushes.
         broadcast: see :attr:`.Reply.broadcast`.
         save_request: see :attr:`.Reply.save_request`.
         membership: who takes part.
+        beginning: the synchronous beginning.
 
     """
 
@@ -83,6 +90,7 @@ class Coordinator:
         merging: Merging | None = None,
         leases: DataLeases | None = None,
         overlap: bool = False,
+        beginning: SynchronousBeginning | None = None,
     ) -> None:
         self.model = model
         self.budget = budget
@@ -94,7 +102,7 @@ class Coordinator:
         self._stop_requested = False
         self._pacing = pacing
         self._guard = guard if guard is not None else UpdateGuard()
-        self._merging = merging if merging is not None else Merging(model, cohort)
+        self._merging = merging if merging is not None else Merging(model)
         self._strikes = StrikeCounter()
         self._leases = leases if leases is not None else DataLeases(cohort)
         self._stats = RunStats()
@@ -104,6 +112,10 @@ class Coordinator:
         self._recalls = Recalls(self._live, pacing)
         self._window = DispatchWindow(self._live, grace, pacing, budget, self._merging, self._recalls)
         self._progress = ProgressEstimate(self._live, pacing, budget)
+        policy = beginning if beginning is not None else SynchronousBeginning(0, cohort)
+        self.beginning = Beginning(policy, model, budget, pacing, self._live)
+        self._parts: dict[str, Any] = {"model": model, "budget": budget, "pacing": pacing, "leases": self._leases}
+        self._parts |= {"guard": self._guard, "merging": self._merging, "beginning": self.beginning}
 
     # -------------------------------------------------------------------- events
 
@@ -115,6 +127,10 @@ class Coordinator:
 
         """
         self.observers.on_event(Event("join", now, {"hello": hello}))
+        session = self._live.get(hello.worker)
+        again = session is not None and session.id == hello.session and session.computing and not hello.reconnecting
+        if again and self.beginning.repeat(hello.worker, 0):
+            return None
         reason = self.membership.join(hello, now)
         # A worker that was waiting will resend its lost push, so it counts as computing.
         self._window.close_if_unused()
@@ -158,8 +174,9 @@ class Coordinator:
         session.staleness = 0
         refused = self._check(push, gradient, session) or self._merge(push, gradient, result, session)
         self._record(push, refused, session, now)
-        reason = self._discipline(push.worker, refused, session)
+        reason = self.membership.discipline(push.worker, refused, session)
         if reason is not None:
+            self._window.close_if_unused()
             return reason
         self._await_dispatch(push, session, now)
         self.membership.wake()
@@ -238,11 +255,7 @@ class Coordinator:
 
         When training ends, these are all workers. Before, see :class:`.Recalls`.
         """
-        return {
-            worker: session.version
-            for worker, session in self._live.items()
-            if session.computing and (self.stopping or self.finished or session.recalled)
-        }
+        return self._recalls.recalled(everyone=self.stopping or self.finished)
 
     def snapshot(self) -> RunSnapshot:
         """Return the state of the run, for logging."""
@@ -259,12 +272,14 @@ class Coordinator:
 
     def deadline(self) -> float | None:
         """Return when :meth:`ready` may become true without an event, in seconds; None if never."""
-        return self._window.deadline
+        return None if self.beginning.on else self._window.deadline
 
     def ready(self, now: float) -> bool:
         """Return whether :meth:`dispatch` has something to do."""
         if not self.membership.started:
             return False
+        if self.beginning.on:
+            return self.beginning.is_due()
         if self._window.group_is_due(now) or self._window.is_over(now):
             return True
         return not self.finished and self._all_rest()
@@ -272,11 +287,16 @@ class Coordinator:
     def dispatch(self, now: float) -> dict[int, Reply]:
         """Merge the group if it is due, and dispatch all workers that wait for no group with the same global model.
 
+        In the synchronous beginning, dispatch the workers of the step with the mean of their gradients instead.
+
         Returns:
             The replies by worker. A worker for which no steps are left rests without a reply, until there are steps
             again (another worker died) or training is over.
 
         """
+        members = self.beginning.dispatch(now, self.stopping) if self.beginning.on else {}
+        if members:
+            return self._answer(members, now, 0.0, members)
         if self._window.group_is_due(now):
             for held in self._merging.merge():
                 self._report(held.push, None, now, held.staleness)
@@ -305,9 +325,7 @@ class Coordinator:
             answered = self.live
         else:
             answered = dispatched
-        replies = {worker: self._reply(worker, self._live[worker], now, progress) for worker in answered}
-        self.observers.on_event(Event("dispatch", now, {"replies": replies}))
-        return replies
+        return self._answer(answered, now, progress)
 
     # --------------------------------------------------------------------- state
 
@@ -316,26 +334,13 @@ class Coordinator:
 
         Quarantines are not part of the state: a worker that joins a new server is a new process.
         """
-        return {
-            "model": self.model.state_dict(),
-            "budget": self.budget.state_dict(),
-            "pacing": self._pacing.state_dict(),
-            "leases": self._leases.state_dict(),
-            "guard": self._guard.state_dict(),
-            "merging": self._merging.state_dict(),
-            **self._stats.state_dict(),
-            **self.membership.state_dict(),
-        }
+        parts = {name: part.state_dict() for name, part in self._parts.items()}
+        return {**parts, **self._stats.state_dict(), **self.membership.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore ``state``. All workers must join again."""
-        self.model.load_state_dict(state["model"])
-        self.budget.load_state_dict(state["budget"])
-        self._pacing.load_state_dict(state["pacing"])
-        self._leases.load_state_dict(state.get("leases", {}))
-        if "guard" in state:
-            self._guard.load_state_dict(state["guard"])
-        self._merging.load_state_dict(state.get("merging", {}))
+        for name, part in self._parts.items():
+            part.load_state_dict(state.get(name, {}))
         self._stats.load_state_dict(state)
         self.membership.load_state_dict(state)
         self._progress.reset()
@@ -351,6 +356,8 @@ class Coordinator:
         # Any of the bases, in any state: the worker may have sent this push before it received a repeated answer.
         if push.base_version not in session.bases:
             return rejections.wrong_base(push.base_version)
+        if (rejection := self.beginning.rejection(push, session)) is not None:
+            return rejection
         return rejections.check_header(push, gradient, self.model.layout.numel) or self._leases.rejection(
             push.worker, push.items_used
         )
@@ -358,23 +365,28 @@ class Coordinator:
     def _merge(
         self, push: Push, gradient: Tensor | None, result: Tensor | None, session: WorkerSession
     ) -> Rejection | None:
-        """Merge or hold a pseudo-gradient, and return None, or why it is refused."""
-        if push.steps == 0:
+        """Merge or hold what a push hands in, and return None, or why it is refused."""
+        if not push.has_data:
             return None
         assert gradient is not None
         norm = self.model.inspect(gradient)
         if norm.diverged is not None:
             return rejections.diverged(norm.diverged)
-        verdict = self._guard.judge(push.worker, norm.norm, push.steps, push.base_version, len(self._live))
-        if verdict.refusal is not None:
-            return rejections.norm_too_large(verdict.refusal)
+        is_round, factor = push.contents == "round", 1.0
+        if is_round:
+            verdict = self._guard.judge(push.worker, norm.norm, push.steps, push.base_version, len(self._live))
+            if verdict.refusal is not None:
+                return rejections.norm_too_large(verdict.refusal)
+            factor = verdict.factor
         self._pacing.observe(push.worker, push.timed_steps, push.compute_seconds)
         self._pacing.observe_exchange(push.worker, push.sequence, push.exchange_seconds, push.answer_seconds)
         session.exchange_seconds, session.wait_seconds = push.exchange_seconds, push.wait_seconds
         staleness = self.model.version - push.base_version
-        merging, done = self._merging, self.budget.done
-        rejection = merging.hold_or_apply(push, gradient, norm, self._live, done, result, verdict.factor)
-        if rejection is None:
+        if is_round:
+            rejection = self._merging.hold_or_apply(push, gradient, norm, self._live, result, factor)
+        else:
+            rejection = self.beginning.merge(push, gradient)
+        if rejection is None and push.steps > 0:
             session.staleness = staleness
             self._stats.record_merge(push, norm, staleness, len(self._live))
         return rejection
@@ -404,32 +416,6 @@ class Coordinator:
         if push.stop:
             self._stop()
 
-    def _discipline(self, worker: int, rejection: Rejection | None, session: WorkerSession) -> str | None:
-        """Count the worker's strikes. After too many, quarantine the worker, or reset the optimizer of worker 0.
-
-        Returns:
-            Why the worker is quarantined; None if it is not.
-
-        """
-        strikes = self._strikes.note(worker, rejection is not None and rejection.strike)
-        if strikes is None:
-            return None
-        assert rejection is not None
-        strikes = f"{strikes} were refused (the last one: {rejection.text})"
-        if worker != HOST or len(self._live) == 1:
-            reason = self.membership.quarantine(worker, strikes)
-            self._window.close_if_unused()
-            return reason
-        self._strikes.forget(worker)
-        session.reset_optimizer = True
-        _log.error(
-            "worker %d: %s, though each round began with a fresh global model. The server is in its process, so worker "
-            "%d is not quarantined. Its optimizer is reset, and its pushes are still checked. Lower the learning rate, "
-            "clip gradients, or look at the data that this worker got",
-            worker, strikes, worker,
-        )  # fmt: skip
-        return None
-
     def _answer_again(self, push: Push, session: WorkerSession, now: float) -> None:
         """Handle a push that was decided on before. Only the latest one is answered again."""
         if push.sequence < session.sequence:
@@ -438,14 +424,19 @@ class Coordinator:
         if session.rejection is None:
             session.rejection = rejections.REPEATED
         self._report(push, session.rejection, now, again=True)
+        if session.computing and self.beginning.repeat(push.worker, push.sequence):
+            return
         if session.computing or self.finished:
             self._await_dispatch(push, session, now)
 
     def _await_dispatch(self, push: Push, session: WorkerSession, now: float) -> None:
         """Let the worker wait for its group, or for the dispatch window that its arrival may open."""
         round_seconds = session.arrive(now)
-        self._recalls.arrive(session, push.steps > 0 and session.rejection is None, now)
         session.final = session.final or push.final
+        if self.beginning.on:
+            self.beginning.arrive(push, session.rejection)
+            return
+        self._recalls.arrive(session, push.steps > 0 and session.rejection is None, now)
         self._window.arrive(push.worker, session, round_seconds, now)
 
     def _report(
@@ -458,17 +449,24 @@ class Coordinator:
 
     # ------------------------------------------------------- parts of a dispatch
 
+    def _answer(
+        self, workers: Iterable[int], now: float, progress: float, fields: Mapping[int, dict[str, Any]] | None = None
+    ) -> dict[int, Reply]:
+        """Return the replies of workers, with further fields of each, and notify the observers."""
+        replies = {
+            worker: dataclasses.replace(
+                self._reply(worker, self._live[worker], now, progress), **(fields or {}).get(worker, {})
+            )
+            for worker in workers
+        }
+        self.observers.on_event(Event("dispatch", now, {"replies": replies}))
+        return replies
+
     def _reply(self, worker: int, session: WorkerSession, now: float, progress: float) -> Reply:
         waited = now - session.arrived_at
         if session.sequence > 0 and not session.overlapped:
             self._stats.of(worker).wait_seconds += waited
-        self._stats.views[worker] = WorkerView(
-            staleness=session.staleness,
-            local_steps=session.local_steps,
-            wait_seconds=session.wait_seconds if session.overlapped else waited,
-            exchange_seconds=session.exchange_seconds,
-            steps_per_second=self._pacing.speed(worker),
-        )
+        self._stats.views[worker] = WorkerView.of(session, waited, self._pacing.speed(worker))
         return Reply(
             incarnation=self.incarnation,
             sequence=session.sequence,

@@ -10,6 +10,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from lightning_async_localsgd.protocol.rejections import Rejection, inactive_session, quarantined
+from lightning_async_localsgd.server.recalls import HOST
 from lightning_async_localsgd.server.sessions import SessionTable, WorkerSession
 
 if TYPE_CHECKING:
@@ -199,6 +200,35 @@ class Membership:
         self._leases.forget(worker)
         self._after_removal(worker)
         return reason
+
+    def discipline(self, worker: int, rejection: Rejection | None, session: WorkerSession) -> str | None:
+        """Count the worker's strikes. After too many, quarantine the worker, or reset the optimizer of worker 0.
+
+        Args:
+            worker: the worker's number.
+            rejection: why its push was refused; None if it was not.
+            session: its session.
+
+        Returns:
+            Why the worker is quarantined; None if it is not.
+
+        """
+        strikes = self._strikes.note(worker, rejection is not None and rejection.strike)
+        if strikes is None:
+            return None
+        assert rejection is not None
+        strikes = f"{strikes} were refused (the last one: {rejection.text})"
+        if worker != HOST or len(self.live) == 1:
+            return self.quarantine(worker, strikes)
+        self._strikes.forget(worker)
+        session.reset_optimizer = True
+        _log.error(
+            "worker %d: %s, though each round began with a fresh global model. The server is in its process, so worker "
+            "%d is not quarantined. Its optimizer is reset, and its pushes are still checked. Lower the learning rate, "
+            "clip gradients, or look at the data that this worker got",
+            worker, strikes, worker,
+        )  # fmt: skip
+        return None
 
     def wake(self) -> None:
         """Let resting workers wait for a dispatch, because local steps may have become free."""

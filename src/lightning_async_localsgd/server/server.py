@@ -80,7 +80,6 @@ class Server:
         self.incarnation = coordinator.incarnation
         self.steps_before = sum(worker.steps for worker in coordinator.totals.values())
         self._traffic = traffic if traffic is not None else Traffic(coordinator.model.layout, buffers)
-        self.buffers = self._traffic.uploads
         self._shared = shared if shared is not None else SharedValues()
         metrics = MetricsQueue()
         self.received_metrics = metrics.received
@@ -102,6 +101,10 @@ class Server:
         """See :class:`.ServerPort`."""
         return self._coordinator.model.layout
 
+    def push_buffers(self, push: Push) -> BufferPool:
+        """See :class:`.ServerPort`."""
+        return self._traffic.pool_of(push)
+
     @property
     def recalled(self) -> Mapping[int, int]:
         """See :class:`.ServerPort`."""
@@ -116,7 +119,7 @@ class Server:
 
         def event() -> None:
             try:
-                self._on_push(push, None if buffer is None else self._traffic.unpack(buffer), channel)
+                self._on_push(push, None if buffer is None else self._traffic.unpack(push, buffer), channel)
             finally:
                 if buffer is not None:
                     self._keep_or_release(buffer)
@@ -218,6 +221,11 @@ class Server:
         return self._ask(lambda coordinator: coordinator.deadline())
 
     @property
+    def synchronous_steps(self) -> int:
+        """Number of complete steps of the synchronous beginning."""
+        return self._ask(lambda coordinator: coordinator.beginning.completed)
+
+    @property
     def optimizer_files(self) -> dict[int, str]:
         """The last :attr:`.Push.optimizer_file` of each worker."""
         return self._ask(lambda coordinator: dict(coordinator.membership.optimizer_files))
@@ -311,6 +319,10 @@ class Server:
     def replan(self, total: int | None, upper_bound: int | None) -> None:
         """Change the expected number of local steps of the run, see :class:`.Budget`."""
         self._loop.submit(lambda: self._coordinator.replan(total, upper_bound))
+
+    def load_weights(self, worker: int, weights: Tensor) -> None:
+        """Load the weights of the worker in this process, in the synchronous beginning. Wait until it is done."""
+        self._ask(lambda coordinator: coordinator.beginning.load_weights(worker, weights))
 
     def stop(self) -> None:
         """End training once every worker has pushed its round."""
@@ -445,7 +457,7 @@ class Server:
         self._recalled = self._coordinator.recalled()
 
     def _send_replies(self, replies: Mapping[int, Reply]) -> None:
-        batch = self._traffic.batch(self._coordinator.model)
+        batch = self._traffic.batch(self._coordinator.model, self._coordinator.beginning.averages.mean)
         for worker, header in replies.items():
             channel = self._channels.get(worker)
             reply = dataclasses.replace(header, shared=self._shared.listed)

@@ -22,6 +22,8 @@ from lightning_async_localsgd.protocol.codecs import Codec, codec_of
 from lightning_async_localsgd.protocol.ports import LocalReplyChannel
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from lightning_async_localsgd.protocol.buffers import PooledBuffer
@@ -116,9 +118,16 @@ class Traffic:
                 )
         return self._check_memory(workers + 1) if hello.worker not in self._held else None
 
-    def unpack(self, buffer: PooledBuffer) -> Tensor:
-        """Return the push in a buffer of :attr:`uploads`, flat fp32. It is valid until the next call."""
-        if self._up is None:
+    def pool_of(self, push: Push) -> BufferPool:
+        """Return the pool of the buffers that a push is received into. Only pseudo-gradients travel packed.
+
+        May be called in another thread.
+        """
+        return self.uploads if push.contents == "round" else self._exact
+
+    def unpack(self, push: Push, buffer: PooledBuffer) -> Tensor:
+        """Return the vector of a push in its buffer, flat fp32. It is valid until the next call."""
+        if self._up is None or push.contents != "round":
             return buffer.tensor
         if self._gradient is None:
             self._gradient = torch.empty(self._layout.numel, dtype=torch.float32)
@@ -169,13 +178,19 @@ class Traffic:
                 spare.release()
         self._spare = self._rounded_spare = None
 
-    def batch(self, model: GlobalModel) -> Batch:
-        """Begin to send the model, as it is now, to some workers."""
-        return Batch(self, model)
+    def batch(self, model: GlobalModel, mean: Tensor | None = None) -> Batch:
+        """Begin to send the model, as it is now, to some workers.
+
+        Args:
+            model: the global model.
+            mean: the vector that is sent with replies that are :attr:`.Reply.averaged`.
+
+        """
+        return Batch(self, model, mean)
 
     def encoding(self, worker: int, session: str | None, reply: Reply) -> str:
         """Return how the model that comes with a reply travels."""
-        if self._down is None or reply.stop:
+        if self._down is None or reply.stop or reply.averaged:
             return "fp32"
         if not self._keeps_held:
             return self._down.encoding
@@ -200,12 +215,14 @@ class Batch:
     Args:
         traffic: how models travel.
         model: the global model, which must not change until :meth:`close`.
+        mean: the vector of replies that are :attr:`.Reply.averaged`. The replies of a batch are all averaged, or none.
 
     """
 
-    def __init__(self, traffic: Traffic, model: GlobalModel) -> None:
+    def __init__(self, traffic: Traffic, model: GlobalModel, mean: Tensor | None = None) -> None:
         self._traffic = traffic
         self._model = model
+        self._mean = mean
         self._exact: PooledBuffer | None = None
         self._rounded: PooledBuffer | None = None
         self._rounded_here: Tensor | None = None
@@ -218,10 +235,11 @@ class Batch:
         here = isinstance(channel, LocalReplyChannel)
         if encoding == "fp32":
             self._note_exact(worker, session, reply)
+            copy = self._copy_mean if reply.averaged else self._model.copy_to
             if isinstance(channel, LocalReplyChannel):
-                channel.answer(reply, self._model.copy_to)
+                channel.answer(reply, copy)
             else:
-                channel.dispatch(reply, self._shared(self._exact_buffer()))
+                channel.dispatch(reply, self._shared(self._exact_buffer(copy)))
         elif traffic._keeps_held:
             held = traffic._held[worker]
             buffer = None if here else self._differences_buffer()
@@ -258,7 +276,7 @@ class Batch:
 
     def _note_exact(self, worker: int, session: str | None, reply: Reply) -> None:
         traffic = self._traffic
-        if reply.stop or session is None:
+        if reply.stop or reply.averaged or session is None:
             traffic.forget(worker)
         elif traffic._keeps_held:
             held = traffic._held.get(worker)
@@ -267,11 +285,15 @@ class Batch:
             self._model.copy_to(held.model)
             held.session, held.sequence, held.version = session, reply.sequence, reply.version
 
-    def _exact_buffer(self) -> PooledBuffer:
+    def _copy_mean(self, out: Tensor) -> None:
+        assert self._mean is not None
+        out.copy_(self._mean)
+
+    def _exact_buffer(self, copy: Callable[[Tensor], None]) -> PooledBuffer:
         if self._exact is None:
             self._exact, self._traffic._spare = self._traffic._spare, None
             assert self._exact is not None
-            self._model.copy_to(self._exact.tensor)
+            copy(self._exact.tensor)
             self._exact.restart()
         return self._exact
 

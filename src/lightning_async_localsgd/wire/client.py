@@ -120,7 +120,7 @@ class WireExchange(Exchange, LeaseSource):
     @override
     def push(self, push: Push, gradient: Tensor, model: Tensor, packed: Tensor | None = None) -> Reply:
         source = memoryview(b"")
-        if push.steps > 0:
+        if push.has_data:
             source = self._bytes_of(gradient) if packed is None else frames.memory_of(packed)
         self._bytes_of(model)  # Checks its size.
 

@@ -187,10 +187,10 @@ class Hub:
     def _on_push(self, peer: Peer, push: Push) -> None:
         if not self._begin_request(peer, push):
             return
-        if push.steps <= 0 or push.incarnation != self._server.incarnation:
+        if not push.has_data or push.steps < 0 or push.incarnation != self._server.incarnation:
             self._server.push(push, None, peer)
             return
-        self._await_upload(peer, Upload(push, self._server.buffers, time.monotonic()))
+        self._await_upload(peer, Upload(push, self._server.push_buffers(push), time.monotonic()))
 
     def _on_share(self, peer: Peer, share: Share) -> None:
         pool = self._server.share_buffers(share)
