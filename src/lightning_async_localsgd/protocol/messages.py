@@ -151,7 +151,8 @@ class Push(Message):
             dispatch window; 0 without.
         wait_seconds: with overlap, seconds that training stood still because that answer was late; 0 without.
         contents: what the push hands in, see :data:`Contents`. A push of weights has no steps. A ``"gradient"`` without
-            steps only says that the worker has taken the last step of the synchronous beginning.
+            steps only says that the worker has taken the last step of the synchronous beginning. Gradients and weights
+            travel as fp32, without second moments.
         absent: numbers of the parameters that have no gradient, see :func:`.pack_numbers`. Their part is zero.
 
     """
@@ -216,7 +217,7 @@ class Reply(Message):
         shared: numbers of the frozen parameters that change in training, see :func:`.pack_numbers`. Workers exchange
             them with :class:`Share`.
         encoding: how the parameters of the model that follows travel: ``"fp32"``, ``"bf16"``, or ``"int8"``, the
-            difference to the model that the worker holds.
+            difference to the model that the worker holds. ``"mean"`` if ``averaged``: fp32, without second moments.
         synchronous: the worker hands in gradients, see ``local_steps``. It has no round of its own.
         averaged: the vector that follows is not the model, but the mean of the gradients of all workers, with which the
             worker takes an optimizer step, and of their buffers.

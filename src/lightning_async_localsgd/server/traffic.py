@@ -12,6 +12,7 @@ know what the worker has received of the answer before.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -127,7 +128,11 @@ class Traffic:
 
     def unpack(self, push: Push, buffer: PooledBuffer) -> Tensor:
         """Return the vector of a push in its buffer, flat fp32. It is valid until the next call."""
-        if self._up is None or push.contents != "round":
+        if push.contents != "round":
+            # Moments do not travel then. Those of gradients mean nothing, and those of weights are not known.
+            buffer.tensor[self._layout.model_numel :].fill_(0.0 if push.contents == "gradient" else math.nan)
+            return buffer.tensor
+        if self._up is None:
             return buffer.tensor
         if self._gradient is None:
             self._gradient = torch.empty(self._layout.numel, dtype=torch.float32)
@@ -190,7 +195,9 @@ class Traffic:
 
     def encoding(self, worker: int, session: str | None, reply: Reply) -> str:
         """Return how the model that comes with a reply travels."""
-        if self._down is None or reply.stop or reply.averaged:
+        if reply.averaged:
+            return "mean"
+        if self._down is None or reply.stop:
             return "fp32"
         if not self._keeps_held:
             return self._down.encoding
@@ -233,7 +240,7 @@ class Batch:
         encoding = traffic.encoding(worker, session, reply)
         reply = dataclasses.replace(reply, encoding=encoding)
         here = isinstance(channel, LocalReplyChannel)
-        if encoding == "fp32":
+        if encoding in ("fp32", "mean"):
             self._note_exact(worker, session, reply)
             copy = self._copy_mean if reply.averaged else self._model.copy_to
             if isinstance(channel, LocalReplyChannel):

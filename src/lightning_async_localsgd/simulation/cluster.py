@@ -281,7 +281,7 @@ class ClusterSimulator(Simulator):
             begin, limit = self._flights.pop(worker.number, (None, 0)) if worker.accepts(reply) else (None, 0)
             machine = self._machines[worker.number]
             new_round = machine.start_round(
-                self.clock.now, reply.local_steps, begin, limit, reply.encoding, exact=reply.synchronous
+                self.clock.now, reply.local_steps, begin, limit, reply.encoding, of_gradients=reply.synchronous
             )
             worker.current_round = new_round
             new_round.event_id = self._add_event(new_round.arrival_time, _PUSH, worker.number, worker)

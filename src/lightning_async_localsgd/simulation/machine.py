@@ -268,15 +268,15 @@ class Machine:
         begin: float | None = None,
         limit: int = 0,
         encoding: str = "fp32",
-        exact: bool = False,
+        of_gradients: bool = False,
     ) -> SimulatedRound:
         """Draw the times of a round of ``steps`` steps, whose model leaves the server at ``dispatched_at``.
 
-        With overlap, the round begins at ``begin`` with at most ``limit`` steps, before the model has arrived. What is
-        handed in at its end travels as fp32 if ``exact``.
+        With overlap, the round begins at ``begin`` with at most ``limit`` steps, before the model has arrived. If it is
+        a round ``of_gradients``, those travel at its end.
         """
         answered_at = dispatched_at + self.download_seconds[encoding]
-        upload_seconds = self.download_seconds["fp32"] if exact else self.upload_seconds
+        upload_seconds = self.download_seconds["mean"] if of_gradients else self.upload_seconds
         return SimulatedRound(answered_at, steps, upload_seconds, self._step_seconds, begin, limit)
 
     def _step_seconds(self, now: float) -> float:

@@ -89,7 +89,7 @@ class Simulator(ABC):
         exact_bytes = 4 * binding.layout.numel
         self._packed = None if upload is None else upload.new_packed()
         self._push_bytes = exact_bytes if upload is None else upload.nbytes
-        self._model_bytes = {"fp32": exact_bytes}
+        self._model_bytes = {"fp32": exact_bytes, "mean": binding.layout.model_bytes}
         if download is not None:
             self._model_bytes[download.encoding] = download.nbytes
 
@@ -263,7 +263,7 @@ class Simulator(ABC):
 
     def _deliver(self, worker: VirtualWorker, push: Push, gradient: Tensor | None) -> None:
         if gradient is not None:
-            self.bytes_received += self._push_bytes if push.contents == "round" else self._model_bytes["fp32"]
+            self.bytes_received += self._push_bytes if push.contents == "round" else self._model_bytes["mean"]
         self._server.push_here(push, gradient, self._channel_of(worker))
 
     def _hand_over(self, worker: VirtualWorker) -> None:

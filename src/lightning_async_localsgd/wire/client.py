@@ -122,6 +122,8 @@ class WireExchange(Exchange, LeaseSource):
         source = memoryview(b"")
         if push.has_data:
             source = self._bytes_of(gradient) if packed is None else frames.memory_of(packed)
+            if push.contents != "round":
+                source = source[: self._layout.model_bytes]
         self._bytes_of(model)  # Checks its size.
 
         def send_push(connection: Connection) -> Reply:
