@@ -13,7 +13,7 @@ import torch
 from tests.lightning_models import cosine, digest
 from tests.live import beginning_job
 from tests.live.beginning_job import BATCH, CLIP, RANKS, loss_of, sample, seeded_network
-from tests.live.conftest import Outcome
+from tests.live.conftest import Outcome, run_all
 from tests.processes import Jobs
 
 STEPS = 6
@@ -89,18 +89,34 @@ def ledger(out: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_ranks_contribute_in_proportion_to_their_speeds(job: Callable[..., Outcome]) -> None:
-    outcome = job(
-        ranks=3, start_method="fork", trainer={"max_steps": 40}, strategy={"sync_warmup_steps": 20}, local_steps=5
-    )
-    assert len({rank["digest"] for rank in outcome.ranks}) == 1
-    assert {rank["global_step"] for rank in outcome.ranks} == {40}
-    assert sum(worker["steps"] for worker in outcome.summary["workers"]) == 120
-    lines = ledger(outcome.out)
-    assert all(line["refused"] is None for line in lines)
+def test_ranks_of_unequal_speed(tmp_path: Path) -> None:
+    common = {"ranks": 3, "start_method": "fork", "local_steps": 5}
+    runs: dict[str, dict[str, Any]] = {
+        "steps": {"trainer": {"max_steps": 40}, "strategy": {"sync_warmup_steps": 20}},
+        "epochs": {
+            "trainer": {"max_epochs": 2, "accumulate_grad_batches": 2},
+            "strategy": {"sync_warmup_steps": 1000},
+        },
+        "stop": {
+            "trainer": {"max_steps": 100_000},
+            "strategy": {"sync_warmup_steps": 1000},
+            "victim": 0,
+            "at_step": 15,
+            "fate": "stop",
+        },
+    }
+    outcomes = run_all(tmp_path, {name: {**common, **options} for name, options in runs.items()})
+    for name, outcome in outcomes.items():
+        assert len({rank["digest"] for rank in outcome.ranks}) == 1, name
+        assert all(line["refused"] is None for line in ledger(outcome.out)), name
+    lines = ledger(outcomes["steps"].out)
+    assert {rank["global_step"] for rank in outcomes["steps"].ranks} == {40}
+    assert sum(line["steps"] for line in lines) == 120
     first = {rank: [line["steps"] for line in lines if line["worker"] == rank and line["steps"]] for rank in range(3)}
     assert all(steps[0] == 1 for steps in first.values()), "until speeds are known"
     assert max(first[0][:6]) > max(first[2][:6]) == 1
+    # 40 batches of 16 samples in an epoch, two in a local step.
+    assert sum(worker["samples"] for worker in outcomes["epochs"].summary["workers"]) == 2 * 640
 
 
 @pytest.mark.slow

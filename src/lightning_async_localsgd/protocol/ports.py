@@ -77,8 +77,8 @@ class ServerPort(Protocol):
 
         Args:
             push: the header. Its worker and session are those of this connection's hello.
-            buffer: holds the complete pseudo-gradient. The server releases it. None if nothing was uploaded, because
-                the push has no steps or is based on another incarnation's model.
+            buffer: holds the complete pseudo-gradient, or what else the header names. The server releases it. None if
+                nothing was uploaded, because the push has no data or is based on another incarnation's model.
             channel: sends the answer.
 
         """

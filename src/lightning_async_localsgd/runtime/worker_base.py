@@ -200,6 +200,9 @@ class WorkerBase:
     def make_push(self, *, final: bool = False, stop: bool = False, request_stop: bool = False) -> Push:
         """End the round and make its push. If the push has steps, :attr:`gradient` holds its pseudo-gradient.
 
+        In the synchronous beginning, the push says that the worker has taken its last synchronous step, and may hand in
+        the worker's weights.
+
         Args:
             final: whether this worker takes no more steps.
             stop: whether this worker asks that training end for all workers.

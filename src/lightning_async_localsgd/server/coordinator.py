@@ -8,6 +8,9 @@ Workers wait, compute or rest, see :class:`.WorkerSession`. When all live worker
 them are sent the same final model. A departed worker gets that model when it comes back; a round that it had not pushed
 by then is refused.
 
+In the synchronous beginning of a run, workers hand in gradients instead of rounds, see :class:`.Beginning`. The rest of
+this class then waits, and the same rules hold for what the workers push.
+
 Each push counts once. As long as a session may come back, the coordinator remembers the session's last sequence number
 and the outcome of that push. A push that is sent again is answered again, and changes nothing.
 """
@@ -151,7 +154,8 @@ class Coordinator:
 
         Args:
             push: the header.
-            gradient: the pseudo-gradient, flat fp32, of the global model's length; None if ``push.steps`` is 0.
+            gradient: the pseudo-gradient, or what else the header names, flat fp32, of the global model's length; None
+                without :attr:`.Push.has_data`.
             now: seconds.
             result: exact value of theta - g, if the outer step is just that (see
                 :attr:`~lightning_async_localsgd.outer.OuterOptimizer.replaces_model`).

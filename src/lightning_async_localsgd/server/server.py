@@ -135,7 +135,8 @@ class Server:
 
         Args:
             push: the header.
-            gradient: the pseudo-gradient, flat fp32; None if ``push.steps`` is 0.
+            gradient: the pseudo-gradient, or what else the header names, flat fp32; None without
+                :attr:`.Push.has_data`.
             channel: gets the reply.
             result: see :meth:`.Coordinator.push`.
 

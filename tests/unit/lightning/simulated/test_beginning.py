@@ -207,10 +207,10 @@ def test_every_sample_is_used_whatever_happens_in_the_beginning(
 
 
 def test_run_resumes_within_its_beginning(tmp_path: Path) -> None:
-    def fit(path: str | None, steps: int) -> tuple[Regression, Steps]:
+    def fit(path: str | None, steps: int, workers: int = WORKERS) -> tuple[Regression, Steps]:
         notes = Steps()
         saves = ModelCheckpoint(dirpath=tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=-1)
-        strategy = Simulated([1.0] * WORKERS, sync_warmup_steps="auto", local_steps=2, dynamic_local_steps=False)
+        strategy = Simulated([1.0] * workers, sync_warmup_steps="auto", local_steps=2, dynamic_local_steps=False)
         trainer = quiet_trainer(strategy, callbacks=[notes, saves], max_steps=steps, default_root_dir=tmp_path)
         module = Regression(seeded_network(), torch.optim.AdamW, 1e-2)
         trainer.fit(module, loader(400, batch_size=4, shuffle=False), ckpt_path=path)
@@ -222,6 +222,8 @@ def test_run_resumes_within_its_beginning(tmp_path: Path) -> None:
     assert len(later.states) == 3
     for wanted, found in zip(notes.states[3:], later.states, strict=True):
         torch.testing.assert_close(found["adam"], wanted["adam"])
+    _, fewer = fit(str(tmp_path / "step=3.ckpt"), 60, workers=2)
+    assert [int(state["adam"][0]["step"]) for state in fewer.states] == [4, 5, 6]
     past, after = fit(str(tmp_path / "step=6.ckpt"), 60)
     assert not after.states, "the beginning is over"
     assert all(torch.isfinite(value).all() for value in past.state_dict().values())
