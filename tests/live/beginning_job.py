@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_async_localsgd import AsyncLocalSGDCallback, AsyncLocalSGDStrategy, ExchangeOptions, MergeOptions
+from lightning_async_localsgd.faults import Fault, FaultInjection, FaultKind
 from tests.lightning_models import Regression, cosine, network, quiet_trainer
 
 RANKS = 2
@@ -100,6 +101,10 @@ def main(out: Path, options: dict[str, Any]) -> None:
     )
     notes = Notes()
     callbacks: list[L.Callback] = [notes, AsyncLocalSGDCallback(ledger=out / "ledger.jsonl")]
+    if "faults" in options:
+        callbacks.append(
+            FaultInjection([Fault(**{**fault, "kind": FaultKind[fault["kind"]]}) for fault in options["faults"]])
+        )
     if options.get("save"):
         callbacks.append(
             ModelCheckpoint(dirpath=out, filename="{step}", every_n_train_steps=options["save"], save_top_k=-1)

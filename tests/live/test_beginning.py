@@ -27,10 +27,20 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+FAULTS = [
+    {"kind": "DROP_LINK", "worker": 1, "round": 2, "moment": "mid-push", "seconds": 0.2},
+    {"kind": "DROP_LINK", "worker": 1, "round": 3, "moment": "mid-pull", "seconds": 0.2},
+    {"kind": "LOSE_REPLY", "worker": 1, "round": 4},
+    {"kind": "DUPLICATE", "worker": 1, "round": 5},
+]
+"""Faults of the connection, after which a gradient still counts once and its mean arrives once."""
+
+
 def run(started: Jobs, out: Path, **options: Any) -> list[dict[str, Any]]:
     """Run the job, and return the notes of its ranks."""
     out.mkdir(exist_ok=True)
-    started.run(beginning_job.__file__, out, json.dumps(options))
+    text = started.run(beginning_job.__file__, out, json.dumps(options))
+    assert text.count("injected:") == len(options.get("faults", []))
     return [torch.load(path, weights_only=True) for path in sorted(out.glob("rank_*.pt"))]
 
 
@@ -58,12 +68,13 @@ def synchronous_steps(steps: int, total: int) -> list[dict[str, Any]]:
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_first_steps_equal_synchronous_training(started: Jobs, tmp_path: Path) -> None:
+def test_first_steps_equal_synchronous_training_in_spite_of_broken_connections(started: Jobs, tmp_path: Path) -> None:
     total = 20
     ranks = run(
         started,
         tmp_path,
         strategy={"sync_warmup_steps": STEPS, "dynamic_local_steps": False},
+        faults=FAULTS,
         trainer={"max_steps": total, "val_check_interval": 3, "check_val_every_n_epoch": None},
     )
     expected = synchronous_steps(STEPS, total)
@@ -120,7 +131,7 @@ def test_ranks_of_unequal_speed(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_dead_worker_is_not_waited_for_and_a_lost_connection_is_no_loss(job: Callable[..., Outcome]) -> None:
+def test_dead_worker_is_not_waited_for(job: Callable[..., Outcome]) -> None:
     outcome = job(
         ranks=3,
         trainer={"max_steps": 100_000},
@@ -128,15 +139,10 @@ def test_dead_worker_is_not_waited_for_and_a_lost_connection_is_no_loss(job: Cal
         victim=2,
         at_step=6,
         fate="kill",
-        faults=[
-            {"kind": "DROP_LINK", "worker": 1, "round": 4, "moment": "mid-push", "seconds": 0.3},
-            {"kind": "DROP_LINK", "worker": 1, "round": 6, "moment": "mid-pull", "seconds": 0.3},
-        ],
         until={"worker": 2, "sessions": 2, "rounds": 12},
     )
     assert outcome.summary["workers"][2]["sessions"] == 2
     assert len({rank["digest"] for rank in outcome.ranks}) == 1
-    assert outcome.text.count("injected: DROP_LINK") == 2
     lines = ledger(outcome.out)
     counted = [(line["worker"], line["session"], line["sequence"]) for line in lines if line["refused"] is None]
     assert len(counted) == len(set(counted))

@@ -5,14 +5,15 @@ their gradients, are answered with the mean, and take the same optimizer step. S
 stay equal, and only the workers know them. After the last step, one worker hands in its weights, which become the
 global model, and all workers begin their first asynchronous rounds.
 
-A step waits for all members that compute or validate, and for no other worker. A worker that misses a step, because it
-was away, is no member any more, and neither is a new session or a late joiner: they wait for the end of the beginning,
-and are sent the model then.
+A step waits for all members that compute or validate, and for a moment for one whose connection has ended, because it
+usually reconnects at once. A worker that misses a step, because it was away for longer, is no member any more, and
+neither is a new session or a late joiner: they wait for the end of the beginning, and are sent the model then.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
     from lightning_async_localsgd.server.sessions import WorkerSession
 
 _log = logging.getLogger(__name__)
+
+
+PATIENCE = 5.0
+"""Seconds for which a step waits for a member that was lost."""
 
 
 class _Phase(Enum):
@@ -85,6 +90,8 @@ class Beginning:
         self._members: dict[int, str] = {}
         # Whether the global model has the weights of the members.
         self._has_weights = True
+        # When members were lost. They may be back since.
+        self._lost_at: dict[int, float] = {}
         # For each member, the push that was answered last, and the fields of that answer.
         self._answers: dict[int, tuple[int, dict[str, Any]]] = {}
         # Members that must be answered again, because the answer was lost.
@@ -117,6 +124,11 @@ class Beginning:
         broken = push.contents == "weights" and rejection is not None and rejection.strike
         if push.final or broken:
             self._members.pop(push.worker, None)
+
+    def leave(self, worker: int, session: str, now: float) -> None:
+        """Note that a session was lost."""
+        if self.is_member(worker, session):
+            self._lost_at[worker] = now
 
     def repeat(self, worker: int, sequence: int) -> bool:
         """Answer a member's message again, in the same way, if it was answered before and the answer was lost.
@@ -155,14 +167,18 @@ class Beginning:
         """Return whether a session takes part in the present step."""
         return self._members.get(worker) == session
 
-    def is_due(self) -> bool:
+    def is_due(self, now: float) -> bool:
         """Return whether :meth:`dispatch` has something to do: no member is awaited any more."""
-        members = self._live_members()
-        if self._repeats.intersection(members):
+        if self._repeats.intersection(self._live_members()):
             return True
-        if not members:
-            return any(session.waiting for session in self._live.values())
-        return all(self._live[worker].waiting for worker in members)
+        due_at = self._due_at()
+        return due_at is not None and now >= due_at
+
+    @property
+    def deadline(self) -> float | None:
+        """When lost members are not awaited any more, in seconds; None if others are, or none was lost."""
+        due_at = self._due_at()
+        return None if due_at is None or due_at == -math.inf else due_at
 
     def dispatch(self, now: float, stopping: bool) -> dict[int, dict[str, Any]]:
         """Complete the step, and dispatch its members.
@@ -182,7 +198,7 @@ class Beginning:
             return {worker: self._answers[worker][1] for worker in sorted(repeats)}
         if self._phase is _Phase.START:
             self._members = {worker: session.id for worker, session in self._live.items() if session.waiting}
-        # A session that was away has missed the step.
+        # A session that is away misses the step.
         self._members = {worker: self._live[worker].id for worker in self._live_members()}
         members = sorted(self._members)
         if not members or (self._phase is _Phase.HAND_OVER and self._has_weights):
@@ -229,6 +245,15 @@ class Beginning:
 
     # ------------------------------------------------------------------ internal
 
+    def _due_at(self) -> float | None:
+        """Return since when, or from when on, no member is awaited; None if a live member is, or no worker waits."""
+        if not all(self._live[worker].waiting for worker in self._live_members()):
+            return None
+        if not any(session.waiting for session in self._live.values()):
+            return None
+        lost = (at for worker, at in self._lost_at.items() if worker in self._members and worker not in self._live)
+        return max((at + PATIENCE for at in lost), default=-math.inf)
+
     def _live_members(self) -> list[int]:
         return sorted(worker for worker, session in self._live.items() if self.is_member(worker, session.id))
 
@@ -255,4 +280,5 @@ class Beginning:
             _log.info("the synchronous beginning is over after %d step(s); asynchronous rounds begin", self.completed)
         self._members = {}
         self._answers = {}
+        self._lost_at = {}
         self.averages.drop()

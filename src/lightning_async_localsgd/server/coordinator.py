@@ -196,6 +196,7 @@ class Coordinator:
         self.observers.on_event(Event("leave", now, {"worker": worker, "session": session, "reason": reason}))
         was_live = self.membership.leave(worker, session, reason)
         if was_live:
+            self.beginning.leave(worker, session, now)
             self._window.close_if_unused()
         return was_live
 
@@ -276,14 +277,14 @@ class Coordinator:
 
     def deadline(self) -> float | None:
         """Return when :meth:`ready` may become true without an event, in seconds; None if never."""
-        return None if self.beginning.on else self._window.deadline
+        return self.beginning.deadline if self.beginning.on else self._window.deadline
 
     def ready(self, now: float) -> bool:
         """Return whether :meth:`dispatch` has something to do."""
         if not self.membership.started:
             return False
         if self.beginning.on:
-            return self.beginning.is_due()
+            return self.beginning.is_due(now)
         if self._window.group_is_due(now) or self._window.is_over(now):
             return True
         return not self.finished and self._all_rest()

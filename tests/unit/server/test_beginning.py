@@ -13,6 +13,7 @@ from lightning_async_localsgd.policies.synchronous_beginning import SynchronousB
 from lightning_async_localsgd.protocol.layout import Layout
 from lightning_async_localsgd.protocol.messages import ALREADY_APPLIED, Push, Reply
 from lightning_async_localsgd.protocol.rejections import STEP_MISSED
+from lightning_async_localsgd.server.beginning import PATIENCE
 from tests.harness import Workers, hello, make_coordinator
 
 LAYOUT = Layout.of(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)))
@@ -136,22 +137,25 @@ def test_lost_workers_do_not_keep_others_waiting() -> None:
     workers = Beginners()
     workers.gradient(0, 1.0, 1.0)
     workers.gradient(1, 1.0, 3.0)
-    replies = workers.leave(2, 1.5)
+    assert workers.leave(2, 1.5) == {}, "it may come back at once"
+    assert workers.coordinator.deadline() == 1.5 + PATIENCE
+    replies = workers.dispatch(7.0)
     assert set(replies) == {0, 1}
     assert float(workers.means[0][0][0]) == 2.0
     # A gradient that had arrived counts, though its worker has left.
-    workers.gradient(0, 2.0, 1.0)
-    assert workers.leave(0, 2.5) == {}
-    workers.gradient(1, 3.0, 3.0)
+    workers.gradient(0, 8.0, 1.0)
+    assert workers.leave(0, 8.5) == {}
+    assert workers.coordinator.deadline() is None, "worker 1 is still computing"
+    workers.gradient(1, 20.0, 3.0)
     assert float(workers.means[1][1][0]) == 2.0
     # The worker that has missed steps comes back, and waits for the end of the beginning.
-    assert workers.gradient(2, 3.5, 100.0) == {}
+    assert workers.gradient(2, 20.5, 100.0) == {}
     assert workers.outcomes[-1].refused == STEP_MISSED.text
     while workers.replies[1].local_steps > 0:
-        workers.gradient(1, 4.0, 1.0)
+        workers.gradient(1, 21.0, 1.0)
         assert not workers.replies[2].averaged
     assert workers.replies[1].send_weights
-    replies = workers.hand_over(1, 5.0)
+    replies = workers.hand_over(1, 22.0)
     assert set(replies) == {1, 2}
     assert not replies[2].synchronous
     assert replies[2].refused == STEP_MISSED.text
@@ -271,12 +275,13 @@ def test_worker_that_is_to_hand_over_weights_dies() -> None:
     assert workers.replies[0].send_weights
     workers.hand_over(1, 2.0)
     workers.hand_over(2, 2.1)
-    replies = workers.leave(0, 2.2)
+    assert workers.leave(0, 2.2) == {}
+    replies = workers.dispatch(8.0)
     assert set(replies) == {1}
     assert replies[1].send_weights
     assert replies[1].local_steps == 0
     assert not replies[1].averaged
-    replies = workers.hand_over(1, 3.0, weights=5.0)
+    replies = workers.hand_over(1, 9.0, weights=5.0)
     assert set(replies) == {1, 2}
     assert not replies[1].synchronous
     assert torch.equal(workers.theta, torch.full((LAYOUT.numel,), 5.0))
