@@ -17,6 +17,7 @@ from lightning_async_localsgd.policies.grace import GraceWindow
 from lightning_async_localsgd.policies.guard import UpdateGuard
 from lightning_async_localsgd.policies.pacing import SpeedAwareSteps
 from lightning_async_localsgd.policies.synchronous_beginning import SynchronousBeginning
+from lightning_async_localsgd.policies.worker_minimum import WorkerMinimum
 from lightning_async_localsgd.protocol.layout import Layout
 from lightning_async_localsgd.protocol.messages import PROTOCOL_VERSION, Hello, Push, Reply
 from lightning_async_localsgd.server.coordinator import Coordinator
@@ -43,6 +44,8 @@ def make_coordinator(
     incarnation: str = "this",
     overlap: bool = False,
     beginning: int = 0,
+    minimum: WorkerMinimum | None = None,
+    expected: int = 0,
 ) -> Coordinator:
     """Make a coordinator with simple defaults. Its model is zero."""
     model = GlobalModel(layout, outer_optimizer or DelayedNesterov(), workers)
@@ -57,6 +60,8 @@ def make_coordinator(
         merging=Merging(model, policy),
         overlap=overlap,
         beginning=SynchronousBeginning(beginning, workers),
+        minimum=minimum,
+        expected=expected,
     )
 
 

@@ -17,6 +17,8 @@ from typing import Any
 _PACKET = 64 * 1024
 _IN_FLIGHT = 256
 """Packets of one direction that may be on a long road."""
+_BURST_SECONDS = 0.02
+"""An idle road carries as many bytes at once as it would have carried in this time."""
 
 
 @dataclass
@@ -34,8 +36,8 @@ class _Lane:
         self.free_at = 0.0
 
     def slot(self, size: int, rate: float | None, now: float) -> float:
-        """When ``size`` bytes that come now have passed."""
-        self.free_at = max(self.free_at, now) + (size / rate if rate else 0.0)
+        """When ``size`` bytes that come now have passed. What a late wake-up has left unused is caught up with."""
+        self.free_at = max(self.free_at, now - _BURST_SECONDS) + (size / rate if rate else 0.0)
         return self.free_at
 
 

@@ -20,13 +20,14 @@ import torch
 from benchmarks.study import cells
 from benchmarks.study.cells import LEVELS, SEEDS
 from benchmarks.study.equal_time import TABLE_G, with_best_rates
+from benchmarks.study.fewer_bits import TABLE_I, plan
 from benchmarks.study.report import IMAGES, PAGE, write_report
 from benchmarks.study.results import DEFAULT_FOLDER, TUNING, TUNING_SEED, Results
 from benchmarks.study.running import RunContext
 from benchmarks.study.scheduling import PlannedRun, Queue, run_queue
 from benchmarks.study.text import DEFAULT_CACHE, DEFAULT_DATA
 
-TABLES = {**cells.TABLES, "table_g": TABLE_G}
+TABLES = {**cells.TABLES, "table_g": TABLE_G, "table_i": TABLE_I}
 """The cells of all tables."""
 
 ORDER = ("table_d", "none", "moderate", "slight", "table_e", "table_h", "wikitext2", "table_b", "scratch", "table_c")
@@ -43,6 +44,8 @@ def plan_runs(table: str, levels: list[str], seeds: list[int], results: Results)
         return plan_runs("table_a", [table] if table in levels else [], seeds, results)
     if table == "table_g":
         return [PlannedRun(table, cell, seed) for seed in seeds for cell in with_best_rates(results, seed)]
+    if table == "table_i":
+        return plan(table, seeds)
     if table != "all":
         return [
             PlannedRun(table, cell, seed)

@@ -19,6 +19,7 @@ from lightning_async_localsgd.outer import (
     Nesterov,
     OuterOptimizer,
 )
+from lightning_async_localsgd.protocol.options import Download, Upload
 from lightning_async_localsgd.staleness import (
     DelayCompensation,
     ExponentialCosine,
@@ -116,6 +117,10 @@ class Cell:
         seconds: time of the devices. The run takes as many steps as fit, see :func:`.steps_in`. None takes ``steps``.
         exchange_seconds: seconds that a message needs in one direction.
         moments: whether workers average the second moments of their inner optimizers.
+        upload: how the parameters of pushes travel.
+        download: how the parameters of models travel.
+        overlap: whether workers go on training while their pushes are in flight.
+        link_seconds: seconds that a push and a model need together in fp32, because of a link's bandwidth.
 
     """
 
@@ -140,6 +145,10 @@ class Cell:
     seconds: float | None = None
     exchange_seconds: float = 0.0
     moments: bool = False
+    upload: Upload = "fp32"
+    download: Download = "fp32"
+    overlap: bool = False
+    link_seconds: float = 0.0
 
     @property
     def seconds_per_step(self) -> tuple[float, ...]:

@@ -14,6 +14,7 @@ import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader
 
+from benchmarks.study.bandwidth import packed_share
 from benchmarks.study.cells import Cell, strategy_options
 from benchmarks.study.results import TUNING_SEED, NotTunedError, Results
 from lightning_async_localsgd import SimulatedAsyncLocalSGDStrategy
@@ -196,6 +197,9 @@ def steps_in(cell: Cell) -> int:
     if cell.method == "sync" and cell.dynamic:
         # The first rounds, whose speeds are unknown, take longer than the others: a short run would not tell.
         steps = math.floor(cell.seconds * _steps_per_second(timed, steps))
+    if cell.local_steps == "auto" and cell.link_seconds > 0.0:
+        # H depends on the number of steps of the whole run.
+        steps = math.floor(cell.seconds * _steps_per_second(timed, steps))
     return max(1, math.floor(cell.seconds * _steps_per_second(timed, steps)))
 
 
@@ -203,7 +207,10 @@ def steps_in(cell: Cell) -> int:
 def _steps_per_second(cell: Cell, steps: int) -> float:
     """Measure the steps per worker and second in a run of a model with one parameter. Times do not depend on models."""
     strategy = SimulatedAsyncLocalSGDStrategy(
-        cell.seconds_per_step, exchange_seconds=cell.exchange_seconds, **strategy_options(cell)
+        cell.seconds_per_step,
+        exchange_seconds=cell.exchange_seconds + packed_share(cell) * cell.link_seconds / 2.0,
+        overlap=cell.overlap,
+        **strategy_options(cell),
     )
     trainer = pl.Trainer(
         strategy=strategy,

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study import cells, equal_time_report
+from benchmarks.study import cells, equal_time_report, fewer_bits_report
 from benchmarks.study.cells import INNER_GRID, LEVELS, METHODS, OUTER_GRID, OUTER_GRID_WITH_INNER, STAGE_GRID, Cell
 from benchmarks.study.markdown import MISSING, markdown_table, mean_and_std
 from benchmarks.study.results import FIGURES, TUNING_SEED, NotTunedError, Results, stage_candidates
@@ -80,6 +80,7 @@ def render_tables(results: Results) -> dict[str, str]:
         "scratch": table.render(cells.TABLES["scratch"]),
         "wikitext2": table.render(cells.TABLES["wikitext2"]),
         **equal_time_report.render(results),
+        **fewer_bits_report.render(results),
         "summary": _summary(results),
         "figures": _figures(results),
     }

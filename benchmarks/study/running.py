@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from benchmarks.study import text
+from benchmarks.study.bandwidth import link_of
 from benchmarks.study.cells import Cell, strategy_options, strategy_quorum
 from benchmarks.study.equal_time import steps_in
 from benchmarks.study.model import LanguageModel
@@ -298,7 +299,10 @@ def _train_simulated(
     parts = [text.make_loader(part, BATCH) for part in corpus.train]
     strategy = SimulatedAsyncLocalSGDStrategy(
         seconds_per_step=cell.seconds_per_step,
-        exchange_seconds=cell.exchange_seconds,
+        exchange_seconds=link_of(cell, sum(parameter.numel() for parameter in module.parameters())),
+        upload=cell.upload,
+        download=cell.download,
+        overlap=cell.overlap,
         worker_data=None if cell.iid else parts.__getitem__,
         **strategy_options(cell),
     )
@@ -354,7 +358,7 @@ def trainer_options(accelerator: str = "cpu") -> dict[str, Any]:
 
 
 def read_run_files(cell: Cell, folder: Path, time_scale: float = 1.0) -> dict[str, Any]:
-    """Read the time of a run, the staleness of its pushes and the waiting time of workers from the files of the run.
+    """Read time, bytes, staleness of the pushes, and waiting times of the workers from the files of a run.
 
     Args:
         cell: the cell that was run.
@@ -364,7 +368,10 @@ def read_run_files(cell: Cell, folder: Path, time_scale: float = 1.0) -> dict[st
     """
     summary = json.loads((folder / "async_localsgd_summary.json").read_text())
     staleness = [push["staleness"] for push in _read_ledger(folder) if push["refused"] is None]
-    waited = sum(worker["wait_seconds"] for worker in summary["workers"])
+    waited, exchanged = (
+        sum(worker[name] for worker in summary["workers"]) / (cell.workers * summary["seconds"])
+        for name in ("wait_seconds", "exchange_seconds")
+    )
     return {
         "seconds": round(summary["seconds"] / time_scale, 2),
         "pushes": len(staleness),
@@ -374,7 +381,9 @@ def read_run_files(cell: Cell, folder: Path, time_scale: float = 1.0) -> dict[st
             "max": max(staleness),
             "histogram": {str(versions): count for versions, count in sorted(Counter(staleness).items())},
         },
-        "waiting_share": round(waited / (cell.workers * summary["seconds"]), 4),
+        "waiting_share": round(waited, 4),
+        "exchange_share": round(exchanged, 4),
+        "bytes": summary["bytes_sent"] + summary["bytes_received"],
         "steps_by_worker": [worker["steps"] for worker in summary["workers"]],
     }
 

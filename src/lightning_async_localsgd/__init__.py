@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lightning_async_localsgd.lightning.simulated.strategy import SimulatedAsyncLocalSGDStrategy
     from lightning_async_localsgd.lightning.strategy import AsyncLocalSGDStrategy
     from lightning_async_localsgd.outer import DelayedNesterov, OuterOptimizer, TorchOptimizer
+    from lightning_async_localsgd.protocol.exchange import TooFewWorkersError
     from lightning_async_localsgd.protocol.options import ExchangeOptions
     from lightning_async_localsgd.server.merge_policy import MergeOptions
     from lightning_async_localsgd.server.observers import RunObserver
@@ -52,6 +53,7 @@ __all__ = [
     "Slowdown",
     "Staleness",
     "StepSeconds",
+    "TooFewWorkersError",
     "TorchOptimizer",
     "WorkersLostError",
 ]
@@ -77,6 +79,7 @@ HOMES = {
     "Staleness": "staleness",
     "StepSeconds": "simulation.devices",
     "TorchOptimizer": "outer",
+    "TooFewWorkersError": "protocol.exchange",
     "WorkersLostError": "launch.restarts",
 }
 

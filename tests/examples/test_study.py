@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import math
-import random
 import shutil
 import subprocess
 import sys
@@ -39,6 +37,7 @@ from benchmarks.study.results import FIGURES, TUNING, TUNING_SEED, NotTunedError
 from benchmarks.study.scheduling import PlannedRun, Queue
 from benchmarks.study.text import DOMAINS, load_corpus
 from lightning_async_localsgd import AsyncLocalSGDStrategy, SimulatedAsyncLocalSGDStrategy
+from tests.examples.study_data import write_texts
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -47,20 +46,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the layout of the real text, but with random words."""
     folder = tmp_path_factory.mktemp("data")
-    draw = random.Random(0)
-    words = ["".join(draw.choices("aeioklmnrst", k=draw.randint(2, 6))) for _ in range(60)]
-
-    def documents(count: int) -> str:
-        texts = (" ".join(draw.choices(words, k=300)) for _ in range(count))
-        return "".join(json.dumps({"text": text}) + "\n" for text in texts)
-
-    names = {f"c4_en/{split}.jsonl.gz": 20 for split in ("train", "valid")}
-    names |= {f"domains/{domain}.jsonl.gz": 20 for domain in DOMAINS}
-    names |= {f"wikitext2/{split}.txt.gz": 20 for split in ("train", "valid")}
-    for name, count in names.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        with gzip.open(folder / name, "wt") as file:
-            file.write(documents(count))
+    write_texts(folder)
     return folder
 
 

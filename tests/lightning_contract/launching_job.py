@@ -212,10 +212,9 @@ def more_callbacks(out: Path, options: dict[str, Any]) -> list[L.Callback]:
 def run(out: Path, options: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     strategy: Any = options.get("strategy", "async_localsgd")
-    if "exchange" in options:
-        strategy = AsyncLocalSGDStrategy(local_steps=5, exchange=ExchangeOptions(**options["exchange"]))
-    if "own_strategy" in options:
-        strategy = AsyncLocalSGDStrategy(**options["own_strategy"])
+    if "exchange" in options or "own_strategy" in options:
+        exchange = ExchangeOptions(**options.get("exchange", {}))
+        strategy = AsyncLocalSGDStrategy(**{"local_steps": 5, "exchange": exchange, **options.get("own_strategy", {})})
     module = Model()
     for number, calls in enumerate(options.get("calls", [["fit"]])):
         options |= options.get(f"trainer {number}", {})

@@ -20,6 +20,7 @@ from torch import nn
 from lightning_async_localsgd import AsyncLocalSGDStrategy, SimulatedAsyncLocalSGDStrategy
 from lightning_async_localsgd.protocol.layout import Binding, Layout
 from lightning_async_localsgd.protocol.messages import Reply
+from lightning_async_localsgd.runtime.uplink import Uplink
 from lightning_async_localsgd.runtime.worker import Worker
 from tests.lightning_models import quiet_trainer
 from tests.processes import Jobs
@@ -96,6 +97,31 @@ def test_copies_are_complete_when_the_call_returns(modules: tuple[Mixed, Mixed])
     torch.testing.assert_close(*pushes, rtol=0, atol=0)
     half = bindings[0].layout.views(pushes[0])["wide.weight"]
     torch.testing.assert_close(half, bindings[0].layout.views(flats[0])["wide.weight"] / 2)
+
+
+@needs_gpus(1)
+@pytest.mark.parametrize("encoding", ["bf16", "int8", "int4"])
+def test_pushes_are_packed_on_the_device(modules: tuple[Mixed, Mixed], encoding: Any) -> None:
+    bindings = [Binding(Layout.of(module), module) for module in modules]
+    assert [binding.device.type for binding in bindings] == ["cpu", "cuda"]
+    uplinks = [Uplink(binding.layout, encoding, device=binding.device) for binding in bindings]
+    base = bindings[0].new_flat()
+    bindings[0].read(base)
+    for step in range(2):
+        pushes = []
+        for module, binding, uplink in zip(modules, bindings, uplinks, strict=True):
+            with torch.no_grad():
+                for parameter in module.parameters():
+                    parameter.mul_(1.0 - 2.0 ** -(3 + step))
+            vector = binding.new_flat() if uplink.vector is None else uplink.vector
+            binding.subtract_from(base, vector)
+            uplink.pack(vector, step)
+            pushes.append(vector.cpu())
+        assert uplinks[1].packed.is_pinned()
+        assert uplinks[1].residual.is_cuda
+        assert torch.equal(uplinks[0].packed, uplinks[1].packed)
+        torch.testing.assert_close(*pushes, rtol=0, atol=0)
+        torch.testing.assert_close(uplinks[0].residual, uplinks[1].copy_residual(), rtol=0, atol=0)
 
 
 class Device:

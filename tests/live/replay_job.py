@@ -39,8 +39,8 @@ def main(kind: str, out: Path, options: dict[str, Any]) -> None:
     policies = {"local_steps": 6, **policies}
     events = out / "events.jsonl"
     if kind == "live":
-        exchange = ExchangeOptions(overlap=policies.pop("overlap", False))
-        strategy = AsyncLocalSGDStrategy(exchange=exchange, **policies)
+        given = {name: policies.pop(name) for name in ("overlap", "upload", "download") if name in policies}
+        strategy = AsyncLocalSGDStrategy(exchange=ExchangeOptions(**given), **policies)
         callbacks = [EmulatedDevices([0.01, 0.015, 0.04]), AsyncLocalSGDCallback(table=False, events=events)]
     else:
         strategy = SimulatedAsyncLocalSGDStrategy(replay=events, **policies)

@@ -27,8 +27,13 @@ from tests.processes import Jobs
             marks=pytest.mark.slow,
         ),
         {"strategy": {"local_steps": 1, "overlap": True}},
+        pytest.param({"strategy": {"upload": "int8", "download": "bf16"}}, marks=pytest.mark.slow),
+        pytest.param(
+            {"strategy": {"local_steps": 1, "overlap": True, "upload": "int4", "download": "int8"}},
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["steps", "epochs", "quorum", "weighed", "overlap"],
+    ids=["steps", "epochs", "quorum", "weighed", "overlap", "packed", "packed-overlap"],
 )
 def test_replay_equals_the_live_run_bit_for_bit(started: Jobs, tmp_path: Path, options: dict[str, Any]) -> None:
     for kind in ("live", "replay"):

@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import re
+import socket
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -133,15 +134,17 @@ class JoinGrant:
     late_joiner: bool
 
 
-def enter(invited: Invitation, timeout: float) -> JoinGrant:
+def enter(invited: Invitation, timeout: float, expected_workers: int | None = None) -> JoinGrant:
     """Ask the server for permission to join, once in the lifetime of this process.
 
     Args:
         invited: which server.
         timeout: seconds to reach the server.
+        expected_workers: option of this process's strategy, which must be that of the run if it is set.
 
     Raises:
         ExchangeError: the server cannot be reached, or rejects this process.
+        ValueError: the run begins with another number of workers. The text names this host.
 
     """
     if invited.address not in _grants:
@@ -150,10 +153,20 @@ def enter(invited: Invitation, timeout: float) -> JoinGrant:
         endpoints, info = request_join_info(
             invited.address, invited.token, invited.worker, encrypted=invited.encrypted, timeout=timeout
         )
+        if expected_workers not in (None, info.workers):
+            raise ValueError(
+                f"host {socket.gethostname()} has expected_workers={expected_workers}, but the run at "
+                f"{invited.address} begins with {info.workers} worker(s); use the same value on every host"
+            )
         os.environ.setdefault(RUN_ENV, info.run_name)
         _grants[invited.address] = JoinGrant(endpoints, info, invited.late_joiner)
         _log.warning("joining the run at %s as worker %d", invited.address, info.worker)
     return _grants[invited.address]
+
+
+def next_call() -> int:
+    """Return the number of the Trainer call that this process is about to begin."""
+    return _calls + 1
 
 
 def begin_call(fitting: bool) -> tuple[int, int]:

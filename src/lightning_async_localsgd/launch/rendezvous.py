@@ -8,16 +8,18 @@ group afterwards.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import pickle
 import socket
 import time
+import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
@@ -36,6 +38,15 @@ _PIECE_BYTES = 2**22
 """The store takes values of up to 8 MiB, so larger objects are split."""
 
 _PROCESS = "process"
+_PLACE = "place"
+
+_CONTRADICTION, _READERS = "contradiction", "readers"
+
+_SECONDS_FOR_READERS = 30.0
+"""Seconds that rank 0 keeps the store open for ranks that have not read yet why the run ends."""
+
+_SECONDS_TO_TELL = 60.0
+"""Seconds that a rank that cannot take part waits for rank 0 to tell the others."""
 
 _stores: dict[tuple[str, int], TCPStore] = {}
 """One store per address, kept for the lifetime of the process, because the script's next Trainer uses it again."""
@@ -43,6 +54,10 @@ _stores: dict[tuple[str, int], TCPStore] = {}
 
 class RendezvousError(FollowingError):
     """The ranks did not meet. The text names the missing ranks and what to do."""
+
+
+class HostsDifferError(FollowingError):
+    """The hosts contradict each other about the run. The same text is raised on every host, and names the host."""
 
 
 def _open_store(host: str, port: int, is_host: bool, timeout: float) -> TCPStore:
@@ -78,6 +93,48 @@ def _host_identity() -> str:
     return "/".join(parts)
 
 
+def _agent_hosts_store() -> bool:
+    """Return whether torchrun's agent hosts the store. It outlives a restart of the ranks."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+
+
+def _keys_of_call(store: TCPStore, call: int) -> PrefixStore:
+    # Keys carry the restart count, because an agent's store outlives a restart.
+    return PrefixStore(f"async_localsgd/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{call}", store)
+
+
+def end_all_ranks(host: str, port: int, rank: int, world_size: int, timeout: float, call: int, reason: str) -> None:
+    """Let every rank of the run end with the reason for which this rank cannot take part.
+
+    Args:
+        host: MASTER_ADDR.
+        port: MASTER_PORT.
+        rank: this rank.
+        world_size: number of ranks.
+        timeout: seconds to reach rank 0.
+        call: number of the Trainer call in the script.
+        reason: text for all ranks, which names this host.
+
+    """
+    is_host = rank == 0 and not _agent_hosts_store()
+    _log.error("%s", reason)  # At once, because rank 0 may not be there yet.
+    try:
+        store = _keys_of_call(_open_store(host, port, is_host, min(timeout, _SECONDS_TO_TELL)), call)
+        store.compare_set(_CONTRADICTION, "", reason)
+        store.add(_READERS, int(rank > 0))
+        if is_host:
+            _await_readers(store, world_size)
+    except RuntimeError as error:
+        _log.warning("the other ranks could not be told: %s", error)
+
+
+def _await_readers(store: PrefixStore, world_size: int) -> None:
+    """Wait on rank 0, which hosts the store, until all other ranks have read a contradiction, but not for long."""
+    until = time.monotonic() + _SECONDS_FOR_READERS
+    while store.add(_READERS, 0) < world_size - 1 and time.monotonic() < until:
+        time.sleep(_LONGEST_PAUSE)
+
+
 def open_group_of_one(backend: str, timeout: timedelta | None, **kwargs: Any) -> bool:
     """Open a default process group of one rank, unless a default group exists. Return whether one was opened."""
     if dist.is_initialized():
@@ -101,9 +158,11 @@ class Rendezvous:
         call: number of the Trainer call in the script, the same on all ranks.
         rejoins: this rank was restarted during training. Its operations before :meth:`begin_after_training` are
             no-ops: barriers do not wait, and a broadcast returns this rank's own object.
+        expected_workers: the option of this rank, which must be that of rank 0.
 
     Raises:
         RendezvousError: the store cannot be opened or reached.
+        HostsDifferError: the hosts contradict each other about the ranks of the run.
 
     """
 
@@ -118,6 +177,7 @@ class Rendezvous:
         ended: Callable[[], set[int]] = set,
         call: int = 1,
         rejoins: bool = False,
+        expected_workers: int | None = None,
     ) -> None:
         self.host = host
         self.rank = rank
@@ -131,12 +191,11 @@ class Rendezvous:
         self._group = False
         self.survivors: Callable[[], set[int]] | None = None
         """On rank 0, after training: returns the ranks that are still running. Rank 0 waits only for these."""
-        # Under torchrun the agent hosts the store, which outlives a restart of the ranks: keys carry the restart count.
-        agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
-        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = _open_store(host, port, rank == 0 and not agent, timeout)
-        self._store = PrefixStore(f"async_localsgd/{restart}/{call}", store)
+        self._hosts_store = rank == 0 and not _agent_hosts_store()
+        self._store = _keys_of_call(_open_store(host, port, self._hosts_store, timeout), call)
         self.post(_PROCESS, process_identity())
+        if not rejoins:
+            self._compare_places(expected_workers)
 
     def barrier(self, name: str | None = None) -> None:
         """Wait until all ranks have reached this call.
@@ -238,6 +297,51 @@ class Rendezvous:
         except RuntimeError as error:
             _log.warning("some ranks did not reach the end of the run: %s", error)
 
+    def _compare_places(self, expected_workers: int | None) -> None:
+        """Check that this rank and rank 0 were told the same about the run, and that no rank was started twice."""
+        host = socket.gethostname()
+        place = {"id": uuid.uuid4().hex, "host": host, "ranks": self.world_size, "workers": expected_workers}
+        # The first process with this rank writes. Another one reads what the first one has written.
+        first = json.loads(self._store.compare_set(f"{_PLACE}/{self.rank}", "", json.dumps(place)))
+        of_rank_0 = first
+        if self.rank > 0:
+            self._wait_for(f"{_PLACE}/0")
+            of_rank_0 = json.loads(self._store.get(f"{_PLACE}/0"))
+        ranks, workers, host_0 = of_rank_0["ranks"], of_rank_0["workers"], of_rank_0["host"]
+        if ranks != self.world_size:
+            self._end_all(
+                f"host {host} belongs to a run of {self.world_size} ranks, but rank 0 on host {host_0} to a run of "
+                f"{ranks} ranks; use the same num_nodes and devices on every host, or, for unequal numbers of devices, "
+                "torchrun, SLURM or ASYNC_LOCALSGD_JOIN"
+            )
+        if first["id"] != place["id"]:
+            self._end_all(
+                f"rank {self.rank} was started twice, on host {first['host']} and on host {host}; give each host a "
+                "NODE_RANK of its own, and the same num_nodes and devices"
+            )
+        if workers != expected_workers:
+            self._end_all(
+                f"host {host} has expected_workers={expected_workers}, but rank 0 on host {host_0} has "
+                f"expected_workers={workers}; use the same value on every host"
+            )
+
+    def _end_all(self, reason: str) -> NoReturn:
+        """Raise an error on this rank, and on all ranks that wait or will wait."""
+        self._store.compare_set(_CONTRADICTION, "", reason)  # The first reason counts.
+        self._raise_contradiction()
+
+    def _raise_contradiction(self) -> NoReturn:
+        reason = self._store.get(_CONTRADICTION).decode()
+        self._store.add(_READERS, int(self.rank > 0))
+        if self._hosts_store:
+            _await_readers(self._store, self.world_size)
+        raise HostsDifferError(reason)
+
+    def _check_hosts(self) -> None:
+        """Raise if a rank has found that the hosts contradict each other. Called while this rank waits."""
+        if self._phase == "before" and not self._skips and self._store.check([_CONTRADICTION]):
+            self._raise_contradiction()
+
     def _next_key(self, name: str) -> str:
         self._operations += 1
         return f"{self._phase}/{self._operations}/{name}"
@@ -246,6 +350,7 @@ class Rendezvous:
         """Wait for a key without a limit, while rank 0 lives."""
         pause = _FIRST_PAUSE
         while not self._has(key):
+            self._check_hosts()
             self._watch()
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
@@ -257,6 +362,7 @@ class Rendezvous:
         missing = list(range(self.world_size))
         while missing := [rank for rank in missing if not self._has(f"{key}/{rank}")]:
             if self.survivors is None:
+                self._check_hosts()
                 self._watch()
             else:
                 alive = self.survivors()

@@ -51,8 +51,9 @@ class AsyncLocalSGDCallback(Callback):
       the latest pushes), ``async/update_norm`` (of the last pseudo-gradient), ``async/momentum_cosine`` (between that
       pseudo-gradient and the outer momentum), ``async/refused_pushes/total`` and, for each kind of refusal that has
       occurred, the number of this kind (``async/refused_pushes/not_finite``), ``async/bytes_sent`` and
-      ``async/bytes_received`` (by the server, over the network or sockets); in a simulated run
-      ``async/virtual_seconds`` (since the start of training).
+      ``async/bytes_received`` (by the server, over the network or sockets); once training has been paused for lack of
+      workers ``async/paused_seconds`` (of pauses that are over); in a simulated run ``async/virtual_seconds`` (since
+      the start of training).
 
     No name is the folder of another name, because loggers that write one file per metric could not store both.
 
@@ -235,6 +236,8 @@ def run_metrics(runtime: Runtime, per_worker: bool) -> dict[str, float]:
     }
     if runtime.virtual_seconds is not None:
         metrics["async/virtual_seconds"] = runtime.virtual_seconds
+    if view.pauses:
+        metrics["async/paused_seconds"] = view.paused_seconds
     if view.update_norm is not None:
         metrics["async/update_norm"] = view.update_norm
     if view.momentum_cosine is not None:
@@ -254,7 +257,7 @@ def run_summary(runtime: Runtime) -> dict[str, Any]:
     totals = runtime.totals()
     all_steps = sum(worker.steps for worker in totals.values())
     view = runtime.server.snapshot
-    present = runtime.live_workers()
+    present = runtime.present_workers()
     speeds = [worker.steps_per_second for worker in view.workers.values() if worker.steps_per_second]
     steps = all_steps - runtime.steps_before
     return {
@@ -286,6 +289,8 @@ def run_summary(runtime: Runtime) -> dict[str, Any]:
         "refused_pushes": view.refused_pushes,
         "refusals": dict(view.refusals),
         "unapplied_pushes": view.unapplied_pushes,
+        "pauses": view.pauses,
+        "paused_seconds": view.paused_seconds,
         "lost": [{"worker": worker, "seconds": when, "reason": why} for worker, when, why in runtime.lost_workers],
         "seconds": runtime.seconds,
         "fastest_worker_seconds": steps / max(speeds) if speeds and len(totals) > 1 else None,
@@ -321,6 +326,11 @@ def format_table(summary: dict[str, Any]) -> str:
         f"{summary['version']} pushes merged, {summary['refused_pushes']} refused"
         + (f" ({', '.join(f'{count} {kind}' for kind, count in kinds)})" if kinds else "")
     )
+    if summary["pauses"]:
+        lines.append(
+            f"training was paused {summary['pauses']} time(s), for {summary['paused_seconds']:.1f} s, because fewer "
+            "than min_workers took part"
+        )
     alone = summary["fastest_worker_seconds"]
     if alone is not None:
         lines.append(f"at its last speed, the fastest worker alone would need {alone:.1f} s for as many steps")

@@ -1,8 +1,47 @@
-"""The line that says at the end of a run which workers were lost, so that a run without them looks like no success."""
+"""What all ranks learn at the end of a run about the workers that were lost: a run without them is no success."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from lightning_async_localsgd.launch.restarts import WorkersLostError
+
+if TYPE_CHECKING:
+    from lightning_async_localsgd.launch.rendezvous import Rendezvous
+    from lightning_async_localsgd.runtime.base import Runtime
+
+
+def lost_ranks(runtime: Runtime, rendezvous: Rendezvous, lost: Iterable[int]) -> dict[int, tuple[str, str]]:
+    """Return on rank 0 the processes of the ranks that were lost in training, and why each was lost.
+
+    Args:
+        runtime: this rank's part in training. Ranks without the server know nothing.
+        rendezvous: where the ranks have met.
+        lost: the lost ranks.
+
+    """
+    if runtime.server is None:
+        return {}
+    processes = rendezvous.processes()
+    reasons = {worker: reason for worker, _, reason in runtime.lost_workers}
+    return {rank: (processes.get(rank, ""), reasons.get(rank, "it left")) for rank in lost}
+
+
+def raise_if_lost(lost: Iterable[int]) -> None:
+    """Raise if workers were lost, with the option ``fail_on_lost_workers``.
+
+    Args:
+        lost: the lost workers.
+
+    Raises:
+        WorkersLostError: There are such workers.
+
+    """
+    if names := ", ".join(map(str, lost)):
+        raise WorkersLostError(
+            f"Training is complete and saved, but worker(s) {names} were lost and fail_on_lost_workers=True."
+        )
 
 
 def lost_text(summary: dict[str, Any]) -> str:

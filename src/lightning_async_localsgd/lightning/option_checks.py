@@ -46,22 +46,8 @@ def defaults_with_quorum(
     return steps, Nesterov(lr=0.7, momentum=0.9) if outer_optimizer is None else outer_optimizer
 
 
-def checked_exchange(exchange: object) -> ExchangeOptions:
-    """Return the strategy's option ``exchange``, or its defaults if it is None.
-
-    Raises:
-        TypeError: It is of another type.
-
-    """
-    if exchange is None:
-        return ExchangeOptions()
-    if not isinstance(exchange, ExchangeOptions):
-        raise TypeError(f"exchange={exchange!r} must be an ExchangeOptions, or None for its defaults")
-    return exchange
-
-
-def check_processes(start_method: str, max_restarts: int) -> None:
-    """Check how ranks are started and restarted.
+def check_processes(start_method: str, max_restarts: int, expected_workers: int | None) -> None:
+    """Check how ranks are started and restarted, and how many workers are expected.
 
     Raises:
         ValueError: An option is outside its range.
@@ -71,6 +57,11 @@ def check_processes(start_method: str, max_restarts: int) -> None:
         raise ValueError(f"start_method={start_method!r} is unknown; use one of {', '.join(START_METHODS)}")
     if type(max_restarts) is not int or max_restarts < 0:
         raise ValueError(f"max_restarts={max_restarts!r} must be a number of restarts per worker, 0 or more")
+    if expected_workers is not None and (type(expected_workers) is not int or expected_workers < 1):
+        raise ValueError(
+            f"expected_workers={expected_workers!r} must be a number of workers >= 1; None begins with the ranks that "
+            "are started together"
+        )
 
 
 def check_plugins(strategy: DDPStrategy, name: str, start_method: str) -> None:
@@ -98,7 +89,7 @@ def check_plugins(strategy: DDPStrategy, name: str, start_method: str) -> None:
             f"strategy={name!r} runs the script again for every rank, but an interactive session has no script; use "
             "strategy='async_localsgd_notebook'"
         )
-    if remove_batch_norm_sync(strategy) and strategy.num_nodes * strategy.num_processes > 1:
+    if remove_batch_norm_sync(strategy) and strategy.world_size > 1:
         rank_zero_warn(
             f"sync_batchnorm=True has no effect with {name}, because ranks do not wait for each other in a forward "
             "pass: BatchNorm uses the statistics of each rank's own batches, and the running statistics are merged "
@@ -109,6 +100,54 @@ def check_plugins(strategy: DDPStrategy, name: str, start_method: str) -> None:
         raise ValueError(
             f"plugins={plugin} belongs to another strategy, but with async_localsgd every rank holds the whole model; "
             "leave the plugin out and use Trainer(precision=...)"
+        )
+
+
+def check_workers(expected_workers: int | None, min_workers: int, ranks: int, others_may_join: bool) -> None:
+    """Check that the workers can come that a live run needs.
+
+    Args:
+        expected_workers: number of workers with which the run begins; None if these are the ranks.
+        min_workers: fewest live workers with which training goes on.
+        ranks: number of ranks that are started together.
+        others_may_join: whether other workers may join.
+
+    Raises:
+        ValueError: There are more ranks than expected workers, or other workers are needed and none may join.
+
+    """
+    if not others_may_join:
+        check_minimum(min_workers, ranks, "set a token, so that others may join")
+    if expected_workers is None:
+        return
+    if expected_workers < ranks:
+        raise ValueError(
+            f"expected_workers={expected_workers}, but {ranks} ranks are started together; use at least {ranks}, or "
+            "fewer devices"
+        )
+    if expected_workers > ranks and not others_may_join:
+        raise ValueError(
+            f"expected_workers={expected_workers} waits for {expected_workers - ranks} worker(s) that join, but "
+            "without a token none can; set ASYNC_LOCALSGD_TOKEN to the same secret on every host"
+        )
+
+
+def check_minimum(min_workers: int, workers: int, advice: str) -> None:
+    """Check that as many workers can take part as training needs.
+
+    Args:
+        min_workers: fewest live workers with which training goes on.
+        workers: most workers that can take part.
+        advice: how more workers can take part.
+
+    Raises:
+        ValueError: ``min_workers`` is larger.
+
+    """
+    if min_workers > workers:
+        raise ValueError(
+            f"min_workers={min_workers} is larger than the {workers} worker(s) that can take part, so training would "
+            f"be paused for ever; use at most {workers}, or {advice}"
         )
 
 

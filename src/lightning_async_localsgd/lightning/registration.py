@@ -16,6 +16,20 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
+def text_for_other_package(name: str, base: type) -> str:
+    """Return the text that Lightning's other package shows when it refuses a strategy of this one.
+
+    Args:
+        name: name of the strategy's class.
+        base: Lightning's class that the strategy derives from.
+
+    """
+    mine, other, path = "lightning.pytorch", "pytorch_lightning", "lightning_async_localsgd.pytorch_lightning"
+    if not base.__module__.startswith(mine):
+        mine, other, path = other, mine, "lightning_async_localsgd"
+    return f"<{name} for {mine}.Trainer; for {other}.Trainer use {path}.{name}>"
+
+
 def register_simulated(registry: Any, strategy: Callable[..., Any]) -> None:
     """Register the strategy that simulates a cluster. Replaces an earlier registration.
 

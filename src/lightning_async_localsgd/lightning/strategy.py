@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -27,20 +26,22 @@ from lightning_async_localsgd.launch.joining import Invitation, begin_call, ente
 from lightning_async_localsgd.launch.lost_ranks import raise_if_rank_missing, remember_lost
 from lightning_async_localsgd.launch.rank_environment import rank_environment
 from lightning_async_localsgd.launch.rendezvous import Rendezvous, open_group_of_one
-from lightning_async_localsgd.launch.restarts import WorkersLostError
 from lightning_async_localsgd.launch.uncaught import print_in_one_line
 from lightning_async_localsgd.lightning.checkpoints.contents import CHECKPOINT_KEY
 from lightning_async_localsgd.lightning.checkpoints.optimizer_states import resume_optimizers
 from lightning_async_localsgd.lightning.data.training_data import TrainingData
 from lightning_async_localsgd.lightning.fit_state import FitState
+from lightning_async_localsgd.lightning.launchers.host_ranks import JoiningEnvironment, adopt_ranks
 from lightning_async_localsgd.lightning.launchers.process_launcher import AsyncProcessLauncher
 from lightning_async_localsgd.lightning.launchers.script_launcher import AsyncScriptLauncher
 from lightning_async_localsgd.lightning.loop.controller import FitController
 from lightning_async_localsgd.lightning.loop.rank_zero_callbacks import callback_states, load_callback_states
+from lightning_async_localsgd.lightning.lost_workers import lost_ranks, raise_if_lost
 from lightning_async_localsgd.lightning.option_checks import (
     check_no_process_group,
     check_plugins,
     check_processes,
+    check_workers,
 )
 from lightning_async_localsgd.lightning.registration import register_names
 from lightning_async_localsgd.lightning.strategy_base import _StrategyBase
@@ -92,9 +93,8 @@ class AsyncLocalSGDStrategy(_StrategyBase):
             waiting. ``"auto"`` waits for workers that are about to finish, at most 15 % of the round's time.
         quorum: number of different workers whose pushes are merged as one step on their average. 1 merges each push
             when it arrives, ``"all"`` is synchronous DiLoCo.
-        sync_warmup_steps: steps per worker, counted as in ``max_steps``, for which training begins synchronously: the
-            gradients of all workers are averaged, as with ``"ddp"``. ``"auto"`` is the learning rate's warm-up, and at
-            least a tenth of a short run; 0 if the run begins from trained weights.
+        sync_warmup_steps: steps per worker, as in ``max_steps``, in which the gradients of all workers are averaged, as
+            with ``"ddp"``. ``"auto"``: the learning rate's warm-up, at least a tenth of a short run.
         staleness: what happens to pushes from old models: a stage of :mod:`lightning_async_localsgd.staleness`.
             ``None`` merges them like others.
         merge: weights of pushes, their average, and limits. ``None`` is ``MergeOptions()``.
@@ -103,6 +103,11 @@ class AsyncLocalSGDStrategy(_StrategyBase):
         max_restarts: how often the launcher restarts a worker that has died in training. The worker then rejoins.
         fail_on_lost_workers: whether the job ends with an error if a worker was lost, even though the remaining workers
             have used up the budget.
+        expected_workers: number of workers with which the run begins, ranks and workers that join together. Rank 0
+            waits for them. ``None`` begins with the ranks.
+        min_workers: fewest live workers with which training goes on. With fewer it is paused: no worker begins a new
+            round, and nothing is lost. A pause longer than ``exchange.pause_timeout`` ends the run with an error and
+            a checkpoint. 1 never pauses training.
         checkpoint_every: how often rank 0 writes a checkpoint into the run's directory, and each worker its inner
             optimizer states: a number of merged rounds, a ``timedelta``, or ``None`` for never.
         accelerator: see :class:`~lightning.pytorch.strategies.DDPStrategy`, as for the arguments up to
@@ -124,12 +129,9 @@ class AsyncLocalSGDStrategy(_StrategyBase):
     Example::
 
         import lightning as L
-        from lightning_async_localsgd import AsyncLocalSGDStrategy, DelayedNesterov
+        from lightning_async_localsgd import AsyncLocalSGDStrategy
 
-        trainer = L.Trainer(strategy=AsyncLocalSGDStrategy(), accelerator="cpu", devices=4, max_steps=1000)
-
-        # The paper's configuration:
-        strategy = AsyncLocalSGDStrategy(local_steps=50, outer_optimizer=DelayedNesterov(lr=0.7, momentum=0.9))
+        strategy = AsyncLocalSGDStrategy(local_steps=50)
         trainer = L.Trainer(strategy=strategy, accelerator="cpu", devices=4, max_steps=1000)
 
     """
@@ -149,6 +151,8 @@ class AsyncLocalSGDStrategy(_StrategyBase):
         exchange: ExchangeOptions | None = None,
         max_restarts: int = 3,
         fail_on_lost_workers: bool = False,
+        expected_workers: int | None = None,
+        min_workers: int = 1,
         checkpoint_every: int | timedelta | None = timedelta(minutes=10),
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
@@ -170,6 +174,7 @@ class AsyncLocalSGDStrategy(_StrategyBase):
             merge,
             exchange,
             checkpoint_every,
+            min_workers,
             accelerator=accelerator,
             parallel_devices=parallel_devices,
             cluster_environment=cluster_environment,
@@ -179,13 +184,15 @@ class AsyncLocalSGDStrategy(_StrategyBase):
             timeout=timeout,
             start_method=start_method,
         )
-        check_processes(start_method, max_restarts)
+        check_processes(start_method, max_restarts, expected_workers)
         self.max_restarts = max_restarts
         self.fail_on_lost_workers = check_bool("fail_on_lost_workers", fail_on_lost_workers)
+        self.expected_workers = expected_workers
         self._rendezvous: Rendezvous | None = None
         self._grant: JoinGrant | None = None
         self._owns_group = False
         self._environment = ExitStack()
+        self._ranks: int | None = None
 
     @classmethod
     @override
@@ -196,14 +203,15 @@ class AsyncLocalSGDStrategy(_StrategyBase):
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None
         check_plugins(self, self.strategy_name, self._start_method)
+        check_hosts = adopt_ranks(self, self.exchange.start_timeout)
         joins_late = self._joins_late
         if not joins_late:  # A late joiner is not one of the workers that the run was started with.
-            workers = max(1, self.num_nodes * self.num_processes)
             others_may_join = self._token() is not None
-            self.merge_policy.check_workers(workers, others_may_join, self.outer_optimizer, self.grace)
+            check_workers(self.expected_workers, self.min_workers, self.world_size, others_may_join)
+            self.merge_policy.check_workers(self._initial_workers, others_may_join, self.outer_optimizer, self.grace)
         if self._start_method == "popen" or joins_late:
             self._launcher = AsyncScriptLauncher(
-                self.cluster_environment, self.num_processes, self.num_nodes, self.max_restarts
+                self.cluster_environment, self.num_processes, self.num_nodes, self.max_restarts, check_hosts
             )
         else:
             self._launcher = AsyncProcessLauncher(self, self._start_method, self.max_restarts)
@@ -226,45 +234,45 @@ class AsyncLocalSGDStrategy(_StrategyBase):
 
     @override
     def takes_part(self, fitting: bool) -> bool:
+        return (grant := self._enter()) is None or takes_part(grant, fitting)
+
+    def _enter(self) -> JoinGrant | None:
+        """Join the training that the environment names, if any."""
         invited = self._invitation
-        return invited is None or takes_part(enter(invited, self.exchange.start_timeout), fitting)
+        return None if invited is None else enter(invited, self.exchange.start_timeout, self.expected_workers)
 
     @override
     def set_world_ranks(self) -> None:
-        if not self._joins_late:
-            super().set_world_ranks()
-            return
-        if type(self.cluster_environment) is not LightningEnvironment:
-            # A late joiner may be a SLURM task or a torchrun process. These know only the ranks of their own job.
-            self.cluster_environment = LightningEnvironment()
+        if self._joins_late:
+            assert self.cluster_environment is not None
+            self.cluster_environment = JoiningEnvironment.of(self.cluster_environment, self._grant)
         super().set_world_ranks()
-        # The rank is above 0 from the beginning. The server decides the number when this process joins.
-        info = None if self._grant is None else self._grant.info
-        assert self.cluster_environment is not None
-        self.cluster_environment.set_global_rank(1 if info is None else info.worker)
-        self.cluster_environment.set_world_size(2 if info is None else info.workers)
-        rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined] # a function with a rank
+
+    @property
+    @override
+    def world_size(self) -> int:
+        # In fit, data libraries are shown all workers, in a variable from which torchrun's environment reads the ranks.
+        return super().world_size if self._ranks is None else self._ranks
 
     @property
     @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        shares = super().distributed_sampler_kwargs
         # A late joiner has no share of its own in data that is split in advance.
-        return {**shares, "rank": shares["rank"] % shares["num_replicas"]}
+        replicas = self.world_size if self._fit is None else self._initial_workers
+        return {"num_replicas": replicas, "rank": self.global_rank % replicas}
 
     # ------------------------------------------------------- before and after a stage
 
     @property
     @override
     def _initial_workers(self) -> int:
-        return self.world_size
+        return self.expected_workers or self.world_size
 
     @override
     def _open_stage(self, fitting: bool) -> FitState | None:
         run, fit_number = begin_call(fitting)
         self._grant = None
-        if (invited := self._invitation) is not None:
-            grant = enter(invited, self.exchange.start_timeout)
+        if (grant := self._enter()) is not None:
             self._grant = grant if fitting and grant.info.fit_number == fit_number else None
         self.set_world_ranks()
         trainer = self._trainer
@@ -288,9 +296,11 @@ class AsyncLocalSGDStrategy(_StrategyBase):
     def _show_ranks(self, trainer: pl.Trainer, fitting: bool) -> None:
         """Let data libraries know this rank, until the stage is closed."""
         self._environment.close()
-        # A late joiner has no share of its own in data that is split by rank, and is a single process.
-        rank, processes = self.global_rank % self.world_size, 1 if self._joins_late else self.num_processes
-        self._environment.enter_context(rank_environment(rank, self.world_size, self.local_rank, processes))
+        self._ranks = super().world_size
+        # A late joiner has no share of its own in data that is split by rank.
+        ranks = self._initial_workers if fitting else self.world_size
+        rank = self.global_rank % ranks
+        self._environment.enter_context(rank_environment(rank, ranks, self.local_rank, self.num_processes))
         if fitting and self.world_size > 1:
             # In fit, a rank that validates does so on all data.
             self._environment.callback(run_validations_in(trainer, partial(rank_environment, 0, 1, 0, 1)))
@@ -312,6 +322,7 @@ class AsyncLocalSGDStrategy(_StrategyBase):
             ended_ranks,
             call=run,
             rejoins=self._grant is not None,
+            expected_workers=self.expected_workers,
         )
 
     def _open_group(self) -> None:
@@ -327,9 +338,9 @@ class AsyncLocalSGDStrategy(_StrategyBase):
 
     @override
     def _make_training_data(self, fit: FitState) -> TrainingData:
-        single_worker = self.world_size == 1 and self._token() is None
+        single = self.world_size == 1 and self._token() is None
         data = TrainingData(
-            self._trainer, self.world_size, fit.seed, fit.uses_distributed_sampler, self._rendezvous, single_worker
+            self._trainer, self._initial_workers, fit.seed, fit.uses_distributed_sampler, self._rendezvous, single
         )
         self._environment.callback(data.close)
         return data
@@ -344,6 +355,7 @@ class AsyncLocalSGDStrategy(_StrategyBase):
     @override
     def _close_stage(self) -> None:
         self._environment.close()
+        self._ranks = None
         if self._owns_group:
             torch.distributed.destroy_process_group()
             self._owns_group = False
@@ -374,6 +386,7 @@ class AsyncLocalSGDStrategy(_StrategyBase):
             self.lightning_module,
             self._rendezvous,
             self.global_rank,
+            self._initial_workers,
             self.world_size,
             restored=restored,
             watch=raise_if_rank_missing,
@@ -398,12 +411,8 @@ class AsyncLocalSGDStrategy(_StrategyBase):
     @override
     def on_train_end(self) -> None:
         super().on_train_end()
-        lost = [] if self._fit is None else self._fit.lost_workers
-        if self.fail_on_lost_workers and lost:
-            raise WorkersLostError(
-                f"Training is complete and saved, but worker(s) {', '.join(map(str, lost))} were lost and "
-                "fail_on_lost_workers=True."
-            )
+        if self.fail_on_lost_workers and self._fit is not None:
+            raise_if_lost(self._fit.lost_workers)
 
     @override
     def _end_restarts(self) -> None:
@@ -428,16 +437,8 @@ class AsyncLocalSGDStrategy(_StrategyBase):
             sound = present - runtime.server.quarantined
             self._fit.lost_workers = [worker for worker in range(self.world_size) if worker not in sound]
             rendezvous.survivors = lambda: present - ended_ranks()
-        remember_lost(rendezvous.broadcast(self._lost_ranks(controller, rendezvous)))
+        remember_lost(rendezvous.broadcast(lost_ranks(runtime, rendezvous, self._fit.lost_workers)))
         controller.synchronize(rendezvous)
-
-    def _lost_ranks(self, controller: FitController, rendezvous: Rendezvous) -> dict[int, tuple[str, str]]:
-        """Return on rank 0 the processes of the ranks that were lost in training, and why each was lost."""
-        if controller.runtime.server is None or self._fit is None:
-            return {}
-        processes = rendezvous.processes()
-        reasons = {worker: reason for worker, _, reason in controller.runtime.lost_workers}
-        return {rank: (processes.get(rank, ""), reasons.get(rank, "it left")) for rank in self._fit.lost_workers}
 
     @override
     def on_exception(self, exception: BaseException) -> None:
@@ -490,11 +491,10 @@ class AsyncLocalSGDStrategy(_StrategyBase):
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         server = checkpoint.get(CHECKPOINT_KEY)
-        # In the synchronous beginning, all workers have the same states.
         if self.is_global_zero or server is None or server.get("beginning", {}).get("on"):
             super().load_optimizer_state_dict(checkpoint)
         else:
-            # The checkpoint holds rank 0's own state. Other workers' states are in files of the run.
+            # The checkpoint has rank 0's state, which all share in the beginning. Later ones are in files of the run.
             file = resume_optimizers(self._trainer, checkpoint, server)
             if self._fit is not None:
                 self._fit.optimizer_file = file

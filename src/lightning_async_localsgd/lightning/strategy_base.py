@@ -44,20 +44,21 @@ from lightning_async_localsgd.lightning.loop.second_moments import averaged_mome
 from lightning_async_localsgd.lightning.loop.step_axis import reserved_units
 from lightning_async_localsgd.lightning.option_checks import (
     check_callbacks,
-    checked_exchange,
     defaults_with_quorum,
     exchanges_frozen,
     warn_if_rounded,
 )
+from lightning_async_localsgd.lightning.registration import text_for_other_package
 from lightning_async_localsgd.lightning.trainer_access.callbacks import callbacks_of, searches_learning_rate
 from lightning_async_localsgd.lightning.trainer_access.data import set_distributed_sampler
 from lightning_async_localsgd.outer import OuterOptimizer, resolve_outer_optimizer
 from lightning_async_localsgd.policies.grace import GraceWindow
 from lightning_async_localsgd.policies.pacing import SpeedAwareSteps
 from lightning_async_localsgd.policies.plan import Position
+from lightning_async_localsgd.policies.worker_minimum import check_min_workers
 from lightning_async_localsgd.protocol.checks import check_bool
 from lightning_async_localsgd.protocol.layout import Layout
-from lightning_async_localsgd.protocol.options import ExchangeOptions
+from lightning_async_localsgd.protocol.options import ExchangeOptions, checked_options
 from lightning_async_localsgd.runtime.optimizer_weights import OptimizerWeights
 from lightning_async_localsgd.runtime.settings import RuntimeSettings
 from lightning_async_localsgd.server.merge_policy import MergeOptions, MergePolicy
@@ -99,6 +100,7 @@ class _StrategyBase(DDPStrategy):
         merge: MergeOptions | None,
         exchange: ExchangeOptions | None,
         checkpoint_every: int | timedelta | None,
+        min_workers: int,
         **lightning: Any,
     ) -> None:
         super().__init__(**lightning)
@@ -110,7 +112,8 @@ class _StrategyBase(DDPStrategy):
             quorum, sync_warmup_steps, staleness, MergeOptions() if merge is None else merge
         )
         self.merge_policy.check_with(self.outer_optimizer, self.grace)
-        self.exchange = checked_exchange(exchange)
+        self.min_workers = check_min_workers(min_workers)
+        self.exchange = checked_options(exchange)
         check_interval(checkpoint_every)
         self.checkpoint_every = checkpoint_every
         self.run_name = ""
@@ -123,11 +126,7 @@ class _StrategyBase(DDPStrategy):
 
     @override
     def __repr__(self) -> str:
-        # The Trainer of Lightning's other package refuses this object and shows this text.
-        mine, other, path = "lightning.pytorch", "pytorch_lightning", "lightning_async_localsgd.pytorch_lightning"
-        if not Strategy.__module__.startswith(mine):
-            mine, other, path = other, mine, "lightning_async_localsgd"
-        return f"<{type(self).__name__} for {mine}.Trainer; for {other}.Trainer use {path}.{type(self).__name__}>"
+        return text_for_other_package(type(self).__name__, Strategy)
 
     # ------------------------------------------------------ used by other modules
 
@@ -298,6 +297,7 @@ class _StrategyBase(DDPStrategy):
             merge=self.merge_policy,
             sync_warmup_steps=beginning_length(trainer, self.merge_policy, budget, restored, done),
             exchange=self.exchange,
+            min_workers=self.min_workers,
             steps_done=done,
             step_offset=offset,
             reserved_units=reserved_units(trainer, fit.data, self._initial_workers),

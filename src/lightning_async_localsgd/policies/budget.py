@@ -102,7 +102,8 @@ class Budget:
             since: time from which the worker takes the steps; now, if not given.
 
         Returns:
-            The granted steps: at most ``wanted``, less near the end, 0 if none are left, but not less than ``begun``.
+            The granted steps: at most ``wanted``, less near the end, 0 if none are left. If ``begun`` is more, that
+            number stays reserved. A worker that has taken more steps than it is granted ends its round at once.
 
         """
         if wanted < 1:
@@ -113,8 +114,7 @@ class Budget:
         steps = wanted
         if not self._beyond_estimate:
             steps = int(max(1, min(wanted, self._unreserved(), self._fair_share(worker, now, speeds))))
-        steps = max(begun, steps)
-        self._reservations[worker] = _Reservation(steps, now if since is None else since)
+        self._reservations[worker] = _Reservation(max(begun, steps), now if since is None else since)
         return steps
 
     def grant_ahead(self, worker: int, wanted: int, now: float, speeds: Mapping[int, float | None]) -> int:

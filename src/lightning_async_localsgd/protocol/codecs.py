@@ -14,6 +14,7 @@ block are then NaN or infinite, so the receiver refuses them as it refuses unpac
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -30,8 +31,12 @@ Encoding = Literal["fp32", "bf16", "int8", "int4"]
 BLOCK = 256
 """Values that share a scale."""
 
-_CHUNK_BLOCKS = 512
-"""Blocks that are packed together. Their fp32 values and the scratch memory fit into the cache of a core."""
+_CHUNK_BLOCKS = 1024
+"""Blocks that are packed together on a CPU. Their values and the scratch memory stay in its caches. Smaller chunks take
+longer, because each operation has a cost of its own."""
+
+_DEVICE_CHUNK_BLOCKS = 1 << 16
+"""Blocks that are packed together on another device, which needs large operations."""
 
 _LEAST_MAXIMUM = 1e-30
 """Smallest maximum of a block that its scale is derived from. Scales of smaller ones would lose bits, or be zero."""
@@ -40,12 +45,36 @@ _GOLDEN = 40503
 """2**16 divided by the golden ratio. The multiples of it, modulo 2**16, fill the range evenly."""
 
 
+class _Chunk:
+    """A part of the parameters that is packed or unpacked together.
+
+    Args:
+        scales: scales of the blocks, one a row.
+        codes: packed values.
+        flats: the values of flat vectors.
+        tails: what ``flats`` was copied from, to be padded; None if they are views of the vectors.
+
+    """
+
+    def __init__(self, scales: Tensor, codes: Tensor, flats: list[Tensor], tails: list[Tensor] | None = None) -> None:
+        self.scales = scales
+        self.codes = codes
+        self.flats = flats
+        self._tails = tails
+
+    def store(self, count: int | None = None) -> None:
+        """Copy padded values back to the first ``count`` vectors, or to all."""
+        if self._tails is not None:
+            for tail, row in list(zip(self._tails, self.flats, strict=True))[:count]:
+                tail.copy_(row[0, : len(tail)])
+
+
 class Codec:
     """Packs the flat fp32 vector of a layout, and unpacks it.
 
     The packed bytes are, in this order: the fp32 scales of the blocks (``int8``, ``int4``), the buffers (fp32), the
-    second moments (bf16) and the parameters. The last block is padded with zeros. Of a block's ``int4`` values, the
-    first half is in the low half of each byte.
+    second moments (bf16) and the parameters. The last block is padded with zeros. A byte with two ``int4`` values is
+    the signed number ``a + 16 * b``, where ``a`` is of the first half of the block and ``b`` of the second.
 
     Packing works in chunks, without temporary tensors of the size of the model. Unpacking gives the same bits on every
     machine.
@@ -53,9 +82,11 @@ class Codec:
     Args:
         layout: layout of the vector.
         encoding: encoding of the parameters; not ``"fp32"``, which needs no packing.
+        device: device of the vectors and of the packed bytes.
 
     Attributes:
         encoding: encoding of the parameters.
+        device: device of the vectors and of the packed bytes.
         nbytes: size of the packed vector, in bytes.
         parameter_nbytes: size of its parameters with their scales, in bytes.
 
@@ -74,8 +105,9 @@ class Codec:
 
     """
 
-    def __init__(self, layout: Layout, encoding: Encoding) -> None:
+    def __init__(self, layout: Layout, encoding: Encoding, device: torch.device | str = "cpu") -> None:
         self.encoding = encoding
+        self.device = torch.device(device)
         self._parameters = layout.parameter_numel
         self._model = layout.model_numel
         self._numel = layout.numel
@@ -90,16 +122,16 @@ class Codec:
         self._codes_at = self._moments_at + 2 * (self._numel - self._model)
         self.nbytes = self._codes_at + codes
         self.parameter_nbytes = scales + codes
-        rows = min(_CHUNK_BLOCKS, blocks)
-        self._values = torch.empty(rows, BLOCK)
-        self._scratch = torch.empty(rows, BLOCK)
-        self._halves = torch.empty(rows if encoding == "int4" else 0, BLOCK // 2)
-        self._maxima = torch.empty(rows, 1)
-        self._numerator = torch.tensor(self._top or 1.0)
+        self._rows = min(_CHUNK_BLOCKS if self.device.type == "cpu" else _DEVICE_CHUNK_BLOCKS, blocks)
+        # The scratch memory of a chunk. bf16 needs none.
+        halves = self._rows if encoding == "int4" else 0
+        self._halves, self._upper = (torch.empty(halves, BLOCK // 2, device=self.device) for _ in range(2))
+        self._maxima = torch.empty(0 if self._top is None else self._rows, 1, device=self.device)
+        self._numerator = torch.tensor(self._top or 1.0, device=self.device)
 
     def new_packed(self) -> Tensor:
         """Return memory for a packed vector, uint8."""
-        return torch.empty(self.nbytes, dtype=torch.uint8)
+        return torch.empty(self.nbytes, dtype=torch.uint8, device=self.device)
 
     # ------------------------------------------------------------------- packing
 
@@ -116,25 +148,20 @@ class Codec:
             number: number of the push, see :meth:`_pack_moments`.
 
         """
-        finite = True
-        for begin, end, scales, codes in self._chunks(packed):
-            rest, part = residual[begin:end], push[begin:end]
+        sums: list[Tensor] = []
+        for chunk in self._chunks(packed, residual, push):
+            (rest, part), codes = chunk.flats, chunk.codes
             rest.add_(part)
             if self._top is None:
                 codes.copy_(rest)
-                part.copy_(codes)
+                rest.sub_(part.copy_(codes))  # An operation with two dtypes would take several times as long.
+                sums.append(rest.sum())
+            else:
+                self._round(rest, chunk.scales, codes, part)
                 rest.sub_(part)
-                finite = finite and bool(torch.isfinite(rest.sum()))
-                continue
-            whole = end - begin == codes.shape[0] * BLOCK
-            values = rest.view(-1, BLOCK) if whole else self._padded(rest)
-            rounded = part.view(-1, BLOCK) if whole else self._scratch[:1]
-            self._round(values, scales, codes, rounded)
-            if not whole:
-                part.copy_(rounded.view(-1)[: end - begin])
-            rest.sub_(part)
-            finite = finite and bool(torch.isfinite(scales.sum()))
-        if not finite:
+            chunk.store()
+        marks = torch.stack(sums) if self._top is None else packed[: self._buffers_at].view(torch.float32)
+        if not bool(torch.isfinite(marks).all()):
             # The server refuses the push. The next one must not be refused for the same values.
             residual.zero_()
         self._pack_rest(push, packed, number)
@@ -150,8 +177,8 @@ class Codec:
 
         """
         assert self._top is None
-        for begin, end, _, codes in self._chunks(packed):
-            codes.copy_(model[begin:end])
+        for chunk in self._chunks(packed, model):
+            chunk.codes.copy_(chunk.flats[0])
         self._pack_rest(model, packed, number)
 
     def pack_difference(self, model: Tensor, packed: Tensor, held: Tensor, number: int = 0) -> None:
@@ -164,14 +191,13 @@ class Codec:
             number: version of the model, see :meth:`_pack_moments`.
 
         """
-        for begin, end, scales, codes in self._chunks(packed):
-            rows, count = codes.shape[0], end - begin
-            values, rounded = self._values[:rows], self._scratch[:rows]
-            flat = values.view(-1)
-            flat[count:].zero_()
-            torch.sub(model[begin:end], held[begin:end], out=flat[:count])
-            self._round(values, scales, codes, rounded)
-            held[begin:end].add_(rounded.view(-1)[:count])
+        for chunk in self._chunks(packed, held, model):
+            holds, wanted = chunk.flats
+            values, rounded = (scratch[: len(holds)] for scratch in self._differences)
+            torch.sub(wanted, holds, out=values)
+            self._round(values, chunk.scales, chunk.codes, rounded)
+            holds.add_(rounded)
+            chunk.store(1)
         self._pack_rest(model, packed, number)
         self._unpack_rest(packed, held)
 
@@ -186,62 +212,63 @@ class Codec:
             difference: add the parameters to those in ``out``, see :meth:`pack_difference`.
 
         """
-        for begin, end, scales, codes in self._chunks(packed):
-            part = out[begin:end]
+        for chunk in self._chunks(packed, out):
+            (part,), codes = chunk.flats, chunk.codes
             if self._top is None:
                 part.copy_(codes)
                 continue
-            whole = end - begin == codes.shape[0] * BLOCK
-            values = part.view(-1, BLOCK) if whole and not difference else self._scratch[: codes.shape[0]]
+            values = self._differences[0][: len(part)] if difference else part
             if self.encoding == "int8":
                 values.copy_(codes)
+                values.mul_(chunk.scales)
             else:
-                values[:, : BLOCK // 2].copy_(codes & 15)
-                values[:, BLOCK // 2 :].copy_(codes >> 4)
-                values.sub_(8.0)
-            values.mul_(scales)
+                self._unpack_halves(codes, chunk.scales, values)
             if difference:
-                part.add_(values.view(-1)[: end - begin])
-            elif not whole:
-                part.copy_(values.view(-1)[: end - begin])
+                part.add_(values)
+            chunk.store()
         self._unpack_rest(packed, out)
 
     # ------------------------------------------------------------------ internal
 
-    def _chunks(self, packed: Tensor) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-        """Yield begin and end of each chunk of the parameters, its scales, and its codes, in rows of a block.
+    @functools.cached_property
+    def _differences(self) -> tuple[Tensor, Tensor]:
+        """Scratch memory of a chunk of a difference."""
+        values, rounded = (torch.empty(self._rows, BLOCK, device=self.device) for _ in range(2))
+        return values, rounded
+
+    def _chunks(self, packed: Tensor, *flats: Tensor) -> Iterator[_Chunk]:
+        """Yield the chunks of the parameters, in rows of a block; with bf16, in one dimension.
 
         The last block is a chunk of its own if it is padded.
         """
         if packed.dtype != torch.uint8 or packed.numel() != self.nbytes:
             raise ValueError(f"packed memory has {packed.numel()} bytes of {packed.dtype}, {self.nbytes} are needed")
-        scales = packed[: self._buffers_at].view(torch.float32).view(-1, 1)
-        codes = packed[self._codes_at :]
-        step = _CHUNK_BLOCKS * BLOCK
+        count, codes = self._parameters, packed[self._codes_at :]
         if self._top is None:
-            halves = codes.view(torch.bfloat16)
-            for begin in range(0, self._parameters, step):
-                end = min(begin + step, self._parameters)
-                yield begin, end, scales, halves[begin:end]
+            step = self._rows * BLOCK
+            halves = torch.split(codes.view(torch.bfloat16), step)
+            for part, *parts in zip(halves, *(torch.split(flat[:count], step) for flat in flats), strict=True):
+                yield _Chunk(packed, part, parts)
             return
-        rows = codes.view(torch.int8).view(-1, BLOCK) if self.encoding == "int8" else codes.view(-1, BLOCK // 2)
-        whole = self._parameters // BLOCK * BLOCK
-        for begin in range(0, whole, step):
-            end = min(begin + step, whole)
-            yield begin, end, scales[begin // BLOCK : end // BLOCK], rows[begin // BLOCK : end // BLOCK]
-        if whole < self._parameters:
-            yield whole, self._parameters, scales[whole // BLOCK :], rows[whole // BLOCK :]
-
-    def _padded(self, values: Tensor) -> Tensor:
-        """Return less than a block of values as a row of a whole block."""
-        row = self._values[:1]
-        row.zero_()
-        row.view(-1)[: values.numel()].copy_(values)
-        return row
+        scales = packed[: self._buffers_at].view(torch.float32).view(-1, 1)
+        rows = codes.view(torch.int8).view(len(scales), -1)
+        blocks, left = divmod(count, BLOCK)
+        if blocks:
+            whole = [flat[: blocks * BLOCK].view(-1, BLOCK) for flat in flats]
+            tensors = (scales[:blocks], rows[:blocks], *whole)
+            # One call for all views is much faster than slicing.
+            for scale, row, *parts in zip(*(torch.split(tensor, self._rows) for tensor in tensors), strict=True):
+                yield _Chunk(scale, row, parts)
+        if left:
+            tails = [flat[blocks * BLOCK : count] for flat in flats]
+            padded = [torch.zeros(1, BLOCK, device=self.device) for _ in tails]
+            for row, tail in zip(padded, tails, strict=True):
+                row[0, :left].copy_(tail)
+            yield _Chunk(scales[blocks:], rows[blocks:], padded, tails)
 
     def _round(self, values: Tensor, scales: Tensor, codes: Tensor, rounded: Tensor) -> None:
         """Round rows of blocks to integers, and write scales, codes, and what they are unpacked to."""
-        factors = self._maxima[: values.shape[0]]
+        factors = self._maxima[: len(values)]
         torch.abs(values, out=rounded)
         torch.amax(rounded, 1, keepdim=True, out=factors)
         factors.clamp_(min=_LEAST_MAXIMUM)
@@ -251,10 +278,18 @@ class Codec:
         if self.encoding == "int8":
             codes.copy_(rounded)
         else:
-            halves = self._halves[: values.shape[0]]
-            torch.add(rounded[:, : BLOCK // 2], rounded[:, BLOCK // 2 :], alpha=16.0, out=halves)
-            codes.copy_(halves.add_(8.0 * 17.0))
+            halves = self._halves[: len(values)]
+            codes.copy_(torch.add(rounded[:, : BLOCK // 2], rounded[:, BLOCK // 2 :], alpha=16.0, out=halves))
         rounded.mul_(scales)
+
+    def _unpack_halves(self, codes: Tensor, scales: Tensor, out: Tensor) -> None:
+        """Unpack rows of bytes with two values each."""
+        both, upper = self._halves[: len(codes)], self._upper[: len(codes)]
+        both.copy_(codes)
+        torch.mul(both, 1.0 / 16.0, out=upper).round_()  # The lower value is less than half of 16.
+        torch.mul(upper, scales, out=out[:, BLOCK // 2 :])
+        both.sub_(upper, alpha=16.0)
+        torch.mul(both, scales, out=out[:, : BLOCK // 2])
 
     def _pack_rest(self, values: Tensor, packed: Tensor, number: int) -> None:
         packed[self._buffers_at : self._moments_at].view(torch.float32).copy_(values[self._parameters : self._model])
@@ -275,7 +310,7 @@ class Codec:
         that are cut off.
         """
         fraction = number * _GOLDEN % 2**16
-        step = _CHUNK_BLOCKS * BLOCK
+        step = self._rows * BLOCK
         for begin in range(0, moments.numel(), step):
             part, out = moments[begin : begin + step], codes[begin : begin + step]
             out.copy_(part.view(torch.int32).add(fraction).bitwise_right_shift_(16))
@@ -283,6 +318,6 @@ class Codec:
             out.masked_fill_(torch.isnan(part), 0x7FC0)
 
 
-def codec_of(layout: Layout, encoding: Encoding) -> Codec | None:
+def codec_of(layout: Layout, encoding: Encoding, device: torch.device | str = "cpu") -> Codec | None:
     """Return the codec of an encoding; None for ``"fp32"``, which travels as it is."""
-    return None if encoding == "fp32" else Codec(layout, encoding)
+    return None if encoding == "fp32" else Codec(layout, encoding, device)

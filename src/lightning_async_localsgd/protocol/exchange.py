@@ -15,6 +15,10 @@ class ExchangeError(RuntimeError):
     """The server is gone, or has refused this worker for good. The text says what to do."""
 
 
+class TooFewWorkersError(ExchangeError):
+    """The run ends because too few workers took part for too long. What was merged can be saved."""
+
+
 class Exchange(ABC):
     """A worker's end of the exchange. Calls block until they are answered. One call runs at a time.
 
@@ -22,11 +26,14 @@ class Exchange(ABC):
     :meth:`check` does less, and :meth:`close` makes it end with an error.
 
     Attributes:
+        sends_packed: whether pushes that travel packed are sent as their packed bytes. Otherwise, their
+            pseudo-gradients are read.
         bytes_sent: bytes that this worker has sent so far, headers and heartbeats included (0 within a process).
         bytes_received: bytes that this worker has received so far.
 
     """
 
+    sends_packed: bool = False
     bytes_sent: int = 0
     bytes_received: int = 0
 
@@ -56,7 +63,8 @@ class Exchange(ABC):
                 :attr:`.Push.has_data`, it is not read.
             model: flat fp32 tensor that receives the global model, or the mean; must not share memory with
                 ``gradient``. If models travel as differences, it holds what the call before has written.
-            packed: the bytes that ``gradient`` is unpacked from, if it travels packed, see :class:`.Codec`.
+            packed: the bytes that ``gradient`` is unpacked from, if it travels packed, see :class:`.Codec`. An exchange
+                that sends them does not read ``gradient``, see :attr:`sends_packed`.
 
         Raises:
             ExchangeError: the server is gone, or a newer session has replaced this one.

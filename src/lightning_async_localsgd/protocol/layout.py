@@ -335,6 +335,13 @@ class Binding:
                     "AsyncLocalSGDStrategy(exchange=ExchangeOptions(frozen=True)) to exchange all parameters"
                 )
 
+    @property
+    def device(self) -> torch.device:
+        """The CUDA device that has all of the module's parameters, or the CPU."""
+        devices = {tensor.device for tensor in self.tensors() if isinstance(tensor, nn.Parameter)}
+        device = devices.pop() if len(devices) == 1 else torch.device("cpu")
+        return device if device.type == "cuda" else torch.device("cpu")
+
     def new_flat(self) -> Tensor:
         """Return a flat vector of zeros for :meth:`read` and :meth:`load`. Pinned memory if the module is on CUDA."""
         pinned = any(tensor.is_cuda for tensor in self.tensors())
@@ -386,7 +393,8 @@ class Binding:
 
         Args:
             base: the flat vector that the round started from.
-            out: flat vector; must not share memory with ``base``.
+            out: flat vector; must not share memory with ``base``. It may be on the parameters' device, see
+                :attr:`device`. Then the parameters are not copied to the host.
 
         Raises:
             RuntimeError: a parameter that was frozen, and so is not in the layout, is trainable now.
@@ -403,10 +411,10 @@ class Binding:
                 local = tensor
                 if entry.kind == "buffer" or tensor.dtype != torch.float32 or tensor.device != part.device:
                     local = fetch(part, tensor)
-                if entry.kind == "parameter" and tensor.is_cuda:
+                if entry.kind == "parameter" and tensor.device != part.device:
                     arriving.append((entry, part))
                 elif entry.kind == "parameter":
-                    torch.sub(entry.view(base), local, out=part)
+                    torch.sub(entry.view(base).to(part.device, non_blocking=True), local, out=part)
             if self.moments is not None:
                 for _, part, parameter in self.moment_parts(out):
                     moment = self.moments.read(parameter, out=part)

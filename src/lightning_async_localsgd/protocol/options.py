@@ -46,6 +46,8 @@ class ExchangeOptions:
         start_timeout: seconds that rank 0 waits for the other ranks at the start, and they for rank 0.
         silence_timeout: seconds without a sign of life after which a worker, or the server, counts as lost. If a peer
             recovers from a longer silence, its timeout grows to three times that silence.
+        pause_timeout: seconds that training may be paused because fewer than ``min_workers`` take part. Then the run
+            ends with an error, and rank 0 saves a checkpoint. The option of rank 0 counts.
         token: secret of the run, at least 16 characters. With a token, machines that know it may join while training
             runs. ``None`` takes the environment variable ``ASYNC_LOCALSGD_TOKEN``; without that variable, the ranks
             agree on a random token among themselves.
@@ -72,6 +74,7 @@ class ExchangeOptions:
     download: Download = "fp32"
     start_timeout: float = 1800.0
     silence_timeout: float = 60.0
+    pause_timeout: float = 1800.0
     token: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -101,6 +104,7 @@ class ExchangeOptions:
             )
         check_seconds("exchange.start_timeout", self.start_timeout)
         check_seconds("exchange.silence_timeout", self.silence_timeout)
+        check_seconds("exchange.pause_timeout", self.pause_timeout)
         if self.token is not None:
             check_token(self.token, "exchange.token")
 
@@ -108,6 +112,20 @@ class ExchangeOptions:
     def exact(self) -> bool:
         """Whether pushes and models travel without rounding."""
         return self.upload == self.download == "fp32"
+
+
+def checked_options(exchange: object) -> ExchangeOptions:
+    """Return a strategy's option ``exchange``, or the defaults for ``None``.
+
+    Raises:
+        TypeError: ``exchange`` is of another type.
+
+    """
+    if exchange is None:
+        return ExchangeOptions()
+    if not isinstance(exchange, ExchangeOptions):
+        raise TypeError(f"exchange={exchange!r} must be an ExchangeOptions, or None for its defaults")
+    return exchange
 
 
 def check_token(token: object, source: str) -> str:

@@ -23,6 +23,7 @@ from lightning_async_localsgd.launch.restarts import WorkersLostError as Workers
 from lightning_async_localsgd.outer import DelayedNesterov as DelayedNesterov
 from lightning_async_localsgd.outer import OuterOptimizer as OuterOptimizer
 from lightning_async_localsgd.outer import TorchOptimizer as TorchOptimizer
+from lightning_async_localsgd.protocol.exchange import TooFewWorkersError as TooFewWorkersError
 from lightning_async_localsgd.protocol.options import ExchangeOptions as ExchangeOptions
 from lightning_async_localsgd.runtime.base import Runtime
 from lightning_async_localsgd.server.merge_policy import MergeOptions as MergeOptions
@@ -53,6 +54,7 @@ __all__ = [
     "Slowdown",
     "Staleness",
     "StepSeconds",
+    "TooFewWorkersError",
     "TorchOptimizer",
     "WorkersLostError",
 ]
@@ -62,6 +64,7 @@ class _StrategyBase(DDPStrategy):
     run_name: str
     outer_optimizer: OuterOptimizer
     exchange: ExchangeOptions
+    min_workers: int
     checkpoint_every: int | timedelta | None
     @property
     def runtime(self) -> Runtime | None: ...
@@ -70,6 +73,7 @@ class _StrategyBase(DDPStrategy):
 class AsyncLocalSGDStrategy(_StrategyBase):
     max_restarts: int
     fail_on_lost_workers: bool
+    expected_workers: int | None
     def __init__(
         self,
         local_steps: int | Literal["auto"] = "auto",
@@ -83,6 +87,8 @@ class AsyncLocalSGDStrategy(_StrategyBase):
         exchange: ExchangeOptions | None = None,
         max_restarts: int = 3,
         fail_on_lost_workers: bool = False,
+        expected_workers: int | None = None,
+        min_workers: int = 1,
         checkpoint_every: int | timedelta | None = ...,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
@@ -118,6 +124,8 @@ class SimulatedAsyncLocalSGDStrategy(_StrategyBase):
         overlap: bool = False,
         upload: Literal["fp32", "bf16", "int8", "int4"] = "fp32",
         download: Literal["fp32", "bf16", "int8"] = "fp32",
+        min_workers: int = 1,
+        pause_timeout: float = 1800.0,
         checkpoint_every: int | timedelta | None = ...,
         accelerator: Accelerator | None = None,
         checkpoint_io: CheckpointIO | None = None,

@@ -9,6 +9,7 @@ from lightning_async_localsgd.policies.data_leases import DataLeases
 from lightning_async_localsgd.policies.guard import UpdateGuard
 from lightning_async_localsgd.policies.plan import restored_done
 from lightning_async_localsgd.policies.synchronous_beginning import SynchronousBeginning
+from lightning_async_localsgd.policies.worker_minimum import WorkerMinimum
 from lightning_async_localsgd.server.coordinator import Coordinator
 from lightning_async_localsgd.server.global_model import GlobalModel
 from lightning_async_localsgd.server.merging import Merging
@@ -20,17 +21,23 @@ if TYPE_CHECKING:
 
 
 def build_coordinator(
-    settings: RuntimeSettings, layout: Layout, workers: int, incarnation: str, single_worker: bool = False
+    settings: RuntimeSettings,
+    layout: Layout,
+    workers: int,
+    incarnation: str,
+    single_worker: bool = False,
+    ranks: int | None = None,
 ) -> Coordinator:
     """Build the coordinator of a run. Its global model is all zeros: load the model, then a saved state.
 
     Args:
         settings: settings of the run. The coordinator takes over their pacing and outer optimizer.
         layout: layout of the exchanged tensors.
-        workers: number of workers that the run is started with.
+        workers: number of workers that the run begins with.
         incarnation: random name of this start of the server.
         single_worker: whether only one worker trains and none can join. If the outer step is also ``theta - g``, the
             run is plain training to the last bit, so an unusually large push is not refused.
+        ranks: how many of the workers have the numbers 0, 1, ...; the others join. All of them if not given.
 
     Raises:
         ValueError: The outer optimizer's options do not fit the number of workers.
@@ -45,13 +52,15 @@ def build_coordinator(
         settings.pacing,
         settings.grace,
         Budget(settings.budget.total, settings.steps_done, settings.budget.upper_bound(workers)),
-        cohort=workers,
+        cohort=workers if ranks is None else ranks,
+        expected=workers,
         incarnation=incarnation,
         guard=UpdateGuard(None if limit == "auto" and plain_training else limit),
         merging=Merging(model, settings.merge),
         leases=DataLeases(workers, reserved=settings.reserved_units),
         overlap=settings.exchange.overlap,
         beginning=SynchronousBeginning(0 if single_worker else settings.sync_warmup_steps, workers),
+        minimum=WorkerMinimum(settings.min_workers, settings.exchange.pause_timeout),
     )
 
 

@@ -433,6 +433,11 @@ class Runtime(ABC):
         assert self.server is not None
         return set(self.server.live)
 
+    def present_workers(self) -> set[int]:
+        """Return the workers that were there at the end of training, or that are there now. Rank 0 only."""
+        assert self.server is not None
+        return self.server.present
+
     @abstractmethod
     def close(self, reason: str | None = None) -> None:
         """Free everything. If :meth:`finish` was not called, workers that are still training end with an error.

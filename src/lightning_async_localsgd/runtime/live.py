@@ -58,7 +58,8 @@ class LiveRuntime(Runtime):
         module: the model to train.
         rendezvous: meeting point of the ranks; None if there is only one rank, and for a worker that joins later.
         rank: number of this rank.
-        workers: number of ranks that the run was started with.
+        workers: number of workers that the run begins with.
+        ranks: how many of these are ranks, which are started together. The others join.
         restored: server state to resume from, see :meth:`state_dict`. Rank 0 only.
         watch: called while waiting for other ranks. It raises if waiting has become pointless.
         grant: the server's answer to a worker that joins a running training; None for all other ranks.
@@ -78,6 +79,7 @@ class LiveRuntime(Runtime):
         rendezvous: Rendezvous | None,
         rank: int,
         workers: int,
+        ranks: int,
         restored: dict[str, Any] | None = None,
         watch: Callable[[], None] = lambda: None,
         grant: JoinGrant | None = None,
@@ -99,7 +101,7 @@ class LiveRuntime(Runtime):
             self._digests = tensor_digests(tensors)
         frozen = None if self.single_process else FrozenParameters(module, layout)
         sizes = [] if frozen is None else frozen.sizes
-        self._access = ServerAccess(settings, self.binding, workers, lambda: self.keeps_weights, sizes)
+        self._access = ServerAccess(settings, self.binding, workers, ranks, lambda: self.keeps_weights, sizes)
         try:
             info = JoinInfo(
                 workers,
@@ -351,7 +353,7 @@ class LiveRuntime(Runtime):
     @override
     def state_dict(self) -> dict[str, Any]:
         state, uplink = super().state_dict(), self.worker.uplink
-        return state if uplink is None else {**state, RESIDUAL: uplink.residual.clone()}
+        return state if uplink is None else {**state, RESIDUAL: uplink.copy_residual()}
 
     # -------------------------------------------------------------------- ending
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from typing_extensions import override
 
-from lightning_async_localsgd.protocol.exchange import Exchange, ExchangeError
+from lightning_async_localsgd.protocol.exchange import Exchange, ExchangeError, TooFewWorkersError
 from lightning_async_localsgd.protocol.lease_source import LeaseSource
 from lightning_async_localsgd.protocol.ports import LocalReplyChannel
 
@@ -52,7 +52,7 @@ class _AwaitedReply(LocalReplyChannel):
             server.raise_failure()
             watch()
         if self._reply is None:
-            raise ExchangeError(self._refused)
+            raise (ExchangeError if server.gave_up is None else TooFewWorkersError)(self._refused)
         return self._reply
 
 
@@ -119,6 +119,8 @@ class LocalExchange(Exchange, LeaseSource):
     def check(self) -> None:
         try:
             self._server.raise_failure()
+        except ExchangeError:
+            raise
         except RuntimeError as error:
             raise ExchangeError(str(error)) from error
 

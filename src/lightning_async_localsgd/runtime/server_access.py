@@ -40,7 +40,8 @@ class ServerAccess:
     Args:
         settings: policies and numbers of the run.
         binding: exchanged tensors of the module.
-        workers: number of ranks that the run was started with.
+        workers: number of workers that the run begins with.
+        ranks: how many of these are ranks, which are started together. The others join.
         exact: returns whether an exchange leaves the module's weights unchanged, to the last bit. Called once the
             outer optimizer knows its model.
         frozen_sizes: number of elements of each frozen parameter that workers may have to exchange.
@@ -58,6 +59,7 @@ class ServerAccess:
         settings: RuntimeSettings,
         binding: Binding,
         workers: int,
+        ranks: int,
         exact: Callable[[], bool],
         frozen_sizes: Sequence[int] = (),
     ) -> None:
@@ -68,6 +70,7 @@ class ServerAccess:
         self._settings = settings
         self._binding = binding
         self._workers = workers
+        self._ranks = ranks
         self._exact = exact
         self._frozen_sizes = frozen_sizes
 
@@ -141,7 +144,7 @@ class ServerAccess:
         )
 
     def wait_for_workers(self, watch: Callable[[], None]) -> None:
-        """Wait until all other initial workers have joined. Rank 0 only.
+        """Wait until all other workers have joined that the run begins with. Rank 0 only.
 
         Raises:
             RendezvousError: A worker has not joined in time.
@@ -150,12 +153,20 @@ class ServerAccess:
         assert self.server is not None
         timeout = self._settings.exchange.start_timeout
         deadline = time.monotonic() + timeout
-        while missing := [rank for rank in self.server.missing if rank > 0]:
+        if self._workers > self._ranks:
+            _log.warning(
+                "waiting for %d worker(s) to join at %s, so that training begins with expected_workers=%d",
+                self._workers - self._ranks, self.join_address, self._workers,
+            )  # fmt: skip
+        while (missing := self.server.missing_workers - 1) > 0:  # Rank 0's own worker joins after this.
             watch()
             if time.monotonic() > deadline:
+                ranks = [f"worker {rank}" for rank in self.server.missing if rank > 0]
+                others = missing - len(ranks)
+                names = [*ranks, *([f"{others} worker(s) that join"] if others > 0 else [])]
                 raise RendezvousError(
-                    f"worker(s) {', '.join(map(str, missing))} of {self._workers} did not join within "
-                    f"exchange.start_timeout={timeout:g} s; see the output of these workers"
+                    f"{', '.join(names)} of {self._workers} did not join within exchange.start_timeout={timeout:g} s; "
+                    "see the output of these workers"
                 )
             time.sleep(_POLL_SECONDS)
 
@@ -170,7 +181,8 @@ class ServerAccess:
 
     def _make_server(self, info: JoinInfo, restored: dict[str, Any] | None, single_worker: bool) -> Server:
         settings, layout = self._settings, self._binding.layout
-        coordinator = build_coordinator(settings, layout, self._workers, uuid.uuid4().hex, single_worker)
+        name = uuid.uuid4().hex
+        coordinator = build_coordinator(settings, layout, self._workers, name, single_worker, self._ranks)
         coordinator.model.read(self._binding)
         if restored is not None:
             coordinator.load_state_dict(adapt_saved_state(restored, settings.budget, self._workers, virtual=False))

@@ -39,7 +39,8 @@ class Worker(WorkerBase):
         clock: Callable[[], float] = time.monotonic,
         exchange_options: ExchangeOptions | None = None,
     ) -> None:
-        super().__init__(number, binding, clock, exchange_options=exchange_options)
+        sends_packed = exchange.sends_packed
+        super().__init__(number, binding, clock, exchange_options=exchange_options, sends_packed=sends_packed)
         self.exchange = exchange
         self._in_flight: BackgroundCall[tuple[Reply, float]] | None = None
 

@@ -22,7 +22,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lightning_async_localsgd.protocol.codecs import codec_of
 from lightning_async_localsgd.protocol.frozen import pack_numbers, unpack_numbers
 from lightning_async_localsgd.protocol.messages import (
     ALREADY_APPLIED,
@@ -61,6 +60,7 @@ class WorkerBase:
         gradient: flat fp32 memory for pseudo-gradients, if several workers share it.
         exchange_options: how pushes and models travel; without rounding if not given.
         packed: memory for packed pushes, if several workers share it.
+        sends_packed: see :attr:`.Exchange.sends_packed`.
 
     Attributes:
         reply: header of the last dispatch.
@@ -88,6 +88,7 @@ class WorkerBase:
         gradient: Tensor | None = None,
         exchange_options: ExchangeOptions | None = None,
         packed: Tensor | None = None,
+        sends_packed: bool = False,
     ) -> None:
         self.number = number
         self.session = uuid.uuid4().hex
@@ -104,8 +105,12 @@ class WorkerBase:
         self.optimizer_weights: OptimizerWeights | None = None
         self.reply: Reply | None = None
         self._options = exchange_options if exchange_options is not None else ExchangeOptions()
-        codec = codec_of(binding.layout, self._options.upload)
-        self.uplink = None if codec is None else Uplink(codec, binding.layout, packed)
+        self.uplink: Uplink | None = None
+        if self._options.upload != "fp32":
+            # Workers that share memory on the host compute their pushes in it.
+            device = binding.device if gradient is None else "cpu"
+            self.uplink = Uplink(binding.layout, self._options.upload, packed, device)
+        self._sends_packed = sends_packed
         self._binding = binding
         self._clock = clock
         self._model = binding.new_flat()
@@ -152,7 +157,10 @@ class WorkerBase:
 
     @property
     def gradient(self) -> Tensor:
-        """Pseudo-gradient of the last push as the server gets it, flat fp32. The next push overwrites this memory."""
+        """Pseudo-gradient of the last push as the server gets it, flat fp32. The next push overwrites this memory.
+
+        Undefined if it was computed on another device and the exchange needs only its packed bytes.
+        """
         return self._gradient
 
     @property
@@ -219,8 +227,10 @@ class WorkerBase:
         self._wait_for_device()
         if self.synchronous:
             return self._make_hand_over(final, stop, request_stop)
+        on_device = None if self.uplink is None else self.uplink.vector
+        vector = self._gradient if on_device is None else on_device
         if self.round_steps > 0:
-            self._binding.subtract_from(self._model, self._gradient)
+            self._binding.subtract_from(self._model, vector)
         push = replace(
             self._new_header(),
             final=final,
@@ -236,9 +246,11 @@ class WorkerBase:
         overlaps = self.overlaps and not final
         if overlaps:
             self._local_progress = self._local_progress or LocalProgress(self._binding)
-            self._local_progress.mark(self._gradient if push.steps > 0 else None)
+            self._local_progress.mark(vector if push.steps > 0 else None)
         if self.uplink is not None and push.steps > 0:
-            self.uplink.pack(self._gradient, push.sequence)
+            self.uplink.pack(vector, push.sequence)
+            if on_device is not None and not self._sends_packed:
+                self._gradient.copy_(on_device)
         if overlaps:
             self._arrive(trains=True)
             # Compute time excludes the making of the push.

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from lightning_async_localsgd.policies.budget import Budget
     from lightning_async_localsgd.policies.pacing import SpeedAwareSteps
     from lightning_async_localsgd.policies.synchronous_beginning import SynchronousBeginning
-    from lightning_async_localsgd.protocol.messages import Push
+    from lightning_async_localsgd.policies.worker_minimum import WorkerMinimum
+    from lightning_async_localsgd.protocol.messages import Hello, Push
     from lightning_async_localsgd.server.global_model import GlobalModel
     from lightning_async_localsgd.server.sessions import WorkerSession
 
@@ -62,6 +63,7 @@ class Beginning:
         budget: local steps of all workers together.
         pacing: has measured the workers' speeds.
         live: live sessions by worker.
+        minimum: knows whether training is paused. Then no step is completed.
 
     Attributes:
         on: whether the run is in its synchronous beginning.
@@ -77,6 +79,7 @@ class Beginning:
         budget: Budget,
         pacing: SpeedAwareSteps,
         live: Mapping[int, WorkerSession],
+        minimum: WorkerMinimum,
     ) -> None:
         self.on = policy.steps > 0
         self.averages = GradientAverages(model.layout)
@@ -86,6 +89,7 @@ class Beginning:
         self._budget = budget
         self._pacing = pacing
         self._live = live
+        self._minimum = minimum
         self._phase = _Phase.START
         self._members: dict[int, str] = {}
         # Whether the global model has the weights of the members.
@@ -124,6 +128,13 @@ class Beginning:
         broken = push.contents == "weights" and rejection is not None and rejection.strike
         if push.final or broken:
             self._members.pop(push.worker, None)
+
+    def join_again(self, hello: Hello) -> bool:
+        """Answer the hello of a member again that did not receive its first dispatch. Return whether it is one."""
+        session = self._live.get(hello.worker)
+        if session is None or session.id != hello.session or hello.reconnecting or not session.computing:
+            return False
+        return self.repeat(hello.worker, 0)
 
     def leave(self, worker: int, session: str, now: float) -> None:
         """Note that a session was lost."""
@@ -246,8 +257,13 @@ class Beginning:
     # ------------------------------------------------------------------ internal
 
     def _due_at(self) -> float | None:
-        """Return since when, or from when on, no member is awaited; None if a live member is, or no worker waits."""
-        if not all(self._live[worker].waiting for worker in self._live_members()):
+        """Return since when, or from when on, no member is awaited.
+
+        Returns:
+            None if a live member is awaited, if no worker waits, and in a pause.
+
+        """
+        if self._minimum.paused or not all(self._live[worker].waiting for worker in self._live_members()):
             return None
         if not any(session.waiting for session in self._live.values()):
             return None

@@ -8,8 +8,7 @@ Workers wait, compute or rest, see :class:`.WorkerSession`. When all live worker
 them are sent the same final model. A departed worker gets that model when it comes back; a round that it had not pushed
 by then is refused.
 
-In the synchronous beginning of a run, workers hand in gradients instead of rounds, see :class:`.Beginning`. The rest of
-this class then waits, and the same rules hold for what the workers push.
+In the synchronous beginning of a run, workers push gradients instead of rounds, see :class:`.Beginning`.
 
 Each push counts once. As long as a session may come back, the coordinator remembers the session's last sequence number
 and the outcome of that push. A push that is sent again is answered again, and changes nothing.
@@ -18,22 +17,24 @@ and the outcome of that push. A push that is sent again is answered again, and c
 from __future__ import annotations
 
 import dataclasses
-import logging
 from typing import TYPE_CHECKING, Any
 
 from lightning_async_localsgd.policies.data_leases import DataLeases
 from lightning_async_localsgd.policies.guard import StrikeCounter, UpdateGuard
 from lightning_async_localsgd.policies.synchronous_beginning import SynchronousBeginning
+from lightning_async_localsgd.policies.worker_minimum import WorkerMinimum
 from lightning_async_localsgd.protocol import rejections
-from lightning_async_localsgd.protocol.messages import Lease, Reply
+from lightning_async_localsgd.protocol.messages import Lease
 from lightning_async_localsgd.server.beginning import Beginning
+from lightning_async_localsgd.server.discipline import Discipline
 from lightning_async_localsgd.server.events import Event
 from lightning_async_localsgd.server.membership import Membership
 from lightning_async_localsgd.server.merging import Merging
 from lightning_async_localsgd.server.observers import ObserverList
 from lightning_async_localsgd.server.progress import ProgressEstimate
 from lightning_async_localsgd.server.recalls import HOST, Recalls
-from lightning_async_localsgd.server.run_stats import PushOutcome, RunSnapshot, RunStats, WorkerTotals, WorkerView
+from lightning_async_localsgd.server.replies import ReplyMaker
+from lightning_async_localsgd.server.run_stats import PushOutcome, RunSnapshot, RunStats, WorkerTotals
 from lightning_async_localsgd.server.step_grants import StepGrants
 from lightning_async_localsgd.server.waiting import DispatchWindow
 
@@ -45,12 +46,10 @@ if TYPE_CHECKING:
     from lightning_async_localsgd.policies.budget import Budget
     from lightning_async_localsgd.policies.grace import GraceWindow
     from lightning_async_localsgd.policies.pacing import SpeedAwareSteps
-    from lightning_async_localsgd.protocol.messages import Hello, LeaseRequest, Push
+    from lightning_async_localsgd.protocol.messages import Hello, LeaseRequest, Push, Reply
     from lightning_async_localsgd.protocol.rejections import Rejection
     from lightning_async_localsgd.server.global_model import GlobalModel
     from lightning_async_localsgd.server.sessions import WorkerSession
-
-_log = logging.getLogger(__name__)
 
 
 class Coordinator:
@@ -71,6 +70,8 @@ class Coordinator:
         leases: leases of training data.
         overlap: whether workers go on training while their pushes are in flight.
         beginning: length and shares of the synchronous beginning; by default there is none.
+        minimum: pauses training while too few workers take part; by default never.
+        expected: number of workers that must be live before the first dispatch, if that is more than ``cohort``.
 
     Attributes:
         observers: observers of all events and pushes.
@@ -78,6 +79,7 @@ class Coordinator:
         save_request: see :attr:`.Reply.save_request`.
         membership: who takes part.
         beginning: the synchronous beginning.
+        minimum: knows whether training is paused, because too few workers take part.
 
     """
 
@@ -94,6 +96,8 @@ class Coordinator:
         leases: DataLeases | None = None,
         overlap: bool = False,
         beginning: SynchronousBeginning | None = None,
+        minimum: WorkerMinimum | None = None,
+        expected: int = 0,
     ) -> None:
         self.model = model
         self.budget = budget
@@ -106,17 +110,22 @@ class Coordinator:
         self._pacing = pacing
         self._guard = guard if guard is not None else UpdateGuard()
         self._merging = merging if merging is not None else Merging(model)
-        self._strikes = StrikeCounter()
+        self.minimum = minimum if minimum is not None else WorkerMinimum()
         self._leases = leases if leases is not None else DataLeases(cohort)
         self._stats = RunStats()
-        self.membership = Membership(cohort, model, budget, pacing, self._leases, self._strikes, self._stats)
+        strikes = StrikeCounter()
+        self.membership = Membership(cohort, model, budget, pacing, self._leases, strikes, self._stats, expected)
+        self._discipline = Discipline(strikes, self.membership)
         self._live = self.membership.live
         self._grants = StepGrants(budget, pacing, self._live, overlap)
         self._recalls = Recalls(self._live, pacing)
-        self._window = DispatchWindow(self._live, grace, pacing, budget, self._merging, self._recalls)
+        self._window = DispatchWindow(self._live, grace, pacing, budget, self._merging, self._recalls, self.minimum)
         self._progress = ProgressEstimate(self._live, pacing, budget)
+        self._replies = ReplyMaker(
+            incarnation, model, budget, pacing, self.membership, self._progress, self._window, self._stats
+        )
         policy = beginning if beginning is not None else SynchronousBeginning(0, cohort)
-        self.beginning = Beginning(policy, model, budget, pacing, self._live)
+        self.beginning = Beginning(policy, model, budget, pacing, self._live, self.minimum)
         self._parts: dict[str, Any] = {"model": model, "budget": budget, "pacing": pacing, "leases": self._leases}
         self._parts |= {"guard": self._guard, "merging": self._merging, "beginning": self.beginning}
 
@@ -130,13 +139,12 @@ class Coordinator:
 
         """
         self.observers.on_event(Event("join", now, {"hello": hello}))
-        session = self._live.get(hello.worker)
-        again = session is not None and session.id == hello.session and session.computing and not hello.reconnecting
-        if again and self.beginning.repeat(hello.worker, 0):
+        if self.beginning.join_again(hello):
             return None
         reason = self.membership.join(hello, now)
         # A worker that was waiting will resend its lost push, so it counts as computing.
         self._window.close_if_unused()
+        self._update_minimum(now)
         return reason
 
     def revive(self, worker: int, session: str, now: float) -> bool:
@@ -147,7 +155,9 @@ class Coordinator:
 
         """
         self.observers.on_event(Event("revive", now, {"worker": worker, "session": session}))
-        return self.membership.find(worker, session, now) is not None
+        is_live = self.membership.find(worker, session, now) is not None
+        self._update_minimum(now)
+        return is_live
 
     def push(self, push: Push, gradient: Tensor | None, now: float, result: Tensor | None = None) -> str | None:
         """Merge a complete push, hold it for its group, or refuse it. Then the worker waits for its dispatch.
@@ -178,13 +188,14 @@ class Coordinator:
         session.staleness = 0
         refused = self._check(push, gradient, session) or self._merge(push, gradient, result, session)
         self._record(push, refused, session, now)
-        reason = self.membership.discipline(push.worker, refused, session)
-        if reason is not None:
+        reason = self._discipline.note(push.worker, refused, session)
+        if reason is None:
+            self._await_dispatch(push, session, now)
+            self.membership.wake()
+        else:
             self._window.close_if_unused()
-            return reason
-        self._await_dispatch(push, session, now)
-        self.membership.wake()
-        return None
+        self._update_minimum(now)
+        return reason
 
     def leave(self, worker: int, session: str, now: float, reason: str) -> bool:
         """Handle the loss of a worker: it died, closed its connection, or was silent. See also :meth:`revive`.
@@ -198,6 +209,7 @@ class Coordinator:
         if was_live:
             self.beginning.leave(worker, session, now)
             self._window.close_if_unused()
+            self._update_minimum(now)
         return was_live
 
     def lease(self, request: LeaseRequest) -> Lease:
@@ -264,8 +276,9 @@ class Coordinator:
 
     def snapshot(self) -> RunSnapshot:
         """Return the state of the run, for logging."""
+        quarantined = self.membership.quarantined
         return self._stats.snapshot(
-            self.model, self.budget, len(self._live), self.membership.quarantined, self._stop_requested
+            self.model, self.budget, len(self._live), quarantined, self._stop_requested, self.minimum
         )
 
     @property
@@ -277,7 +290,8 @@ class Coordinator:
 
     def deadline(self) -> float | None:
         """Return when :meth:`ready` may become true without an event, in seconds; None if never."""
-        return self.beginning.deadline if self.beginning.on else self._window.deadline
+        waiting = self.beginning.deadline if self.beginning.on else self._window.deadline
+        return min((at for at in (waiting, self.minimum.deadline) if at is not None), default=None)
 
     def ready(self, now: float) -> bool:
         """Return whether :meth:`dispatch` has something to do."""
@@ -299,6 +313,7 @@ class Coordinator:
             again (another worker died) or training is over.
 
         """
+        self._update_minimum(now)
         members = self.beginning.dispatch(now, self.stopping) if self.beginning.on else {}
         if members:
             return self._answer(members, now, 0.0, members)
@@ -460,38 +475,25 @@ class Coordinator:
         """Return the replies of workers, with further fields of each, and notify the observers."""
         replies = {
             worker: dataclasses.replace(
-                self._reply(worker, self._live[worker], now, progress), **(fields or {}).get(worker, {})
+                self._replies.make(worker, now, progress, self.broadcast, self.save_request),
+                **(fields or {}).get(worker, {}),
             )
             for worker in workers
         }
         self.observers.on_event(Event("dispatch", now, {"replies": replies}))
         return replies
 
-    def _reply(self, worker: int, session: WorkerSession, now: float, progress: float) -> Reply:
-        waited = now - session.arrived_at
-        if session.sequence > 0 and not session.overlapped:
-            self._stats.of(worker).wait_seconds += waited
-        self._stats.views[worker] = WorkerView.of(session, waited, self._pacing.speed(worker))
-        return Reply(
-            incarnation=self.incarnation,
-            sequence=session.sequence,
-            version=self.model.version,
-            staleness=session.staleness,
-            local_steps=0 if self.finished else session.local_steps,
-            progress=float(self.budget.done) if self.finished else progress,
-            progress_per_step=self._progress.per_step(worker, self._window.lock_step and not self.finished),
-            wait_seconds=waited,
-            stop=self.finished,
-            refused=None if session.rejection is None else session.rejection.text,
-            broadcast=self.broadcast,
-            save_request=self.save_request,
-            reset_optimizer=session.reset_optimizer,
-            overlap_steps=0 if self.finished else session.overlap_steps,
-        )
-
     def _all_rest(self) -> bool:
         return bool(self._live) and all(session.resting for session in self._live.values())
+
+    def _update_minimum(self, now: float) -> None:
+        """Begin or end a pause, after something has happened to a worker or to the budget."""
+        done = self.finished or self.budget.exhausted
+        done = done or (bool(self._live) and all(session.final for session in self._live.values()))
+        if self.membership.started:
+            self.minimum.update(len(self._live), now, steps_left=not done)
 
     def _stop(self) -> None:
         self.stopping = True
         self.budget.stop()
+        self.minimum.end()

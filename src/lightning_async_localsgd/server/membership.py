@@ -10,7 +10,6 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from lightning_async_localsgd.protocol.rejections import Rejection, inactive_session, quarantined
-from lightning_async_localsgd.server.recalls import HOST
 from lightning_async_localsgd.server.sessions import SessionTable, WorkerSession
 
 if TYPE_CHECKING:
@@ -35,18 +34,22 @@ class Membership:
     """Keeps who takes part in the run: initial workers and late joiners, live, departed or quarantined.
 
     Args:
-        cohort: number of workers that the run is started with.
+        cohort: number of workers that must be there at the start, with the numbers 0, 1, ...
         model: its outer optimizer depends on the number of live workers.
         budget: has reserved steps for the workers.
         pacing: has measured the workers' speeds.
         leases: has leased data to the workers.
         strikes: counts the workers' strikes.
         stats: totals of the workers.
+        expected: number of workers that must be live at the start, if that is more than ``cohort``.
 
     Attributes:
+        cohort: see above.
+        expected: number of workers with which the run begins.
         live: live sessions by worker.
-        started: whether the whole cohort has joined.
+        started: whether these workers have joined.
         finished: whether all workers have been sent the final model.
+        stayed: workers that have left after the end of training.
         quarantined: why each quarantined worker is refused for the rest of the run.
         optimizer_files: the last :attr:`.Push.optimizer_file` of each worker.
 
@@ -61,12 +64,19 @@ class Membership:
         leases: DataLeases,
         strikes: StrikeCounter,
         stats: RunStats,
+        expected: int = 0,
     ) -> None:
+        self.cohort = cohort
+        self.expected = max(cohort, expected)
         self.started = False
         self.finished = False
+        self.stayed: set[int] = set()
         self.quarantined: dict[int, str] = {}
         self.optimizer_files: dict[int, str] = {}
         self._sessions = SessionTable(cohort)
+        # A resumed run gives the workers that it waits for the numbers that they had before.
+        self._expected_numbers = iter(range(cohort, self.expected))
+        self._sessions.next_number = self.expected
         self.live = self._sessions.live
         self._model = model
         self._budget = budget
@@ -83,6 +93,11 @@ class Membership:
         return [] if self.started else self._sessions.missing
 
     @property
+    def missing_count(self) -> int:
+        """Number of workers that have to join before training starts."""
+        return 0 if self.started else max(len(self.missing), self.expected - len(self.live))
+
+    @property
     def departed(self) -> frozenset[int]:
         """Workers that left and whose sessions may come back."""
         return self._sessions.departed
@@ -93,8 +108,12 @@ class Membership:
         return self._sessions.bases
 
     def new_number(self) -> int:
-        """Return a number for a late joiner. No number is given twice in a run."""
-        return self._sessions.new_number()
+        """Return a number for a worker that joins. No number is given twice in a start of the server.
+
+        The first ones before training starts are those of the expected workers. All later ones are new in the run.
+        """
+        number = None if self.started else next(self._expected_numbers, None)
+        return self._sessions.new_number() if number is None else number
 
     def check_number(self, worker: int) -> str | None:
         """Return why no process can join as ``worker`` any more; None if one can."""
@@ -159,7 +178,9 @@ class Membership:
             self._leases.lead(0)
         if not self.finished:
             _log.warning("worker %d is back and continues its round", worker)
-            steps = session.local_steps + session.overlap_steps if session.computing else session.begun_steps
+            steps = session.begun_steps
+            if session.computing:
+                steps = max(steps, session.local_steps) + session.overlap_steps
             if steps > 0:
                 self._budget.reserve(worker, steps, now)
         self._update_worker_count()
@@ -171,7 +192,9 @@ class Membership:
             return False
         self._leases.park(worker)
         self._sessions.depart(worker)
-        if not self.finished:
+        if self.finished:
+            self.stayed.add(worker)
+        else:
             self._stats.of(worker).departures += 1
             _log.warning("worker %d left the run (%s); %d go on", worker, reason, len(self.live))
         self._after_removal(worker)
@@ -200,35 +223,6 @@ class Membership:
         self._leases.forget(worker)
         self._after_removal(worker)
         return reason
-
-    def discipline(self, worker: int, rejection: Rejection | None, session: WorkerSession) -> str | None:
-        """Count the worker's strikes. After too many, quarantine the worker, or reset the optimizer of worker 0.
-
-        Args:
-            worker: the worker's number.
-            rejection: why its push was refused; None if it was not.
-            session: its session.
-
-        Returns:
-            Why the worker is quarantined; None if it is not.
-
-        """
-        strikes = self._strikes.note(worker, rejection is not None and rejection.strike)
-        if strikes is None:
-            return None
-        assert rejection is not None
-        strikes = f"{strikes} were refused (the last one: {rejection.text})"
-        if worker != HOST or len(self.live) == 1:
-            return self.quarantine(worker, strikes)
-        self._strikes.forget(worker)
-        session.reset_optimizer = True
-        _log.error(
-            "worker %d: %s, though each round began with a fresh global model. The server is in its process, so worker "
-            "%d is not quarantined. Its optimizer is reset, and its pushes are still checked. Lower the learning rate, "
-            "clip gradients, or look at the data that this worker got",
-            worker, strikes, worker,
-        )  # fmt: skip
-        return None
 
     def wake(self) -> None:
         """Let resting workers wait for a dispatch, because local steps may have become free."""
@@ -290,7 +284,7 @@ class Membership:
         self.wake()
 
     def _update_worker_count(self) -> None:
-        self.started = self.started or not self._sessions.missing
+        self.started = self.started or self.missing_count == 0
         if self.started and self.live and not self.finished:
             self._model.set_workers(len(self.live))
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from lightning_async_localsgd.policies.budget import Budget
+    from lightning_async_localsgd.policies.worker_minimum import WorkerMinimum
     from lightning_async_localsgd.protocol.messages import Push
     from lightning_async_localsgd.protocol.rejections import Rejection
     from lightning_async_localsgd.server.global_model import GlobalModel, PushNorm
@@ -103,6 +104,9 @@ class RunSnapshot:
         quarantined: workers that are refused for the rest of the run.
         unapplied_pushes: number of pushes that the outer optimizer has accumulated and not applied yet.
         stop_requested: whether a worker requests the end of training at the trainer's minimum of steps or epochs.
+        paused: whether training is paused, because too few workers take part.
+        pauses: number of such pauses so far.
+        paused_seconds: seconds of the pauses that are over.
         workers: latest values of the live workers.
 
     """
@@ -118,6 +122,9 @@ class RunSnapshot:
     quarantined: frozenset[int] = frozenset()
     unapplied_pushes: int = 0
     stop_requested: bool = False
+    paused: bool = False
+    pauses: int = 0
+    paused_seconds: float = 0.0
     workers: Mapping[int, WorkerView] = field(default_factory=dict)
 
     @property
@@ -228,7 +235,13 @@ class RunStats:
             self.of(FORMER).add(self.totals.pop(worker))
 
     def snapshot(
-        self, model: GlobalModel, budget: Budget, live: int, quarantined: Iterable[int], stop_requested: bool
+        self,
+        model: GlobalModel,
+        budget: Budget,
+        live: int,
+        quarantined: Iterable[int],
+        stop_requested: bool,
+        minimum: WorkerMinimum,
     ) -> RunSnapshot:
         """Return the state of the run.
 
@@ -238,6 +251,7 @@ class RunStats:
             live: number of live workers.
             quarantined: workers in quarantine.
             stop_requested: see :class:`RunSnapshot`.
+            minimum: knows the pauses of the run.
 
         """
         return RunSnapshot(
@@ -252,6 +266,9 @@ class RunStats:
             quarantined=frozenset(quarantined),
             unapplied_pushes=model.outer_optimizer.unapplied_pushes,
             stop_requested=stop_requested,
+            paused=minimum.paused,
+            pauses=minimum.pauses,
+            paused_seconds=minimum.seconds,
             workers=dict(self.views),
         )
 

@@ -13,11 +13,12 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from lightning_async_localsgd.protocol.exchange import TooFewWorkersError
 from lightning_async_localsgd.protocol.messages import JoinInfo, Lease
 from lightning_async_localsgd.protocol.ports import LocalReplyChannel
+from lightning_async_localsgd.server.begin_event import begin_event
 from lightning_async_localsgd.server.coordinator import Coordinator
 from lightning_async_localsgd.server.event_loop import EventLoop, nothing
-from lightning_async_localsgd.server.events import FORMAT, Event
 from lightning_async_localsgd.server.observers import MetricsQueue
 from lightning_async_localsgd.server.run_stats import RunSnapshot, WorkerTotals
 from lightning_async_localsgd.server.shared_values import SharedValues
@@ -62,6 +63,7 @@ class Server:
         steps_before: local steps of all workers before this start of the server, if it resumed from a checkpoint.
         received_metrics: workers and the values that their modules logged, in order of arrival.
         lost_workers: the last workers that were lost before the end of training, each with time and reason.
+        gave_up: why the run ends because a pause for lack of workers was too long; None if it does not.
 
     """
 
@@ -86,7 +88,8 @@ class Server:
         self.lost_workers: deque[tuple[int, float, str]] = deque(maxlen=_MAX_LOST_WORKERS)
         self._coordinator = coordinator
         coordinator.observers.add([metrics, *observers])
-        coordinator.observers.on_event(_begin_event(coordinator, clock()))
+        coordinator.observers.on_event(begin_event(coordinator, clock()))
+        self.gave_up: str | None = None
         self._clock = clock
         self._channels: dict[int, ReplyChannel | LocalReplyChannel] = {}
         self._retry = False
@@ -135,8 +138,7 @@ class Server:
 
         Args:
             push: the header.
-            gradient: the pseudo-gradient, or what else the header names, flat fp32; None without
-                :attr:`.Push.has_data`.
+            gradient: what the header names, flat fp32; None without :attr:`.Push.has_data`.
             channel: gets the reply.
             result: see :meth:`.Coordinator.push`.
 
@@ -151,9 +153,9 @@ class Server:
         """See :class:`.ServerPort`."""
 
         def event() -> None:
-            if self._loop.failure is not None:
+            if self._ended is not None:
                 buffer.release()
-                channel.refuse(f"the server failed: {self._loop.failure}")
+                channel.refuse(self._ended)
                 return
             reply = self._on_share(share, buffer.tensor)
             buffer.restart()
@@ -166,8 +168,8 @@ class Server:
         """Handle values of the worker in this process. The answer replaces them in ``values``."""
 
         def event() -> None:
-            if self._loop.failure is not None:
-                channel.refuse(f"the server failed: {self._loop.failure}")
+            if self._ended is not None:
+                channel.refuse(self._ended)
                 return
             channel.answer(self._on_share(share, values), lambda _: None)
 
@@ -212,6 +214,16 @@ class Server:
         return self._ask(lambda coordinator: coordinator.membership.missing)
 
     @property
+    def missing_workers(self) -> int:
+        """Number of workers that have to join before training starts, whatever their numbers."""
+        return self._ask(lambda coordinator: coordinator.membership.missing_count)
+
+    @property
+    def present(self) -> set[int]:
+        """Live workers, and those that have left after the end of training."""
+        return self._ask(lambda coordinator: coordinator.membership.stayed | set(coordinator.live))
+
+    @property
     def finished(self) -> bool:
         """Whether all workers have been sent the final model."""
         return self._ask(lambda coordinator: coordinator.finished)
@@ -219,7 +231,7 @@ class Server:
     @property
     def deadline(self) -> float | None:
         """When :meth:`dispatch_due` may have an effect without an event, in seconds; None if never."""
-        return self._ask(lambda coordinator: coordinator.deadline())
+        return self._ask(lambda coordinator: None if self._ended is not None else coordinator.deadline())
 
     @property
     def synchronous_steps(self) -> int:
@@ -322,7 +334,7 @@ class Server:
         self._loop.submit(lambda: self._coordinator.replan(total, upper_bound))
 
     def load_weights(self, worker: int, weights: Tensor) -> None:
-        """Load the weights of the worker in this process, in the synchronous beginning. Wait until it is done."""
+        """See :meth:`.Beginning.load_weights`."""
         self._ask(lambda coordinator: coordinator.beginning.load_weights(worker, weights))
 
     def stop(self) -> None:
@@ -334,9 +346,12 @@ class Server:
 
         Raises:
             RuntimeError: The server has failed or is closed.
+            TooFewWorkersError: A pause for lack of workers was too long.
 
         """
         self._loop.raise_failure()
+        if self.gave_up is not None:
+            raise TooFewWorkersError(self.gave_up)
 
     def close(self, reason: str | None = None) -> None:
         """End the owner thread. Workers that still wait are refused with ``reason``. Can be called twice."""
@@ -350,6 +365,11 @@ class Server:
         """Run ``question`` in the owner thread, between two events, and return its answer."""
         return self._loop.ask(lambda: question(self._coordinator))
 
+    @property
+    def _ended(self) -> str | None:
+        """Why the server refuses whatever comes; None while it does not."""
+        return self.gave_up if self._loop.failure is None else f"the server failed: {self._loop.failure}"
+
     def _on_failure(self, error: BaseException) -> None:
         self._refuse_all(f"the server failed: {error}")
 
@@ -361,12 +381,13 @@ class Server:
     def _seconds_to_deadline(self) -> float | None:
         if self._retry:
             return _RETRY_SECONDS
-        deadline = self._coordinator.deadline()
+        # The loop's thread may be here before the constructor has the loop.
+        deadline = None if self.gave_up is not None else self._coordinator.deadline()
         return None if deadline is None else max(0.0, deadline - self._clock())
 
     def _on_join(self, hello: Hello, channel: ReplyChannel | LocalReplyChannel) -> None:
-        if self._loop.failure is not None:
-            channel.refuse(f"the server failed: {self._loop.failure}")
+        if self._ended is not None:
+            channel.refuse(self._ended)
             return
         older = self._coordinator.session_of(hello.worker)
         reason = self._traffic.check(hello, len(self._coordinator.live))
@@ -388,8 +409,8 @@ class Server:
         channel: ReplyChannel | LocalReplyChannel,
         result: Tensor | None = None,
     ) -> None:
-        if self._loop.failure is not None:
-            channel.refuse(f"the server failed: {self._loop.failure}")
+        if self._ended is not None:
+            channel.refuse(self._ended)
             return
         self._traffic.confirm(push)
         reason = self._coordinator.push(push, gradient, self._clock(), result)
@@ -397,6 +418,7 @@ class Server:
             channel.refuse(reason)
             if self._coordinator.session_of(push.worker) is None:
                 self._channels.pop(push.worker, None)
+                self._traffic.forget(push.worker)
             return
         self._channels[push.worker] = channel
 
@@ -407,8 +429,8 @@ class Server:
         return self._shared.answer(share, values, len(coordinator.live) if counts else 0)
 
     def _on_lease(self, request: LeaseRequest) -> Lease:
-        if self._loop.failure is not None:
-            return Lease(request.number, request.epoch, 0, 0, f"the server failed: {self._loop.failure}")
+        if self._ended is not None:
+            return Lease(request.number, request.epoch, 0, 0, self._ended)
         return self._coordinator.lease(request)
 
     def _on_lost(self, worker: int, session: str, reason: str) -> None:
@@ -420,13 +442,14 @@ class Server:
                 self.lost_workers.append((worker, self._clock(), reason))
 
     def _on_revive(self, worker: int, session: str) -> None:
-        if self._loop.failure is None:
+        if self._ended is None:
             self._coordinator.revive(worker, session, self._clock())
 
     def _on_join_request(self, worker: int) -> JoinInfo:
         membership = self._coordinator.membership
-        if self._loop.failure is not None:
-            refused: str | None = f"the server failed: {self._loop.failure}"
+        refused: str | None
+        if self._ended is not None:
+            refused = self._ended
         elif worker == -1:
             refused = "training is over" if membership.finished else None
             worker = worker if membership.finished else membership.new_number()
@@ -444,6 +467,12 @@ class Server:
         """Dispatch the workers that are due, and update what other threads read."""
         self._retry = False
         now = self._clock()
+        if self.gave_up is None and (failure := self._coordinator.minimum.failure(now)) is not None:
+            self.gave_up = failure
+            self._refuse_all(failure)
+        if self.gave_up is not None:
+            self._publish()
+            return
         if self._coordinator.ready(now):
             remote = any(not isinstance(channel, LocalReplyChannel) for channel in self._channels.values())
             if remote and not self._traffic.reserve():
@@ -469,17 +498,3 @@ class Server:
                 batch.send(worker, self._coordinator.session_of(worker), reply, channel)
             # Without a channel, the worker has no connection yet. Once connected, it sends its push again.
         batch.close()
-
-
-def _begin_event(coordinator: Coordinator, now: float) -> Event:
-    """Return the first event of a run."""
-    content = {
-        "format": FORMAT,
-        "incarnation": coordinator.incarnation,
-        "workers": len(coordinator.membership.missing),
-        "version": coordinator.model.version,
-        "done": coordinator.budget.done,
-        "total": coordinator.budget.total,
-        "fingerprint": coordinator.model.layout.fingerprint,
-    }
-    return Event("begin", now, content)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lightning_async_localsgd.policies.budget import Budget
     from lightning_async_localsgd.policies.grace import GraceWindow, Plan
     from lightning_async_localsgd.policies.pacing import SpeedAwareSteps
+    from lightning_async_localsgd.policies.worker_minimum import WorkerMinimum
     from lightning_async_localsgd.server.merging import Merging
     from lightning_async_localsgd.server.recalls import Recalls
     from lightning_async_localsgd.server.sessions import WorkerSession
@@ -35,6 +36,7 @@ class DispatchWindow:
         budget: knows whether there are steps left.
         merging: holds the group.
         recalls: knows whether rank 0's worker waits for recalled workers.
+        minimum: knows whether training is paused. Then no worker is due that needs steps. Groups are merged as usual.
 
     """
 
@@ -46,6 +48,7 @@ class DispatchWindow:
         budget: Budget,
         merging: Merging,
         recalls: Recalls,
+        minimum: WorkerMinimum,
     ) -> None:
         self._live = live
         self._grace = grace
@@ -53,6 +56,7 @@ class DispatchWindow:
         self._budget = budget
         self._merging = merging
         self._recalls = recalls
+        self._minimum = minimum
         self._plan: Plan | None = None
 
     @property
@@ -65,10 +69,9 @@ class DispatchWindow:
     def deadline(self) -> float | None:
         """When the group, the window or the wait for recalled workers ends at the latest; None without time limits."""
         limits = [] if self._merging.deadline is None or not self._live else [self._merging.deadline]
-        window = [] if self._plan is None else [self._plan.deadline]
-        waiting = [
-            worker for worker, session in self._live.items() if session.waiting and not self.awaits_group(worker)
-        ]
+        waiting = self._waiting
+        # In a pause, the window may be over and have no worker to dispatch.
+        window = [self._plan.deadline] if self._plan is not None and (waiting or self._merging.held) else []
         wait_ends = self._recalls.deadline if HOST in waiting else None
         if wait_ends is not None:
             limits.append(max([wait_ends, *window]))
@@ -124,14 +127,8 @@ class DispatchWindow:
         return bool(self.due(now)) and (bool(self._merging.held) or self._is_closed(now))
 
     def due(self, now: float) -> list[int]:
-        """Return the waiting workers that wait neither for their group nor for recalled workers."""
-        return [
-            worker
-            for worker, session in sorted(self._live.items())
-            if session.waiting
-            and not self.awaits_group(worker)
-            and not (worker == HOST and self._recalls.host_waits(now))
-        ]
+        """Return the workers that wait for neither their group, the end of a pause, nor recalled workers."""
+        return [worker for worker in self._waiting if not (worker == HOST and self._recalls.host_waits(now))]
 
     def close_after_dispatch(self, now: float) -> None:
         """Close the window, unless a group is held, because all workers that wait for no group were dispatched."""
@@ -143,6 +140,15 @@ class DispatchWindow:
         """Close the window if no worker waits any more."""
         if not any(session.waiting for session in self._live.values()):
             self._plan = None
+
+    @property
+    def _waiting(self) -> list[int]:
+        """Workers that wait neither for their group nor for the end of a pause, in order of their numbers."""
+        return [
+            worker
+            for worker, session in sorted(self._live.items())
+            if session.waiting and not self.awaits_group(worker) and (session.final or not self._minimum.paused)
+        ]
 
     def _is_closed(self, now: float) -> bool:
         plan = self._plan

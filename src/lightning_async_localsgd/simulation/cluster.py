@@ -149,6 +149,7 @@ class ClusterSimulator(Simulator):
     @override
     def next_worker(self, until: Callable[[], bool] = lambda: False) -> VirtualWorker | None:
         while not self._server.finished and not until():
+            self._server.raise_failure()
             deadline = self._server.deadline
             if self._events and (deadline is None or deadline <= self.clock.now or self._events[0][0] <= deadline):
                 time, _, _, event_id, event = heapq.heappop(self._events)

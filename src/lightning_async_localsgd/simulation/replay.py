@@ -46,6 +46,7 @@ class Recording:
     Attributes:
         path: path of the file.
         initial_workers: number of workers that the run was started with.
+        ranks: how many of these have the numbers 0, 1, ...; the others had joined before training began.
         worker_numbers: numbers of all workers, including those that joined later.
         is_live: whether the logged run was live, not simulated.
         incarnation: name of the server.
@@ -66,12 +67,14 @@ class Recording:
         self.events = read_events(path)
         begin = self.events[0].content
         self.initial_workers = int(begin["workers"])
+        self.ranks = int(begin.get("ranks", self.initial_workers))
         hellos = [event.content["hello"] for event in self.events if event.kind == "join"]
         self.worker_numbers = sorted({hello.worker for hello in hellos})
         self.is_live = not any(hello.session.startswith(SESSION_PREFIX) for hello in hellos)
         self.incarnation = str(begin["incarnation"])
         self._upload = hellos[0].upload if hellos else "fp32"
         self._download = hellos[0].download if hellos else "fp32"
+        self._min_workers = int(begin.get("min_workers", 1))
         self._total = begin["total"]
         self._fingerprint = begin["fingerprint"]
         if begin["version"] or begin["done"]:
@@ -87,13 +90,16 @@ class Recording:
         assert seconds is not None
         return seconds
 
-    def check(self, binding: Binding, total: int | None, options: ExchangeOptions | None = None) -> None:
+    def check(
+        self, binding: Binding, total: int | None, options: ExchangeOptions | None = None, min_workers: int = 1
+    ) -> None:
         """Check that a module and a budget match the logged run.
 
         Args:
             binding: exchanged tensors of the module.
             total: budget in local steps of all workers together; None if the run has no end.
             options: how pushes and models travel; without rounding if not given.
+            min_workers: fewest live workers with which training goes on.
 
         Raises:
             ValueError: They do not match.
@@ -111,11 +117,12 @@ class Recording:
                 "or max_epochs of that run"
             )
         options = options if options is not None else ExchangeOptions()
-        for name in ("upload", "download"):
-            if getattr(options, name) != getattr(self, f"_{name}"):
+        given = {"upload": options.upload, "download": options.download, "min_workers": min_workers}
+        for name, value in given.items():
+            if value != getattr(self, f"_{name}"):
                 raise ValueError(
                     f"replay={self.path!r} is the log of a run with {name}={getattr(self, f'_{name}')!r}, but this "
-                    f"strategy has {name}={getattr(options, name)!r}; use that of the run"
+                    f"strategy has {name}={value!r}; use that of the run"
                 )
 
 

@@ -76,8 +76,9 @@ class SimulatedRuntime(Runtime):
         if len(scenario.worker_numbers) > 1:
             binding.on_own = warn_of_own_buffer
         if isinstance(scenario, Recording):
-            scenario.check(self.binding, settings.budget.total, settings.exchange)
-        coordinator = build_coordinator(settings, layout, self.workers, scenario.incarnation)
+            scenario.check(self.binding, settings.budget.total, settings.exchange, settings.min_workers)
+        ranks = scenario.ranks if isinstance(scenario, Recording) else None
+        coordinator = build_coordinator(settings, layout, self.workers, scenario.incarnation, ranks=ranks)
         coordinator.model.read(self.binding)
         if restored is not None:
             coordinator.load_state_dict(adapt_saved_state(restored, settings.budget, self.workers, virtual=True))

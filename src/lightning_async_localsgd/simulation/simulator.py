@@ -194,7 +194,7 @@ class Simulator(ABC):
         uplinks = {number: worker.uplink for number, worker in self.live.items()}
         return {
             "seconds": self.clock.now,
-            "residuals": {str(n): uplink.residual.clone() for n, uplink in uplinks.items() if uplink is not None},
+            "residuals": {str(n): uplink.copy_residual() for n, uplink in uplinks.items() if uplink is not None},
         }
 
     def begin_round(self, worker: VirtualWorker) -> None:

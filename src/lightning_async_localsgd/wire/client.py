@@ -71,6 +71,7 @@ class WireExchange(Exchange, LeaseSource):
 
     """
 
+    sends_packed = True
     observer: Callable[[Moment, Connection], None] | None = None
 
     def __init__(
@@ -108,14 +109,7 @@ class WireExchange(Exchange, LeaseSource):
     @override
     def join(self, hello: Hello, model: Tensor) -> Reply:
         self._hello = hello
-        self._bytes_of(model)  # Checks its size.
-        reply = self._run_with_reconnects(
-            lambda connection: self._exchange(
-                connection, 0, memoryview(b""), lambda reply: self._models.memory(reply, model)
-            )
-        )
-        self._models.complete(reply, model)
-        return reply
+        return self._receive_model(0, memoryview(b""), model)
 
     @override
     def push(self, push: Push, gradient: Tensor, model: Tensor, packed: Tensor | None = None) -> Reply:
@@ -124,15 +118,7 @@ class WireExchange(Exchange, LeaseSource):
             source = self._bytes_of(gradient) if packed is None else frames.memory_of(packed)
             if push.contents != "round":
                 source = source[: self._layout.model_bytes]
-        self._bytes_of(model)  # Checks its size.
-
-        def send_push(connection: Connection) -> Reply:
-            self._send(connection, frames.PUSH + push.encode())
-            return self._exchange(connection, push.sequence, source, lambda reply: self._models.memory(reply, model))
-
-        reply = self._run_with_reconnects(send_push)
-        self._models.complete(reply, model)
-        return reply
+        return self._receive_model(push.sequence, source, model, frames.PUSH + push.encode())
 
     @override
     def share(self, share: Share, values: Tensor) -> Reply:
@@ -307,6 +293,27 @@ class WireExchange(Exchange, LeaseSource):
         self.bytes_received = self._closed_received + sum(part.received for part in parts)
 
     # ---------------------------------------------------------------- transfers
+
+    def _receive_model(self, sequence: int, source: memoryview, model: Tensor, header: bytes | None = None) -> Reply:
+        """Send a message with bulk data, and receive the reply to ``sequence`` and its model.
+
+        Args:
+            sequence: number of the push; 0 for the first dispatch.
+            source: bulk data that is sent if the server asks for it.
+            model: receives the model.
+            header: header of the message; None to send nothing.
+
+        """
+        self._bytes_of(model)  # Checks its size.
+
+        def send(connection: Connection) -> Reply:
+            if header is not None:
+                self._send(connection, header)
+            return self._exchange(connection, sequence, source, lambda reply: self._models.memory(reply, model))
+
+        reply = self._run_with_reconnects(send)
+        self._models.complete(reply, model)
+        return reply
 
     def _exchange(
         self, connection: Connection, sequence: int, source: memoryview, memory: Callable[[Reply], memoryview]

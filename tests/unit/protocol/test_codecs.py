@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lightning_async_localsgd.protocol import codecs
 from lightning_async_localsgd.protocol.codecs import BLOCK, Codec, Encoding, codec_of
 from lightning_async_localsgd.protocol.layout import Layout
 
@@ -17,6 +19,14 @@ TOP = {"int8": 127, "int4": 7}
 
 sizes = st.one_of(st.integers(1, 3 * BLOCK), st.sampled_from([BLOCK, 257 * BLOCK, 256 * BLOCK + 1, 300 * BLOCK + 7]))
 magnitudes = st.floats(-40.0, 30.0).map(lambda power: 10.0**power)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_chunks() -> Iterator[None]:
+    """Let a chunk have 100 blocks, so that small vectors have several chunks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(codecs, "_CHUNK_BLOCKS", 100)
+        yield
 
 
 def layout_of(parameters: int, buffers: int = 0, moments: int = 0) -> Layout:
@@ -76,6 +86,29 @@ def test_what_was_sent_plus_the_residual_is_what_was_to_be_sent(
         assert torch.equal(out, push), "the sender's vector is what the receiver unpacks"
         if encoding != "bf16" or bool((to_be_sent.abs() > 1e-30).all()):
             assert torch.equal(out.double() + residual.double(), to_be_sent.double())
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_chunks_do_not_change_what_is_packed(encoding: Encoding, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout, push = (
+        layout_of(257 * BLOCK + 3, 5, 200_000),
+        values(457 * BLOCK + 200_000, 1.0, 1)[: 257 * BLOCK + 200_008],
+    )
+    packed = []
+    for blocks in (1000, 100, 1):
+        monkeypatch.setattr(codecs, "_CHUNK_BLOCKS", blocks)
+        packed.append(packed_push(Codec(layout, encoding), push.clone())[0])
+    assert torch.equal(packed[0], packed[1])
+    assert torch.equal(packed[0], packed[2])
+
+
+def test_a_byte_has_two_signed_values() -> None:
+    codec, push = Codec(layout_of(BLOCK), "int4"), torch.zeros(BLOCK)
+    push[0], push[BLOCK // 2], push[1], push[BLOCK - 1] = -7.0, 3.0, 7.0, -7.0
+    packed, out = packed_push(codec, push.clone())
+    bytes_ = packed[-BLOCK // 2 :].view(torch.int8)
+    assert bytes_[[0, 1, BLOCK // 2 - 1]].tolist() == [-7 + 16 * 3, 7, 16 * -7]
+    assert torch.equal(out, push)
 
 
 @given(numel=sizes, seed=st.integers(0, 100), rounds=st.integers(1, 4))

@@ -17,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant
 
 from lightning_async_localsgd.outer import TorchOptimizer
 from lightning_async_localsgd.policies.guard import UpdateGuard
+from lightning_async_localsgd.policies.worker_minimum import WorkerMinimum
 from lightning_async_localsgd.protocol.layout import Layout
 from lightning_async_localsgd.protocol.messages import ALREADY_APPLIED, Hello, Push, Reply
 from lightning_async_localsgd.server.coordinator import Coordinator
@@ -44,7 +45,12 @@ class InTurn(TorchOptimizer):
 
 
 def build(
-    total: int | None, grace: float | str, incarnation: str, groups: dict[str, Any], overlap: bool = False
+    total: int | None,
+    grace: float | str,
+    incarnation: str,
+    groups: dict[str, Any],
+    overlap: bool = False,
+    min_workers: int = 1,
 ) -> Coordinator:
     """Make a server whose model is minus the sum of all applied pushes."""
     return make_coordinator(
@@ -58,6 +64,7 @@ def build(
         guard=UpdateGuard(TOO_LARGE),
         incarnation=incarnation,
         overlap=overlap,
+        minimum=WorkerMinimum(min_workers),
     )
 
 
@@ -78,6 +85,8 @@ class WorkerProcess:
         self.items: list[tuple[int, int]] = []
         self.begun = 0
         """Steps of the next round that the worker takes while its push is in flight."""
+        self.steps = 0
+        """Steps of the round: those that were granted, or those in flight if they are more."""
         self.used = 0
         self.requests = 0
         self.epoch = 0
@@ -105,8 +114,8 @@ class WorkerProcess:
     def receive(self, reply: Reply) -> None:
         """Receive a reply. As on the wire, only the reply to the pending message is let through."""
         if self.connected and reply.sequence == (0 if self.reply is None else self.pending and self.pending.sequence):
-            if not reply.stop and reply.refused in (None, ALREADY_APPLIED):
-                assert reply.local_steps >= self.begun, "steps that a worker may have taken are not granted to others"
+            goes_on = not reply.stop and reply.refused in (None, ALREADY_APPLIED)
+            self.steps = max(reply.local_steps, self.begun if goes_on else 0)
             self.reply, self.pending, self.begun = reply, None, 0
 
 
@@ -118,6 +127,9 @@ class Network(RuleBasedStateMachine):
 
     overlap: ClassVar[bool] = False
     """Whether workers go on training while their pushes are in flight."""
+
+    min_workers: ClassVar[int] = 1
+    """Fewest live workers with which training goes on."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -139,8 +151,11 @@ class Network(RuleBasedStateMachine):
     def begin(self, total: int | None, grace: float | str, data: st.DataObject) -> None:
         self.total, self.grace = total, grace
         self.group = data.draw(st.sampled_from(self.groups))
-        self.open(build(total, grace, next(self.names), self.group, self.overlap))
+        self.open(self.build())
         self.save()
+
+    def build(self) -> Coordinator:
+        return build(self.total, self.grace, next(self.names), self.group, self.overlap, self.min_workers)
 
     def open(self, coordinator: Coordinator) -> None:
         self.coordinator = coordinator
@@ -169,6 +184,9 @@ class Network(RuleBasedStateMachine):
         while self.coordinator.ready(self.now):
             for worker, reply in self.coordinator.dispatch(self.now).items():
                 process = next(p for p in self.processes if p.worker == worker)
+                # Steps that a worker was granted ahead are its own, also while others are missing.
+                enough = len(self.coordinator.live) >= self.min_workers
+                assert reply.stop or enough or process.begun > 0, "training is paused"
                 waited = process.pending
                 process.receive(reply)
                 if waited is not None and process.pending is None and reply.refused in (None, ALREADY_APPLIED):
@@ -307,6 +325,6 @@ class Network(RuleBasedStateMachine):
             process.connected = True
             self.join(process)
         else:
-            push = process.next_push(process.reply.local_steps, process.used)
+            push = process.next_push(process.steps, process.used)
             self.send_new(process, push, float(len(self.gradients) + 1), [])
         self.flush()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_async_localsgd.policies.synchronous_beginning import SynchronousBeginning, automatic_length
+from lightning_async_localsgd.policies.worker_minimum import WorkerMinimum
 from lightning_async_localsgd.protocol.layout import Layout
 from lightning_async_localsgd.protocol.messages import ALREADY_APPLIED, Push, Reply
 from lightning_async_localsgd.protocol.rejections import STEP_MISSED
@@ -390,3 +391,15 @@ def test_automatic_length() -> None:
     assert automatic_length(80, 500, starts_fresh=False) == 0
     assert automatic_length(0, 10**6, starts_fresh=True) == 1000
     assert automatic_length(2000, None, starts_fresh=True) == 2000
+
+
+def test_pause_holds_the_step_and_loses_nothing() -> None:
+    workers = Beginners(minimum=WorkerMinimum(3))
+    workers.gradient(0, 1.0, 1.0)
+    workers.gradient(1, 1.0, 2.0)
+    assert workers.leave(2, 1.5) == {}
+    assert workers.coordinator.deadline() is None
+    assert workers.dispatch(100.0) == {}, "two of three workers are too few"
+    assert workers.coordinator.revive(2, "s2", 101.0)
+    assert set(workers.gradient(2, 102.0, 6.0)) == {0, 1, 2}
+    assert float(workers.means[0][0][0]) == 3.0

@@ -22,7 +22,7 @@ from lightning_async_localsgd.protocol.messages import ALREADY_APPLIED, Lease, L
 from lightning_async_localsgd.protocol.rejections import TOO_LATE
 from lightning_async_localsgd.server import membership
 from lightning_async_localsgd.server.merge_policy import MergeOptions
-from tests.unit.server.exactly_once import COHORT, EPOCHS, ITEMS, LAYOUT, TOO_LARGE, Network, WorkerProcess, build
+from tests.unit.server.exactly_once import COHORT, EPOCHS, ITEMS, LAYOUT, TOO_LARGE, Network, WorkerProcess
 
 
 class Run(Network):
@@ -297,7 +297,7 @@ class Run(Network):
         self.acknowledged.clear()
         self.ended = [*self.ended, *self.processes][-10:]
         before = self.processes
-        coordinator = build(self.total, self.grace, next(self.names), self.group, self.overlap)
+        coordinator = self.build()
         coordinator.load_state_dict(state)
         self.open(coordinator)
         # A process of the lost timeline can join, because it looks like a new process. Its push is refused.
@@ -396,3 +396,27 @@ class OverlapRun(GroupRun):
 
 TestOverlapRun = OverlapRun.TestCase
 TestOverlapRun.settings = TestRun.settings
+
+
+class PausedRun(GroupRun):
+    """The same events with pauses while workers are missing. At the end, workers join instead of the missing ones."""
+
+    groups: ClassVar[list[dict[str, Any]]] = [{}, {}, {"quorum": 2, "options": MergeOptions(quorum_seconds=2.0)}]
+    min_workers = 3
+
+    def teardown(self) -> None:
+        if hasattr(self, "coordinator"):
+            while len(self.coordinator.live) < self.min_workers and not self.coordinator.finished:
+                self.join_late()
+        super().teardown()
+
+
+class PausedOverlapRun(PausedRun):
+    """The same events with pauses and overlap."""
+
+    overlap = True
+
+
+TestPausedRun = PausedRun.TestCase
+TestPausedOverlapRun = PausedOverlapRun.TestCase
+TestPausedRun.settings = TestPausedOverlapRun.settings = settings(TestRun.settings, max_examples=75)

@@ -279,8 +279,7 @@ def test_push_of_an_older_incarnation_is_refused_even_if_its_version_exists_agai
     workers.send(0, 1.0)
     workers.dispatch(1.0)
     lost = workers.send(0, 2.0)  # On version 1, of a timeline that ends here.
-    second = make_coordinator(workers=2)
-    second.incarnation = "that"
+    second = make_coordinator(workers=2, incarnation="that")
     second.load_state_dict(state)
     later = Workers(second)
     later.join_all(2)
@@ -444,3 +443,61 @@ def test_file_name_outside_the_folder_is_refused(name: str) -> None:
     workers.send(0, 1.0, optimizer_file=name)
     assert "not a valid file name" in (workers.dispatch(1.0)[0].refused or "")
     assert coordinator.membership.optimizer_files == {}
+
+
+# -------------------------------------------------------------------- expected workers
+
+
+def test_run_begins_once_the_expected_workers_are_there() -> None:
+    coordinator = make_coordinator(1, expected=3)
+    workers = Workers(coordinator)
+    membership = coordinator.membership
+    first, second = membership.new_number(), membership.new_number()
+    assert workers.join(first, 0.0) == {}
+    assert membership.missing_count == 2
+    assert workers.join(0, 1.0) == {}, "every rank is there, but not every worker"
+    assert workers.join(second, 2.0).keys() == {0, first, second}
+    assert (membership.missing_count, coordinator.model.workers) == (0, 3)
+    workers.leave(second, 3.0)
+    assert membership.started, "later, the run goes on with those that are left"
+
+
+def test_resumed_run_gives_expected_workers_their_numbers_again() -> None:
+    coordinator = make_coordinator(1, expected=3)
+    workers = Workers(coordinator)
+    numbers = [coordinator.membership.new_number() for _ in range(2)]
+    for worker in (0, *numbers):
+        workers.join(worker, 0.0)
+    late = coordinator.membership.new_number()
+    assert (numbers, late) == ([1, 2], 3)
+    resumed = make_coordinator(1, expected=3)
+    resumed.load_state_dict(coordinator.state_dict())
+    assert [resumed.membership.new_number() for _ in range(3)] == [1, 2, 4]
+
+
+def test_worker_that_leaves_before_the_start_is_not_counted() -> None:
+    coordinator = make_coordinator(1, expected=2)
+    workers = Workers(coordinator)
+    number = coordinator.membership.new_number()
+    workers.join(number, 0.0)
+    workers.leave(number, 1.0)
+    assert workers.join(0, 2.0) == {}
+    assert workers.join(coordinator.membership.new_number(), 3.0).keys() == {0, 2}
+
+
+def test_ranks_are_needed_even_if_as_many_others_have_joined() -> None:
+    coordinator = make_coordinator(2, expected=3)
+    workers = Workers(coordinator)
+    for worker in (0, *(coordinator.membership.new_number() for _ in range(3))):
+        assert workers.join(worker, 0.0) == {}
+    assert coordinator.membership.missing_count == 1
+    assert workers.join(1, 1.0).keys() == {0, 1, 2, 3, 4}
+
+
+def test_worker_that_leaves_after_the_end_was_present() -> None:
+    coordinator, workers = started(workers=2, total=20)
+    workers.push(0, 1.0)
+    assert {reply.stop for reply in workers.push(1, 2.0).values()} == {True}
+    workers.leave(1, 3.0)
+    assert coordinator.membership.stayed == {1}
+    assert coordinator.totals[1].departures == 0

@@ -262,3 +262,55 @@ def test_memory_for_what_workers_hold_is_limited(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ValueError, match=r"download='int8' keeps a copy.* 3 workers x .*GiB.*use download='bf16'"):
         Traffic(layout, BufferPool(layout.numel), download="int8", workers=3)
     assert "3 workers" in (way.check(hello(2, None, layout, download="int8"), workers=2) or "")
+
+
+def test_memory_of_a_quarantined_worker_is_freed() -> None:
+    server, workers, _ = start(ExchangeOptions(download="int8"))
+    for seed in range(20):
+        if 1 in server.quarantined:
+            break
+        workers[1].train(seed, 1e-2)
+        workers[1].binding.tensors()[0].data.fill_(math.nan)
+        lease = server._traffic.uploads.try_acquire()
+        assert lease is not None
+        push = workers[1].worker.make_push()
+        lease.tensor.copy_(workers[1].worker.gradient)
+        server.push(push, lease, workers[1].channel)
+        if workers[1].channel.leases:
+            workers[1].receive(lost=False)
+
+    assert server.quarantined == {1}
+    assert set(server._traffic._held) == {0}
+    server.close()
+
+
+@pytest.mark.parametrize(
+    ("upload", "download", "vectors", "packed_pushes", "packed_models"),
+    [
+        ("fp32", "fp32", 1, 0, 0),
+        ("int8", "fp32", 2, 1, 0),
+        ("fp32", "bf16", 1, 0, 1),
+        ("int4", "bf16", 2, 1, 1),
+        ("int8", "int8", 2 + WORKERS, 1, 1),
+    ],
+)
+def test_server_memory_of_pushes_and_models(
+    upload: Any, download: Any, vectors: int, packed_pushes: int, packed_models: int
+) -> None:
+    """docs/slow-networks.md has these numbers. A vector is fp32 and as long as the layout."""
+    server, workers, _ = start(ExchangeOptions(upload=upload, download=download))
+    for seed in range(3):
+        for worker in workers:
+            worker.train(seed, 1e-3)
+            worker.push()
+
+    traffic = server._traffic
+    found = (traffic._exact, traffic.uploads, traffic._rounded, traffic._differences)
+    pools = {id(pool): pool for pool in found if pool is not None}.values()
+    tensors = [traffic._gradient, traffic._packed, *(held.model for held in traffic._held.values())]
+    nbytes = sum(pool.allocated * pool._numel * pool._dtype.itemsize for pool in pools)
+    nbytes += sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    codecs = [codec_of(server.layout, encoding) for encoding in (upload, download)]
+    push, model = (0 if codec is None else codec.nbytes for codec in codecs)
+    assert nbytes == vectors * 4 * server.layout.numel + packed_pushes * push + packed_models * model
+    server.close()

@@ -205,7 +205,7 @@ class OptimizerStateSaver(Callback):
                 "version": self._version,
                 "optimizers": copy_to_host([strategy.optimizer_state(each) for each in self._trainer.optimizers]),
                 "precision": copy_to_host(strategy.precision_plugin.state_dict()),
-                RESIDUAL: None if uplink is None else uplink.residual.clone(),
+                RESIDUAL: None if uplink is None else uplink.copy_residual(),
             }
         except Exception as error:
             writer.failed(error)

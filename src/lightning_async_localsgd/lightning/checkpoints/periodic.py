@@ -32,6 +32,7 @@ from lightning_async_localsgd.lightning.checkpoints.worker_files import (
 from lightning_async_localsgd.lightning.trainer_access.callbacks import callbacks_of
 from lightning_async_localsgd.lightning.trainer_access.checkpoints import dump_checkpoint
 from lightning_async_localsgd.lightning.trainer_access.strategy import strategy_of
+from lightning_async_localsgd.protocol.exchange import TooFewWorkersError
 from lightning_async_localsgd.runtime.durable import BackgroundWriter, newest_first, verified, write
 
 if TYPE_CHECKING:
@@ -92,8 +93,10 @@ class PeriodicCheckpoints(Callback):
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         assert self._writer is not None
-        until = time.monotonic() + _SECONDS_WHEN_INTERRUPTED
-        if not self._writer.wait(_SECONDS_WHEN_INTERRUPTED):
+        # Nothing waits for the end of a run that was paused.
+        seconds = _SECONDS_AT_THE_END if isinstance(exception, TooFewWorkersError) else _SECONDS_WHEN_INTERRUPTED
+        until = time.monotonic() + seconds
+        if not self._writer.wait(seconds):
             _log.warning("a checkpoint is still being written to %s; this rank ends without another", self._folder)
             return
         if self._version > self._saved_version:

@@ -22,9 +22,9 @@ from lightning_async_localsgd.launch.children import (
     terminate,
     wait_until,
 )
-from lightning_async_localsgd.launch.joining import JOIN_ENV
 from lightning_async_localsgd.launch.restarts import JoinTicket, MayRestart, RestartSchedule, always
 from lightning_async_localsgd.lightning.checkpoints.run_folder import prepare_fit
+from lightning_async_localsgd.lightning.launchers.host_ranks import JoiningEnvironment
 from lightning_async_localsgd.lightning.trainer_access.launchers import (
     ScriptLauncher,
     hydra_is_installed,
@@ -55,14 +55,21 @@ class AsyncScriptLauncher(ScriptLauncher):
         num_processes: number of ranks on this node.
         num_nodes: number of nodes.
         max_restarts: restarts of each worker.
+        check_hosts: checks before anything is started whether the hosts fit together.
 
     """
 
     def __init__(
-        self, cluster_environment: ClusterEnvironment, num_processes: int, num_nodes: int, max_restarts: int = 3
+        self,
+        cluster_environment: ClusterEnvironment,
+        num_processes: int,
+        num_nodes: int,
+        max_restarts: int = 3,
+        check_hosts: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(cluster_environment, num_processes, num_nodes)
         self._max_restarts = max_restarts
+        self._check_hosts = check_hosts
         self._watch: _ChildWatch | None = None
 
     @override
@@ -77,9 +84,9 @@ class AsyncScriptLauncher(ScriptLauncher):
             # A script usually looks at the first result: return one data loader without metrics, or no predictions.
             assert trainer is not None
             return {TrainerFn.FITTING: None, TrainerFn.PREDICTING: []}.get(trainer.state.fn, [{}])  # type: ignore[arg-type]
-        self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
-        # A process that joins a running training is a single worker, and launches no others.
-        if not self.cluster_environment.creates_processes_externally and JOIN_ENV not in os.environ:
+        self._check_hosts()
+        # A host that joins a running training does so with a worker for each of its devices.
+        if not self.cluster_environment.creates_processes_externally:
             self._call_children_scripts()
             folder = _script_folder()
             for rank, process in enumerate(self.procs, start=1):
@@ -97,7 +104,8 @@ class AsyncScriptLauncher(ScriptLauncher):
 
         """
         report_joined()
-        if children:
+        # The server chooses the numbers of workers that join later, so their launcher cannot restart them by number.
+        if children and not isinstance(self.cluster_environment, JoiningEnvironment):
             first_worker = self.cluster_environment.node_rank() * self.num_processes
             self._watch = _ChildWatch(ticket, RestartSchedule(self._max_restarts, may_restart), first_worker)
             self._watch.start()

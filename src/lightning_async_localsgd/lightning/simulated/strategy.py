@@ -20,7 +20,7 @@ from lightning_async_localsgd.launch.joining import begin_call
 from lightning_async_localsgd.lightning.checkpoints.run_folder import prepare_fit
 from lightning_async_localsgd.lightning.fit_state import FitState
 from lightning_async_localsgd.lightning.loop.controller import FitController
-from lightning_async_localsgd.lightning.option_checks import check_plugins, check_simulated_callbacks
+from lightning_async_localsgd.lightning.option_checks import check_minimum, check_plugins, check_simulated_callbacks
 from lightning_async_localsgd.lightning.registration import register_simulated
 from lightning_async_localsgd.lightning.simulated.controller import SimulatedFitController
 from lightning_async_localsgd.lightning.simulated.data import SimulatedData, as_combined_loader
@@ -104,6 +104,8 @@ class SimulatedAsyncLocalSGDStrategy(_StrategyBase):
             :attr:`.ExchangeOptions.overlap`.
         upload: how the parameters of pushes travel, see :attr:`.ExchangeOptions.upload`.
         download: how the parameters of models travel, see :attr:`.ExchangeOptions.download`.
+        min_workers: fewest live workers with which training goes on.
+        pause_timeout: virtual seconds after which a pause for lack of workers ends the run with an error.
         checkpoint_every: interval of the run's own checkpoints; a ``timedelta`` is real time.
         accelerator: see :class:`~lightning.pytorch.strategies.SingleDeviceStrategy`.
         checkpoint_io: writes and reads checkpoints.
@@ -145,6 +147,8 @@ class SimulatedAsyncLocalSGDStrategy(_StrategyBase):
         overlap: bool = False,
         upload: Literal["fp32", "bf16", "int8", "int4"] = "fp32",
         download: Literal["fp32", "bf16", "int8"] = "fp32",
+        min_workers: int = 1,
+        pause_timeout: float = 1800.0,
         checkpoint_every: int | timedelta | None = timedelta(minutes=10),
         accelerator: Accelerator | None = None,
         checkpoint_io: CheckpointIO | None = None,
@@ -183,8 +187,9 @@ class SimulatedAsyncLocalSGDStrategy(_StrategyBase):
             sync_warmup_steps,
             staleness,
             merge,
-            ExchangeOptions(overlap=overlap, upload=upload, download=download),
+            ExchangeOptions(overlap=overlap, upload=upload, download=download, pause_timeout=pause_timeout),
             checkpoint_every,
+            min_workers,
             accelerator=accelerator,
             checkpoint_io=checkpoint_io,
             precision_plugin=precision_plugin,
@@ -220,6 +225,7 @@ class SimulatedAsyncLocalSGDStrategy(_StrategyBase):
         check_plugins(self, self.strategy_name, "")
         self._launcher = _SimulationLauncher()
         arrivals = isinstance(self.scenario, Cluster) and bool(self.scenario.arrivals)
+        check_minimum(self.min_workers, len(self.scenario.worker_numbers), "give the schedule more arrivals")
         self.merge_policy.check_workers(self.scenario.initial_workers, arrivals, self.outer_optimizer, self.grace)
 
     @property

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from lightning_async_localsgd.lightning.checkpoints.optimizer_states import OptimizerStateSaver
-from lightning_async_localsgd.protocol.codecs import Codec
 from lightning_async_localsgd.protocol.layout import Layout
 from lightning_async_localsgd.runtime.uplink import Uplink
 
@@ -21,7 +20,7 @@ def test_residual_is_restored_when_a_run_is_resumed_and_not_when_a_process_is_re
     layout = Layout([("weight", (300,), "torch.float32", "parameter")])
     file, saved = tmp_path / "worker-1-000001.pt", torch.arange(300.0)
     torch.save({"residual": saved}, file)
-    uplink = Uplink(Codec(layout, "int8"), layout)
+    uplink = Uplink(layout, "int8")
     worker = SimpleNamespace(number=1, uplink=uplink, reply=None, optimizer_file=str)
     trainer = SimpleNamespace(callbacks=[])
     module = "lightning_async_localsgd.lightning.checkpoints.optimizer_states"
@@ -35,7 +34,7 @@ def test_residual_is_restored_when_a_run_is_resumed_and_not_when_a_process_is_re
 
 def test_residual_of_another_model_is_not_restored() -> None:
     layout = Layout([("weight", (300,), "torch.float32", "parameter")])
-    uplink = Uplink(Codec(layout, "int8"), layout)
+    uplink = Uplink(layout, "int8")
     uplink.residual.fill_(1.0)
     assert not uplink.restore(torch.ones(299))
     assert torch.equal(uplink.residual, torch.zeros(300))

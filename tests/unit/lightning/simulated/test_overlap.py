@@ -49,6 +49,16 @@ def test_workers_do_not_stand_still_while_a_push_is_in_flight(tmp_path: Path) ->
     assert seconds[True] <= 40 + 3 * 1.5
 
 
+def test_slow_worker_of_unknown_speed_does_not_take_a_round_of_the_fastest_one(tmp_path: Path) -> None:
+    events = tmp_path / "events.jsonl"
+    strategy = Simulated([1.0, 10.0], 0.5, local_steps=20, grace=0.0, overlap=True)
+    fit(strategy, max_steps=100, callbacks=[RunRecorder(events=events)])
+    steps = [push["steps"] for push in pushes_in(events) if push["worker"] == 1]
+    # It may take 20 steps in its first flight, because nothing is known of it. That must not make its round longer.
+    assert max(steps) <= 3
+    assert len(steps) >= 4
+
+
 def test_round_that_ends_before_the_answer_waits_for_it(tmp_path: Path) -> None:
     recorder = RunRecorder(events=tmp_path / "events.jsonl")
     strategy = Simulated([1.0, 1.0], 2.25, local_steps=2, grace=0.0, overlap=True)

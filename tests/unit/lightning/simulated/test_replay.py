@@ -54,3 +54,14 @@ def test_invalid_event_log_is_refused(tmp_path: Path, text: str, words: str) -> 
     path.write_text(text)
     with pytest.raises(ValueError, match=words):
         Simulated(replay=path)
+
+
+def test_run_with_workers_that_had_joined_before_it_began_is_replayed(tmp_path: Path) -> None:
+    events = tmp_path / "events.jsonl"
+    first, _ = fit(Simulated(SPEEDS, local_steps=5), callbacks=[RunRecorder(events=events)])
+    begin, *others = events.read_text().splitlines(keepends=True)
+    assert '"ranks":3' in begin
+    # As if one rank had waited for two workers that join.
+    events.write_text("".join([begin.replace('"ranks":3', '"ranks":1'), *others]))
+    again, _ = fit(Simulated(replay=events, local_steps=5))
+    assert same_weights(first, again)
