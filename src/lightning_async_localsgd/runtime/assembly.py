@@ -59,7 +59,7 @@ def build_coordinator(
         merging=Merging(model, settings.merge),
         leases=DataLeases(workers, reserved=settings.reserved_units),
         overlap=settings.exchange.overlap,
-        beginning=SynchronousBeginning(0 if single_worker else settings.sync_warmup_steps, workers),
+        beginning=SynchronousBeginning(0 if workers == 1 else settings.sync_warmup_steps, workers),
         minimum=WorkerMinimum(settings.min_workers, settings.exchange.pause_timeout),
     )
 

@@ -208,10 +208,10 @@ class MergePolicy:
                 f"quorum={quorum} is larger than the {workers} worker(s) of this run; use at most {workers}, or 'all'"
             )
         single = workers == 1 and not others_may_join
-        if single and warmup not in (0, "auto"):
+        if workers == 1 and warmup not in (0, "auto"):
             raise ValueError(
-                f"sync_warmup_steps={warmup} averages the gradients of workers, but there is a single worker; use more "
-                "workers, or sync_warmup_steps=0"
+                f"sync_warmup_steps={warmup} averages the gradients of workers, but the run begins with a single one; "
+                "use more workers, or sync_warmup_steps=0"
             )
         if single:
             self._check_no_staleness("with a single worker")
