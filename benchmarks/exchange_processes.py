@@ -138,7 +138,8 @@ def server_main(pipe: Pipe, numel: int, workers: int = WORKERS) -> None:
     model = GlobalModel(layout, DelayedNesterov(), workers)
     model.load(torch.zeros(1).expand(numel))
     coordinator = Coordinator(model, SpeedAwareSteps(1), GraceWindow(0.0), Budget(None), workers, "benchmark")
-    server = Server(coordinator, BufferPool(numel, 1, workers + 2))
+    buffers = BufferPool(numel, 1, workers + 2)
+    server = Server(coordinator, buffers)
     wire = WireServer(server, ipc=True, tcp=True, silence_timeout=SILENCE_SECONDS)
 
     def merge() -> float:
@@ -157,7 +158,7 @@ def server_main(pipe: Pipe, numel: int, workers: int = WORKERS) -> None:
     serve_commands(
         pipe,
         endpoints=lambda transport="ipc": wire.local_endpoints if transport == "ipc" else wire.endpoints,
-        memory=lambda: (peak_resident_memory() - before, server.buffers.allocated),
+        memory=lambda: (peak_resident_memory() - before, buffers.allocated),
         merge=merge,
     )
     server.close()

@@ -16,6 +16,7 @@ from lightning_async_localsgd.policies.budget import Budget
 from lightning_async_localsgd.policies.grace import GraceWindow
 from lightning_async_localsgd.policies.guard import UpdateGuard
 from lightning_async_localsgd.policies.pacing import SpeedAwareSteps
+from lightning_async_localsgd.policies.synchronous_beginning import SynchronousBeginning
 from lightning_async_localsgd.policies.worker_minimum import WorkerMinimum
 from lightning_async_localsgd.protocol.layout import Layout
 from lightning_async_localsgd.protocol.messages import PROTOCOL_VERSION, Hello, Push, Reply
@@ -42,6 +43,7 @@ def make_coordinator(
     guard: UpdateGuard | None = None,
     incarnation: str = "this",
     overlap: bool = False,
+    beginning: int = 0,
     minimum: WorkerMinimum | None = None,
     expected: int = 0,
 ) -> Coordinator:
@@ -55,8 +57,9 @@ def make_coordinator(
         cohort=workers,
         incarnation=incarnation,
         guard=guard,
-        merging=Merging(model, workers, policy),
+        merging=Merging(model, policy),
         overlap=overlap,
+        beginning=SynchronousBeginning(beginning, workers),
         minimum=minimum,
         expected=expected,
     )

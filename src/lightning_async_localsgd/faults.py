@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from lightning_async_localsgd import FaultInjection
     from lightning_async_localsgd.protocol.messages import Hello, Push, Reply, Share
-    from lightning_async_localsgd.runtime.worker import WorkerBase
+    from lightning_async_localsgd.runtime.worker_base import WorkerBase
     from lightning_async_localsgd.wire.connection import Connection
 
 __all__ = ["MOMENTS", "Fault", "FaultInjection", "FaultKind", "Moment"]

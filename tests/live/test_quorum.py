@@ -70,10 +70,9 @@ def test_quorum_of_all_workers_equals_synchronous_diloco_bit_for_bit(started: Jo
     ("strategy", "limit"),
     [
         ({"quorum": 2}, {"max_steps": 40}),
-        ({"sync_warmup_steps": 20}, {"max_steps": 40}),
         ({"quorum": "all"}, {"max_epochs": 3}),
     ],
-    ids=["two", "warm-up", "all"],
+    ids=["two", "all"],
 )
 def test_ranks_of_unequal_speed_share_the_budget(job: Job, strategy: dict[str, Any], limit: dict[str, int]) -> None:
     outcome = job(ranks=3, start_method="fork", trainer=limit, strategy=strategy)

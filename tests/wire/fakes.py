@@ -100,6 +100,9 @@ class FakeServer:
         elif not hello.reconnecting:
             self._events.put(lambda: self.answer(0, None, channel))
 
+    def push_buffers(self, push: Push) -> BufferPool:
+        return self.buffers
+
     def push(self, push: Push, buffer: PooledBuffer | None, channel: ReplyChannel) -> None:
         def event() -> None:
             refused = None

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from torch.utils.hooks import RemovableHandle
 
+    from lightning_async_localsgd.lightning.loop.synchronous_steps import SynchronousSteps
+
 # The largest fraction of a step by which a late wake-up may shorten the next step.
 _LARGEST_CREDIT = 0.1
 
@@ -29,7 +31,8 @@ class EmulatedDevices(pl.Callback):
     A step lasts from the end of the previous step to the update of the weights. It includes data loading and all
     batches of an accumulation window. The rank sleeps right after the update of the first optimizer. What a strategy
     does after the update, such as an exchange with other ranks, is therefore added to the emulated time, and so is
-    validation. Steps that a gradient scaler skips are not slowed down.
+    validation. Steps that a gradient scaler skips are not slowed down. In the synchronous beginning of a run, the rank
+    sleeps before gradients are averaged, for each local step whose gradients it hands in.
 
     If the operating system wakes a rank late, its next step is shorter by the same amount (by a tenth of a step at
     most), so that the emulated speed is met on average. If the real work takes longer than the emulated time, the rank
@@ -71,6 +74,7 @@ class EmulatedDevices(pl.Callback):
         self._step_start: float | None = None
         self._update_end: float | None = None
         self._hook: RemovableHandle | None = None
+        self._strategy: object = None
 
     def total_speed(self, world_size: int) -> float:
         """Return the optimizer steps per second of all ranks together, if no rank ever waits for another."""
@@ -97,6 +101,7 @@ class EmulatedDevices(pl.Callback):
             raise ValueError("EmulatedDevices needs an optimizer, but configure_optimizers returned none")
         self._step_start = self._update_end = None
         self._remove_hook()
+        self._strategy = trainer.strategy
         self._hook = trainer.optimizers[0].register_step_post_hook(self._after_update)
 
     @override
@@ -106,7 +111,28 @@ class EmulatedDevices(pl.Callback):
         if self._step_start is None:
             self._step_start = time.monotonic()
 
+    @property
+    def _synchronous_steps(self) -> SynchronousSteps | None:
+        """The steps of the synchronous beginning, while the run is in it."""
+        controller = getattr(self._strategy, "controller", None)
+        steps: SynchronousSteps | None = getattr(controller, "synchronous_steps", None)
+        return steps if steps is not None and steps.on else None
+
+    @override
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        steps = self._synchronous_steps
+        if steps is not None and steps.ends_local_step:
+            self._end_step()
+
     def _after_update(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._synchronous_steps is None:
+            self._end_step()
+        else:
+            self._step_start = time.monotonic()
+        self._update_end = time.monotonic()
+
+    def _end_step(self) -> None:
+        """Sleep for the rest of the emulated time."""
         now = time.monotonic()
         # A step outside a training batch has no known start, so it is not slowed down.
         deadline = now if self._step_start is None else self._step_start + self._seconds
@@ -116,7 +142,6 @@ class EmulatedDevices(pl.Callback):
             now = time.monotonic()
             credit = min(now - deadline, _LARGEST_CREDIT * self._seconds)
         self._step_start = now - credit
-        self._update_end = now
 
     @override
     def on_train_batch_end(
@@ -142,6 +167,7 @@ class EmulatedDevices(pl.Callback):
         self._remove_hook()
 
     def _remove_hook(self) -> None:
+        self._strategy = None
         if self._hook is not None:
             self._hook.remove()
             self._hook = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -13,17 +13,38 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_async_localsgd.lightning.trainer_access.callbacks import callbacks_of, may_unfreeze
 from lightning_async_localsgd.lightning.trainer_access.strategy import is_interactive, remove_batch_norm_sync
+from lightning_async_localsgd.outer import Nesterov
 from lightning_async_localsgd.protocol.checks import check_bool
+from lightning_async_localsgd.protocol.options import ExchangeOptions
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
     from lightning.pytorch.strategies import DDPStrategy
 
     from lightning_async_localsgd.protocol.layout import Layout
-    from lightning_async_localsgd.protocol.options import ExchangeOptions
+
+_STEPS_WITH_QUORUM = 50
+"""Local steps of a round with ``local_steps="auto"`` and a quorum, where the outer optimizer has momentum."""
 
 START_METHODS = ("popen", "spawn", "fork", "forkserver")
 """Ways of starting ranks."""
+
+
+def defaults_with_quorum(
+    quorum: int | Literal["all"], local_steps: int | Literal["auto"], outer_optimizer: Any
+) -> tuple[int | Literal["auto"], Any]:
+    """Return the length of rounds and the outer optimizer, with other defaults if pushes are merged in groups.
+
+    Args:
+        quorum: the strategy's option.
+        local_steps: the strategy's option.
+        outer_optimizer: the strategy's option; None for the default.
+
+    """
+    if quorum == 1:
+        return local_steps, outer_optimizer
+    steps = _STEPS_WITH_QUORUM if local_steps == "auto" else local_steps
+    return steps, Nesterov(lr=0.7, momentum=0.9) if outer_optimizer is None else outer_optimizer
 
 
 def check_processes(start_method: str, max_restarts: int, expected_workers: int | None, evaluator: bool) -> None:

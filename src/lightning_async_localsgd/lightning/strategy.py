@@ -97,8 +97,8 @@ class AsyncLocalSGDStrategy(_StrategyBase):
             waiting. ``"auto"`` waits for workers that are about to finish, at most 15 % of the round's time.
         quorum: number of different workers whose pushes are merged as one step on their average. 1 merges each push
             when it arrives, ``"all"`` is synchronous DiLoCo.
-        sync_warmup_steps: steps per worker, counted as in ``max_steps``, during which the quorum falls from all workers
-            to ``quorum``, so that training begins synchronously.
+        sync_warmup_steps: steps per worker, as in ``max_steps``, in which the gradients of all workers are averaged, as
+            with ``"ddp"``. ``"auto"``: the learning rate's warm-up, at least a tenth of a short run.
         staleness: what happens to pushes from old models: a stage of :mod:`lightning_async_localsgd.staleness`.
             ``None`` merges them like others.
         merge: weights of pushes, their average, and limits. ``None`` is ``MergeOptions()``.
@@ -151,7 +151,7 @@ class AsyncLocalSGDStrategy(_StrategyBase):
         dynamic_local_steps: bool = True,
         grace: Literal["auto"] | float = "auto",
         quorum: int | Literal["all"] = 1,
-        sync_warmup_steps: int = 0,
+        sync_warmup_steps: int | Literal["auto"] = 0,
         staleness: Staleness | None = None,
         merge: MergeOptions | None = None,
         exchange: ExchangeOptions | None = None,
@@ -489,10 +489,10 @@ class AsyncLocalSGDStrategy(_StrategyBase):
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         server = checkpoint.get(CHECKPOINT_KEY)
-        if self.is_global_zero or server is None:
+        if self.is_global_zero or server is None or server.get("beginning", {}).get("on"):
             super().load_optimizer_state_dict(checkpoint)
         else:
-            # The checkpoint holds rank 0's own state. Other workers' states are in files of the run.
+            # The checkpoint has rank 0's state, which all share in the beginning. Later ones are in files of the run.
             file = resume_optimizers(self._trainer, checkpoint, server)
             if self._fit is not None:
                 self._fit.optimizer_file = file

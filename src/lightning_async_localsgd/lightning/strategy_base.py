@@ -36,16 +36,22 @@ from lightning_async_localsgd.lightning.checkpoints.run_folder import folder_of,
 from lightning_async_localsgd.lightning.checkpoints.worker_files import keep_files, name_folder, remove_worker_files
 from lightning_async_localsgd.lightning.loop.announcement import announce
 from lightning_async_localsgd.lightning.loop.averaging import averaging_callbacks, cancel_batch_norm_epochs
+from lightning_async_localsgd.lightning.loop.beginning import beginning_length, check_beginning
 from lightning_async_localsgd.lightning.loop.hooks import LoopHooks
 from lightning_async_localsgd.lightning.loop.limits import SuspendedLimits, run_budget
 from lightning_async_localsgd.lightning.loop.optimizer_reset import torch_optimizer
 from lightning_async_localsgd.lightning.loop.second_moments import averaged_moments
 from lightning_async_localsgd.lightning.loop.step_axis import reserved_units
-from lightning_async_localsgd.lightning.option_checks import check_callbacks, exchanges_frozen, warn_if_rounded
+from lightning_async_localsgd.lightning.option_checks import (
+    check_callbacks,
+    defaults_with_quorum,
+    exchanges_frozen,
+    warn_if_rounded,
+)
 from lightning_async_localsgd.lightning.registration import text_for_other_package
 from lightning_async_localsgd.lightning.trainer_access.callbacks import callbacks_of, searches_learning_rate
 from lightning_async_localsgd.lightning.trainer_access.data import set_distributed_sampler
-from lightning_async_localsgd.outer import Nesterov, OuterOptimizer, resolve_outer_optimizer
+from lightning_async_localsgd.outer import OuterOptimizer, resolve_outer_optimizer
 from lightning_async_localsgd.policies.grace import GraceWindow
 from lightning_async_localsgd.policies.pacing import SpeedAwareSteps
 from lightning_async_localsgd.policies.plan import Position
@@ -72,10 +78,6 @@ if TYPE_CHECKING:
     from lightning_async_localsgd.server.observers import RunObserver
 
 
-_SYNCHRONOUS_STEPS = 50
-"""Local steps of a round with ``local_steps="auto"`` and a quorum, where the outer optimizer has momentum."""
-
-
 class _StrategyBase(DDPStrategy):
     """Base of the live and the simulated strategy. Their docstrings describe the options.
 
@@ -93,7 +95,7 @@ class _StrategyBase(DDPStrategy):
         dynamic_local_steps: bool,
         grace: Literal["auto"] | float,
         quorum: int | Literal["all"],
-        sync_warmup_steps: int,
+        sync_warmup_steps: int | Literal["auto"],
         staleness: Staleness | None,
         merge: MergeOptions | None,
         exchange: ExchangeOptions | None,
@@ -102,15 +104,12 @@ class _StrategyBase(DDPStrategy):
         **lightning: Any,
     ) -> None:
         super().__init__(**lightning)
-        if local_steps == "auto" and quorum != 1:
-            local_steps = _SYNCHRONOUS_STEPS
+        local_steps, outer_optimizer = defaults_with_quorum(quorum, local_steps, outer_optimizer)
         self.pacing = SpeedAwareSteps(local_steps, check_bool("dynamic_local_steps", dynamic_local_steps))
-        if outer_optimizer is None and quorum != 1:
-            outer_optimizer = Nesterov(lr=0.7, momentum=0.9)
         self.outer_optimizer = resolve_outer_optimizer(outer_optimizer)
         self.grace = GraceWindow(grace)
         self.merge_policy = MergePolicy(
-            quorum, sync_warmup_steps, staleness, merge if merge is not None else MergeOptions()
+            quorum, sync_warmup_steps, staleness, MergeOptions() if merge is None else merge
         )
         self.merge_policy.check_with(self.outer_optimizer, self.grace)
         self.min_workers = check_min_workers(min_workers)
@@ -240,6 +239,7 @@ class _StrategyBase(DDPStrategy):
             # Refuse what cannot work before anything is trained.
             assert self.lightning_module is not None
             check_callbacks(trainer, joins=self.joins)
+            check_beginning(trainer, self.merge_policy, self._initial_workers)
             self.merge_policy.check_frozen(self._exchanges_frozen)
             Layout.of(self.lightning_module, self._exchanges_frozen)
             run_budget(trainer, self._initial_workers)
@@ -295,6 +295,7 @@ class _StrategyBase(DDPStrategy):
             grace=self.grace,
             budget=budget,
             merge=self.merge_policy,
+            sync_warmup_steps=beginning_length(trainer, self.merge_policy, budget, restored, done),
             exchange=self.exchange,
             min_workers=self.min_workers,
             steps_done=done,
@@ -310,7 +311,7 @@ class _StrategyBase(DDPStrategy):
             observers=tuple(fit.observers),
         )
         fit.controller = self._start_training(settings, restored, budget)
-        announce(trainer, budget, self._initial_workers, self.strategy_name)
+        announce(trainer, settings, self._initial_workers, self.strategy_name)
         warn_if_rounded(fit.controller.runtime.binding.layout, self.strategy_name)
 
     @override

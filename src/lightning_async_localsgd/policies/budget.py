@@ -73,6 +73,11 @@ class Budget:
         return self._stopped or (self._unreserved() <= 0 and self._upper_bound is None)
 
     @property
+    def left(self) -> float:
+        """Steps that are neither taken nor reserved; infinite without an end. Negative if ``total`` was too low."""
+        return self._unreserved()
+
+    @property
     def finished(self) -> bool:
         """Whether no steps can be granted, and none are reserved."""
         return self.exhausted and not self._reservations

@@ -78,7 +78,7 @@ class WorkerMinimum:
         """
         self._live = live
         missing = self.workers - live
-        if missing > 0 and steps_left:
+        if self.workers > 1 and missing > 0 and steps_left:
             if self._paused_at is None:
                 self._paused_at = now
                 self.pauses += 1

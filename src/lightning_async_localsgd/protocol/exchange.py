@@ -52,16 +52,17 @@ class Exchange(ABC):
 
     @abstractmethod
     def push(self, push: Push, gradient: Tensor, model: Tensor, packed: Tensor | None = None) -> Reply:
-        """Send a pseudo-gradient and wait for the next dispatch.
+        """Send a pseudo-gradient, or what else the header names, and wait for the next dispatch.
 
-        A refused push raises no error: the reply has the reason in ``refused`` and comes with a fresh model.
+        A refused push raises no error: the reply has the reason in ``refused`` and comes with a fresh model. In the
+        synchronous beginning, the reply comes with the mean of all workers' gradients instead.
 
         Args:
             push: the header.
-            gradient: flat fp32 pseudo-gradient. It is not changed, and may be reused when this returns. If
-                ``push.steps`` is 0, it is not read.
-            model: flat fp32 tensor that receives the global model; must not share memory with ``gradient``. If models
-                travel as differences, it holds what the call before has written.
+            gradient: flat fp32 pseudo-gradient. It is not changed, and may be reused when this returns. Without
+                :attr:`.Push.has_data`, it is not read.
+            model: flat fp32 tensor that receives the global model, or the mean; must not share memory with
+                ``gradient``. If models travel as differences, it holds what the call before has written.
             packed: the bytes that ``gradient`` is unpacked from, if it travels packed, see :class:`.Codec`. An exchange
                 that sends them does not read ``gradient``, see :attr:`sends_packed`.
 

@@ -155,6 +155,11 @@ class Layout:
             )
         return cls(tensors + of_moments)
 
+    @property
+    def model_bytes(self) -> int:
+        """Bytes of the parameters and buffers as fp32: what travels in the synchronous beginning, without moments."""
+        return 4 * self.model_numel
+
     def describe(self) -> list[list[Any]]:
         """Return the ordered [name, shape, dtype, kind] list, made of JSON types only."""
         return [[entry.name, list(entry.shape), entry.dtype, entry.kind] for entry in self.entries]

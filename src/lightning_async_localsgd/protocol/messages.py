@@ -11,11 +11,11 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 _M = TypeVar("_M", bound="Message")
 
-PROTOCOL_VERSION = 9
+PROTOCOL_VERSION = 10
 """Raised whenever a peer of the previous version would misread a message."""
 
 ALREADY_APPLIED = "already applied"
@@ -32,6 +32,11 @@ MAX_HEADER_BYTES = 64 * 1024
 
 MAX_TEXT = 16 * 1024
 """Longest text in a message, in characters."""
+
+
+Contents = Literal["round", "gradient", "weights"]
+"""What a push hands in: a round's pseudo-gradient; in the synchronous beginning, the mean of a worker's gradients, or
+the weights that all workers have reached."""
 
 
 class MessageError(ValueError):
@@ -148,6 +153,10 @@ class Push(Message):
         answer_seconds: with overlap, seconds until the answer to the previous push arrived, without the wait for the
             dispatch window; 0 without.
         wait_seconds: with overlap, seconds that training stood still because that answer was late; 0 without.
+        contents: what the push hands in, see :data:`Contents`. A push of weights has no steps. A ``"gradient"`` without
+            steps only says that the worker has taken the last step of the synchronous beginning. Gradients and weights
+            travel as fp32, without second moments.
+        absent: numbers of the parameters that have no gradient, see :func:`.pack_numbers`. Their part is zero.
 
     """
 
@@ -171,6 +180,18 @@ class Push(Message):
     overlap_steps: int = 0
     answer_seconds: float = 0.0
     wait_seconds: float = 0.0
+    contents: str = "round"
+    absent: str = ""
+
+    @property
+    def has_data(self) -> bool:
+        """Whether a vector follows the header."""
+        return self.steps > 0 or self.contents == "weights"
+
+    @property
+    def has_known_contents(self) -> bool:
+        """Whether :attr:`contents` is one of :data:`Contents`."""
+        return self.contents in get_args(Contents)
 
 
 @dataclass(frozen=True)
@@ -182,7 +203,8 @@ class Reply(Message):
         sequence: number of the push that is answered; 0 answers a :class:`Hello`.
         version: version of the global model that follows (pushes applied so far).
         staleness: versions between the base of the answered push and its merge; 0 for a hello.
-        local_steps: optimizer steps to take in the next round; 0 if and only if ``stop``.
+        local_steps: optimizer steps to take in the next round; 0 if ``stop``. If ``synchronous``, local steps' worth of
+            batches whose gradients the worker accumulates and hands in; 0 at the end of the synchronous beginning.
         progress: local steps of all workers together that the server expects to be done by now.
         progress_per_step: by how much ``progress`` grows while this worker takes one step (>= 1).
         wait_seconds: seconds between the push's arrival and this dispatch (dispatch window, quorum, end of the budget).
@@ -198,7 +220,12 @@ class Reply(Message):
         shared: numbers of the frozen parameters that change in training, see :func:`.pack_numbers`. Workers exchange
             them with :class:`Share`.
         encoding: how the parameters of the model that follows travel: ``"fp32"``, ``"bf16"``, or ``"int8"``, the
-            difference to the model that the worker holds.
+            difference to the model that the worker holds. ``"mean"`` if ``averaged``: fp32, without second moments.
+        synchronous: the worker hands in gradients, see ``local_steps``. It has no round of its own.
+        averaged: the vector that follows is not the model, but the mean of the gradients of all workers, with which the
+            worker takes an optimizer step, and of their buffers.
+        absent: numbers of the parameters for which no worker has a gradient, see :func:`.pack_numbers`.
+        send_weights: the worker hands in its weights once it has taken the step, so that the server gets the model.
 
     """
 
@@ -218,6 +245,10 @@ class Reply(Message):
     overlap_steps: int = 0
     shared: str = ""
     encoding: str = "fp32"
+    synchronous: bool = False
+    averaged: bool = False
+    absent: str = ""
+    send_weights: bool = False
 
 
 @dataclass(frozen=True)

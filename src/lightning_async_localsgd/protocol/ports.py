@@ -54,9 +54,8 @@ class ServerPort(Protocol):
     def layout(self) -> Layout:
         """Layout of the exchanged model. A worker with another layout is refused before :meth:`join`."""
 
-    @property
-    def buffers(self) -> BufferPool:
-        """Pool of the buffers that uploads are received into."""
+    def push_buffers(self, push: Push) -> BufferPool:
+        """Return the pool of the buffers that the vector after a :class:`.Push` is received into."""
 
     @property
     def recalled(self) -> Mapping[int, int]:
@@ -78,8 +77,8 @@ class ServerPort(Protocol):
 
         Args:
             push: the header. Its worker and session are those of this connection's hello.
-            buffer: holds the complete pseudo-gradient. The server releases it. None if nothing was uploaded, because
-                the push has no steps or is based on another incarnation's model.
+            buffer: holds the complete pseudo-gradient, or what else the header names. The server releases it. None if
+                nothing was uploaded, because the push has no data or is based on another incarnation's model.
             channel: sends the answer.
 
         """

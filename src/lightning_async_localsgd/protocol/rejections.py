@@ -47,6 +47,10 @@ TOO_LATE = Rejection("too_late", "training was over when the push arrived")
 """All other workers had received the final model."""
 
 
+STEP_MISSED = Rejection("step_missed", "the workers of the synchronous beginning have gone on without this gradient")
+"""The worker was away while the others took the step."""
+
+
 def diverged(where: str) -> Rejection:
     """Return the rejection of a push with NaN or infinite values."""
     return Rejection("not_finite", f"{NOT_FINITE} in {where}", counts_steps=True, strike=True)
@@ -110,7 +114,9 @@ def check_header(push: Push, gradient: Tensor | None, numel: int) -> Rejection |
             f"claims {push.overlap_steps} of {push.steps} steps before its model, {push.answer_seconds:g} s until an "
             f"answer and {push.wait_seconds:g} s of waiting"
         )
-    if push.steps > 0 and (gradient is None or gradient.numel() != numel):
+    if not push.has_known_contents or (push.contents == "weights" and push.steps > 0):
+        return malformed(f"hands in {push.contents[:80]!r} with {push.steps} steps")
+    if push.has_data and (gradient is None or gradient.numel() != numel):
         size = 0 if gradient is None else gradient.numel()
         return malformed(f"has {size} elements, the model has {numel}")
     # Other processes will look for a file of that name.

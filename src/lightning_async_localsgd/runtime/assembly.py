@@ -8,6 +8,7 @@ from lightning_async_localsgd.policies.budget import Budget
 from lightning_async_localsgd.policies.data_leases import DataLeases
 from lightning_async_localsgd.policies.guard import UpdateGuard
 from lightning_async_localsgd.policies.plan import restored_done
+from lightning_async_localsgd.policies.synchronous_beginning import SynchronousBeginning
 from lightning_async_localsgd.policies.worker_minimum import WorkerMinimum
 from lightning_async_localsgd.server.coordinator import Coordinator
 from lightning_async_localsgd.server.global_model import GlobalModel
@@ -55,9 +56,10 @@ def build_coordinator(
         expected=workers,
         incarnation=incarnation,
         guard=UpdateGuard(None if limit == "auto" and plain_training else limit),
-        merging=Merging(model, workers, settings.merge),
+        merging=Merging(model, settings.merge),
         leases=DataLeases(workers, reserved=settings.reserved_units),
         overlap=settings.exchange.overlap,
+        beginning=SynchronousBeginning(0 if workers == 1 else settings.sync_warmup_steps, workers),
         minimum=WorkerMinimum(settings.min_workers, settings.exchange.pause_timeout),
     )
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from lightning_async_localsgd.runtime.leases import LeaseBuffer
     from lightning_async_localsgd.runtime.optimizer_weights import OptimizerWeights
     from lightning_async_localsgd.runtime.settings import RuntimeSettings
-    from lightning_async_localsgd.runtime.worker import WorkerBase
+    from lightning_async_localsgd.runtime.worker_base import WorkerBase
     from lightning_async_localsgd.server.run_stats import WorkerTotals
     from lightning_async_localsgd.server.server import Server
 
@@ -189,6 +189,34 @@ class Runtime(ABC):
 
         Returns:
             Whether the round is over.
+
+        """
+
+    def count_gradients(self) -> None:
+        """End a local step of the synchronous beginning, which has no optimizer step: its gradients are accumulated."""
+        self.worker.count_step()
+        self.worker.end_step(self._samples, self._tokens)
+        self._samples = 0
+        self._tokens = 0
+
+    @abstractmethod
+    def average_gradients(self, factor: float) -> None:
+        """Replace the module's gradients by the mean of those of all workers, before the optimizer's step.
+
+        Args:
+            factor: factor that makes the module's gradients the mean over the batches of the step.
+
+        Raises:
+            ExchangeError: The server cannot be reached any more.
+
+        """
+
+    @abstractmethod
+    def end_synchronous_step(self) -> bool:
+        """End the optimizer's step after :meth:`average_gradients`.
+
+        Returns:
+            Whether a model was adopted, because the synchronous beginning is over.
 
         """
 

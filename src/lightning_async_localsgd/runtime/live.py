@@ -7,10 +7,12 @@ connect. This module does not know Lightning: the strategy reports what happens 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -90,6 +92,7 @@ class LiveRuntime(Runtime):
         self._rendezvous = rendezvous
         self._rank = rank
         self._left = False
+        self._missed: Reply | None = None
         if rank == 0 and not self._single_worker:
             binding.on_own = warn_of_own_buffer
         self._digests: dict[str, str] = {}
@@ -219,8 +222,40 @@ class LiveRuntime(Runtime):
         return adopted
 
     @override
+    def average_gradients(self, factor: float) -> None:
+        reply = self.worker.average_gradients(factor)
+        self._missed = None if reply.averaged else reply
+
+    @override
+    def end_synchronous_step(self) -> bool:
+        self._in_step = False
+        missed, self._missed = self._missed, None
+        if missed is not None:
+            self.worker.adopt(missed)
+            adopted = True
+        else:
+            assert self.worker.reply is not None
+            self.worker.check()
+            adopted = self.worker.reply.local_steps == 0 and self.worker.end_round()
+        self._note_end()
+        return adopted
+
+    def _load_weights(self) -> None:
+        """Give the server the weights of rank 0's worker, which are those of the run in its synchronous beginning."""
+        assert self.server is not None
+        flat, weights = torch.empty(self.binding.layout.numel, dtype=torch.float32), self.optimizer_weights
+        left = weights.leave() if weights is not None else []
+        self.binding.read(flat)
+        flat[self.binding.layout.model_numel :].fill_(math.nan)
+        if weights is not None:
+            weights.arrive(left)
+        self.server.load_weights(self.worker.number, flat)
+
+    @override
     def flush_round(self) -> bool:
         """End the round of a single worker early, so that the global model holds everything that was learned.
+
+        In the synchronous beginning, the server gets the weights that the workers have reached.
 
         Does nothing in the middle of a step, where weights must not change. Does nothing with several workers either,
         see :meth:`recall_rounds`.
@@ -229,6 +264,8 @@ class LiveRuntime(Runtime):
             Whether a model was adopted.
 
         """
+        if self.server is not None and self.worker.synchronous and not self._shows_global_model:
+            self._load_weights()
         if (
             not self._single_worker
             or self.stopped
@@ -242,6 +279,8 @@ class LiveRuntime(Runtime):
     @override
     def recall_rounds(self) -> bool:
         if self.server is None or self._single_worker or self.stopped or self._in_step or self._shows_global_model:
+            return False
+        if self.worker.synchronous:  # The model has all steps.
             return False
         recalled = self.server.recall()
         if not recalled or (recalled == {0} and self.worker.round_steps == 0):

@@ -95,7 +95,7 @@ class LocalExchange(Exchange, LeaseSource):
         if self._read_weights is not None and push.steps > 0:
             result = model
             self._read_weights(result)
-        self._server.push_here(push, gradient if push.steps > 0 else None, channel, result)
+        self._server.push_here(push, gradient if push.has_data else None, channel, result)
         return channel.wait(self._server)
 
     @override

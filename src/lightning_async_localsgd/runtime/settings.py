@@ -32,6 +32,7 @@ class RuntimeSettings:
         grace: decides grace windows.
         budget: local steps that the trainer's limits allow.
         merge: quorum, staleness stage, weights and limits of pushes.
+        sync_warmup_steps: length of the synchronous beginning in steps per worker.
         exchange: transport, port, encryption and timeouts.
         min_workers: fewest live workers with which training goes on.
         steps_done: local steps of all workers that count as done at the start, where there is no saved server state.
@@ -55,6 +56,7 @@ class RuntimeSettings:
     grace: GraceWindow
     budget: RunBudget
     merge: MergePolicy = field(default_factory=MergePolicy)
+    sync_warmup_steps: int = 0
     exchange: ExchangeOptions = field(default_factory=ExchangeOptions)
     min_workers: int = 1
     steps_done: int = 0

@@ -8,19 +8,24 @@ Workers wait, compute or rest, see :class:`.WorkerSession`. When all live worker
 them are sent the same final model. A departed worker gets that model when it comes back; a round that it had not pushed
 by then is refused.
 
+In the synchronous beginning of a run, workers push gradients instead of rounds, see :class:`.Beginning`.
+
 Each push counts once. As long as a session may come back, the coordinator remembers the session's last sequence number
 and the outcome of that push. A push that is sent again is answered again, and changes nothing.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from lightning_async_localsgd.policies.data_leases import DataLeases
 from lightning_async_localsgd.policies.guard import StrikeCounter, UpdateGuard
+from lightning_async_localsgd.policies.synchronous_beginning import SynchronousBeginning
 from lightning_async_localsgd.policies.worker_minimum import WorkerMinimum
 from lightning_async_localsgd.protocol import rejections
-from lightning_async_localsgd.protocol.messages import Lease, Reply
+from lightning_async_localsgd.protocol.messages import Lease
+from lightning_async_localsgd.server.beginning import Beginning
 from lightning_async_localsgd.server.discipline import Discipline
 from lightning_async_localsgd.server.events import Event
 from lightning_async_localsgd.server.membership import Membership
@@ -28,17 +33,20 @@ from lightning_async_localsgd.server.merging import Merging
 from lightning_async_localsgd.server.observers import ObserverList
 from lightning_async_localsgd.server.progress import ProgressEstimate
 from lightning_async_localsgd.server.recalls import HOST, Recalls
-from lightning_async_localsgd.server.run_stats import PushOutcome, RunSnapshot, RunStats, WorkerTotals, WorkerView
+from lightning_async_localsgd.server.replies import ReplyMaker
+from lightning_async_localsgd.server.run_stats import PushOutcome, RunSnapshot, RunStats, WorkerTotals
 from lightning_async_localsgd.server.step_grants import StepGrants
 from lightning_async_localsgd.server.waiting import DispatchWindow
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
     from torch import Tensor
 
     from lightning_async_localsgd.policies.budget import Budget
     from lightning_async_localsgd.policies.grace import GraceWindow
     from lightning_async_localsgd.policies.pacing import SpeedAwareSteps
-    from lightning_async_localsgd.protocol.messages import Hello, LeaseRequest, Push
+    from lightning_async_localsgd.protocol.messages import Hello, LeaseRequest, Push, Reply
     from lightning_async_localsgd.protocol.rejections import Rejection
     from lightning_async_localsgd.server.global_model import GlobalModel
     from lightning_async_localsgd.server.sessions import WorkerSession
@@ -61,6 +69,7 @@ class Coordinator:
         merging: merges pushes; by default each one when it arrives.
         leases: leases of training data.
         overlap: whether workers go on training while their pushes are in flight.
+        beginning: length and shares of the synchronous beginning; by default there is none.
         minimum: pauses training while too few workers take part; by default never.
         expected: number of workers that must be live before the first dispatch, if that is more than ``cohort``.
 
@@ -69,6 +78,7 @@ class Coordinator:
         broadcast: see :attr:`.Reply.broadcast`.
         save_request: see :attr:`.Reply.save_request`.
         membership: who takes part.
+        beginning: the synchronous beginning.
         minimum: knows whether training is paused, because too few workers take part.
 
     """
@@ -85,6 +95,7 @@ class Coordinator:
         merging: Merging | None = None,
         leases: DataLeases | None = None,
         overlap: bool = False,
+        beginning: SynchronousBeginning | None = None,
         minimum: WorkerMinimum | None = None,
         expected: int = 0,
     ) -> None:
@@ -98,7 +109,7 @@ class Coordinator:
         self._stop_requested = False
         self._pacing = pacing
         self._guard = guard if guard is not None else UpdateGuard()
-        self._merging = merging if merging is not None else Merging(model, cohort)
+        self._merging = merging if merging is not None else Merging(model)
         self.minimum = minimum if minimum is not None else WorkerMinimum()
         self._leases = leases if leases is not None else DataLeases(cohort)
         self._stats = RunStats()
@@ -110,6 +121,13 @@ class Coordinator:
         self._recalls = Recalls(self._live, pacing)
         self._window = DispatchWindow(self._live, grace, pacing, budget, self._merging, self._recalls, self.minimum)
         self._progress = ProgressEstimate(self._live, pacing, budget)
+        self._replies = ReplyMaker(
+            incarnation, model, budget, pacing, self.membership, self._progress, self._window, self._stats
+        )
+        policy = beginning if beginning is not None else SynchronousBeginning(0, cohort)
+        self.beginning = Beginning(policy, model, budget, pacing, self._live, self.minimum)
+        self._parts: dict[str, Any] = {"model": model, "budget": budget, "pacing": pacing, "leases": self._leases}
+        self._parts |= {"guard": self._guard, "merging": self._merging, "beginning": self.beginning}
 
     # -------------------------------------------------------------------- events
 
@@ -121,6 +139,8 @@ class Coordinator:
 
         """
         self.observers.on_event(Event("join", now, {"hello": hello}))
+        if self.beginning.join_again(hello):
+            return None
         reason = self.membership.join(hello, now)
         # A worker that was waiting will resend its lost push, so it counts as computing.
         self._window.close_if_unused()
@@ -144,7 +164,8 @@ class Coordinator:
 
         Args:
             push: the header.
-            gradient: the pseudo-gradient, flat fp32, of the global model's length; None if ``push.steps`` is 0.
+            gradient: the pseudo-gradient, or what else the header names, flat fp32, of the global model's length; None
+                without :attr:`.Push.has_data`.
             now: seconds.
             result: exact value of theta - g, if the outer step is just that (see
                 :attr:`~lightning_async_localsgd.outer.OuterOptimizer.replaces_model`).
@@ -186,6 +207,7 @@ class Coordinator:
         self.observers.on_event(Event("leave", now, {"worker": worker, "session": session, "reason": reason}))
         was_live = self.membership.leave(worker, session, reason)
         if was_live:
+            self.beginning.leave(worker, session, now)
             self._window.close_if_unused()
             self._update_minimum(now)
         return was_live
@@ -250,11 +272,7 @@ class Coordinator:
 
         When training ends, these are all workers. Before, see :class:`.Recalls`.
         """
-        return {
-            worker: session.version
-            for worker, session in self._live.items()
-            if session.computing and (self.stopping or self.finished or session.recalled)
-        }
+        return self._recalls.recalled(everyone=self.stopping or self.finished)
 
     def snapshot(self) -> RunSnapshot:
         """Return the state of the run, for logging."""
@@ -272,12 +290,15 @@ class Coordinator:
 
     def deadline(self) -> float | None:
         """Return when :meth:`ready` may become true without an event, in seconds; None if never."""
-        return min((at for at in (self._window.deadline, self.minimum.deadline) if at is not None), default=None)
+        waiting = self.beginning.deadline if self.beginning.on else self._window.deadline
+        return min((at for at in (waiting, self.minimum.deadline) if at is not None), default=None)
 
     def ready(self, now: float) -> bool:
         """Return whether :meth:`dispatch` has something to do."""
         if not self.membership.started:
             return False
+        if self.beginning.on:
+            return self.beginning.is_due(now)
         if self._window.group_is_due(now) or self._window.is_over(now):
             return True
         return not self.finished and self._all_rest()
@@ -285,12 +306,17 @@ class Coordinator:
     def dispatch(self, now: float) -> dict[int, Reply]:
         """Merge the group if it is due, and dispatch all workers that wait for no group with the same global model.
 
+        In the synchronous beginning, dispatch the workers of the step with the mean of their gradients instead.
+
         Returns:
             The replies by worker. A worker for which no steps are left rests without a reply, until there are steps
             again (another worker died) or training is over.
 
         """
         self._update_minimum(now)
+        members = self.beginning.dispatch(now, self.stopping) if self.beginning.on else {}
+        if members:
+            return self._answer(members, now, 0.0, members)
         if self._window.group_is_due(now):
             for held in self._merging.merge():
                 self._report(held.push, None, now, held.staleness)
@@ -319,9 +345,7 @@ class Coordinator:
             answered = self.live
         else:
             answered = dispatched
-        replies = {worker: self._reply(worker, self._live[worker], now, progress) for worker in answered}
-        self.observers.on_event(Event("dispatch", now, {"replies": replies}))
-        return replies
+        return self._answer(answered, now, progress)
 
     # --------------------------------------------------------------------- state
 
@@ -330,26 +354,13 @@ class Coordinator:
 
         Quarantines are not part of the state: a worker that joins a new server is a new process.
         """
-        return {
-            "model": self.model.state_dict(),
-            "budget": self.budget.state_dict(),
-            "pacing": self._pacing.state_dict(),
-            "leases": self._leases.state_dict(),
-            "guard": self._guard.state_dict(),
-            "merging": self._merging.state_dict(),
-            **self._stats.state_dict(),
-            **self.membership.state_dict(),
-        }
+        parts = {name: part.state_dict() for name, part in self._parts.items()}
+        return {**parts, **self._stats.state_dict(), **self.membership.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore ``state``. All workers must join again."""
-        self.model.load_state_dict(state["model"])
-        self.budget.load_state_dict(state["budget"])
-        self._pacing.load_state_dict(state["pacing"])
-        self._leases.load_state_dict(state.get("leases", {}))
-        if "guard" in state:
-            self._guard.load_state_dict(state["guard"])
-        self._merging.load_state_dict(state.get("merging", {}))
+        for name, part in self._parts.items():
+            part.load_state_dict(state.get(name, {}))
         self._stats.load_state_dict(state)
         self.membership.load_state_dict(state)
         self._progress.reset()
@@ -365,6 +376,8 @@ class Coordinator:
         # Any of the bases, in any state: the worker may have sent this push before it received a repeated answer.
         if push.base_version not in session.bases:
             return rejections.wrong_base(push.base_version)
+        if (rejection := self.beginning.rejection(push, session)) is not None:
+            return rejection
         return rejections.check_header(push, gradient, self.model.layout.numel) or self._leases.rejection(
             push.worker, push.items_used
         )
@@ -372,23 +385,28 @@ class Coordinator:
     def _merge(
         self, push: Push, gradient: Tensor | None, result: Tensor | None, session: WorkerSession
     ) -> Rejection | None:
-        """Merge or hold a pseudo-gradient, and return None, or why it is refused."""
-        if push.steps == 0:
+        """Merge or hold what a push hands in, and return None, or why it is refused."""
+        if not push.has_data:
             return None
         assert gradient is not None
         norm = self.model.inspect(gradient)
         if norm.diverged is not None:
             return rejections.diverged(norm.diverged)
-        verdict = self._guard.judge(push.worker, norm.norm, push.steps, push.base_version, len(self._live))
-        if verdict.refusal is not None:
-            return rejections.norm_too_large(verdict.refusal)
+        is_round, factor = push.contents == "round", 1.0
+        if is_round:
+            verdict = self._guard.judge(push.worker, norm.norm, push.steps, push.base_version, len(self._live))
+            if verdict.refusal is not None:
+                return rejections.norm_too_large(verdict.refusal)
+            factor = verdict.factor
         self._pacing.observe(push.worker, push.timed_steps, push.compute_seconds)
         self._pacing.observe_exchange(push.worker, push.sequence, push.exchange_seconds, push.answer_seconds)
         session.exchange_seconds, session.wait_seconds = push.exchange_seconds, push.wait_seconds
         staleness = self.model.version - push.base_version
-        merging, done = self._merging, self.budget.done
-        rejection = merging.hold_or_apply(push, gradient, norm, self._live, done, result, verdict.factor)
-        if rejection is None:
+        if is_round:
+            rejection = self._merging.hold_or_apply(push, gradient, norm, self._live, result, factor)
+        else:
+            rejection = self.beginning.merge(push, gradient)
+        if rejection is None and push.steps > 0:
             session.staleness = staleness
             self._stats.record_merge(push, norm, staleness, len(self._live))
         return rejection
@@ -426,14 +444,19 @@ class Coordinator:
         if session.rejection is None:
             session.rejection = rejections.REPEATED
         self._report(push, session.rejection, now, again=True)
+        if session.computing and self.beginning.repeat(push.worker, push.sequence):
+            return
         if session.computing or self.finished:
             self._await_dispatch(push, session, now)
 
     def _await_dispatch(self, push: Push, session: WorkerSession, now: float) -> None:
         """Let the worker wait for its group, or for the dispatch window that its arrival may open."""
         round_seconds = session.arrive(now)
-        self._recalls.arrive(session, push.steps > 0 and session.rejection is None, now)
         session.final = session.final or push.final
+        if self.beginning.on:
+            self.beginning.arrive(push, session.rejection)
+            return
+        self._recalls.arrive(session, push.steps > 0 and session.rejection is None, now)
         self._window.arrive(push.worker, session, round_seconds, now)
 
     def _report(
@@ -446,33 +469,19 @@ class Coordinator:
 
     # ------------------------------------------------------- parts of a dispatch
 
-    def _reply(self, worker: int, session: WorkerSession, now: float, progress: float) -> Reply:
-        waited = now - session.arrived_at
-        if session.sequence > 0 and not session.overlapped:
-            self._stats.of(worker).wait_seconds += waited
-        self._stats.views[worker] = WorkerView(
-            staleness=session.staleness,
-            local_steps=session.local_steps,
-            wait_seconds=session.wait_seconds if session.overlapped else waited,
-            exchange_seconds=session.exchange_seconds,
-            steps_per_second=self._pacing.speed(worker),
-        )
-        return Reply(
-            incarnation=self.incarnation,
-            sequence=session.sequence,
-            version=self.model.version,
-            staleness=session.staleness,
-            local_steps=0 if self.finished else session.local_steps,
-            progress=float(self.budget.done) if self.finished else progress,
-            progress_per_step=self._progress.per_step(worker, self._window.lock_step and not self.finished),
-            wait_seconds=waited,
-            stop=self.finished,
-            refused=None if session.rejection is None else session.rejection.text,
-            broadcast=self.broadcast,
-            save_request=self.save_request,
-            reset_optimizer=session.reset_optimizer,
-            overlap_steps=0 if self.finished else session.overlap_steps,
-        )
+    def _answer(
+        self, workers: Iterable[int], now: float, progress: float, fields: Mapping[int, dict[str, Any]] | None = None
+    ) -> dict[int, Reply]:
+        """Return the replies of workers, with further fields of each, and notify the observers."""
+        replies = {
+            worker: dataclasses.replace(
+                self._replies.make(worker, now, progress, self.broadcast, self.save_request),
+                **(fields or {}).get(worker, {}),
+            )
+            for worker in workers
+        }
+        self.observers.on_event(Event("dispatch", now, {"replies": replies}))
+        return replies
 
     def _all_rest(self) -> bool:
         return bool(self._live) and all(session.resting for session in self._live.values())

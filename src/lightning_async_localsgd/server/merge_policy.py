@@ -83,7 +83,8 @@ class MergePolicy:
     Args:
         quorum: number of different workers whose pushes are merged as one outer step, or ``"all"`` live workers. With
             1, each push is merged when it arrives.
-        sync_warmup_steps: steps per worker during which the quorum falls from all workers to ``quorum``.
+        sync_warmup_steps: steps per worker during which gradients are averaged, see :class:`.SynchronousBeginning`, or
+            ``"auto"``.
         staleness: what happens to pushes from old models. ``None`` merges them like others.
         options: weights, average and limits.
 
@@ -94,7 +95,7 @@ class MergePolicy:
     """
 
     quorum: int | Literal["all"] = 1
-    sync_warmup_steps: int = 0
+    sync_warmup_steps: int | Literal["auto"] = 0
     staleness: Staleness | None = None
     options: MergeOptions = field(default_factory=MergeOptions)
 
@@ -105,8 +106,11 @@ class MergePolicy:
                 f"quorum={quorum!r} must be a number of workers >= 1, or 'all'; 1 merges each push when it arrives, "
                 "'all' is synchronous"
             )
-        if type(warmup) is not int or warmup < 0:
-            raise ValueError(f"sync_warmup_steps={warmup!r} must be a number of steps per worker, 0 or more")
+        if warmup != "auto" and (type(warmup) is not int or warmup < 0):
+            raise ValueError(
+                f"sync_warmup_steps={warmup!r} must be a number of steps per worker, 0 or more, or 'auto'; 0 is "
+                "asynchronous from the start"
+            )
         given: object = self.staleness
         if given is not None and not isinstance(given, Staleness):
             raise TypeError(
@@ -116,15 +120,10 @@ class MergePolicy:
         given = options
         if not isinstance(given, MergeOptions):
             raise TypeError(f"merge={given!r} must be a MergeOptions, such as MergeOptions(weights='samples'), or None")
-        if warmup and quorum == "all":
-            raise ValueError(
-                f"sync_warmup_steps={warmup} lowers the quorum from all workers, but quorum='all' never falls; use a "
-                "smaller quorum, or sync_warmup_steps=0"
-            )
         if options.quorum_seconds is not None and not self.uses_groups:
             raise ValueError(
                 f"merge.quorum_seconds={options.quorum_seconds:g} limits how long pushes wait for a quorum, but with "
-                "quorum=1 no push waits; use quorum >= 2, quorum='all' or sync_warmup_steps, or leave it out"
+                "quorum=1 no push waits; use quorum >= 2 or quorum='all', or leave it out"
             )
         # Weights and stages can lengthen a push, so only an unchanged push is known to be refused before it is clipped.
         unchanged = options.weights == "equal" and self.staleness is None
@@ -143,7 +142,7 @@ class MergePolicy:
     @property
     def uses_groups(self) -> bool:
         """Whether pushes ever wait for the pushes of other workers."""
-        return self.quorum != 1 or self.sync_warmup_steps > 0
+        return self.quorum != 1
 
     @property
     def averages_moments(self) -> bool:
@@ -151,21 +150,9 @@ class MergePolicy:
         chosen = self.options.second_moments
         return self.quorum == 1 if chosen == "auto" else chosen
 
-    def required_workers(self, live: int, initial: int, done: int) -> int:
-        """Return how many different workers must push before a group is merged; with 1 there are no groups.
-
-        Args:
-            live: number of live workers.
-            initial: number of workers that the run was started with.
-            done: local steps of all workers together.
-
-        """
-        required = live if self.quorum == "all" else min(self.quorum, live)
-        warmup = initial * self.sync_warmup_steps
-        if done < warmup:
-            # Rounded up in whole numbers: a quorum must not depend on the last bit of a quotient.
-            required = max(required, -(-live * (warmup - done) // warmup))
-        return required
+    def required_workers(self, live: int) -> int:
+        """Return how many of ``live`` workers must push before a group is merged; with 1 there are no groups."""
+        return live if self.quorum == "all" else min(self.quorum, live)
 
     def check_with(self, outer_optimizer: OuterOptimizer, grace: GraceWindow) -> None:
         """Check the policy against the other options, as far as possible without the number of workers.
@@ -221,10 +208,10 @@ class MergePolicy:
                 f"quorum={quorum} is larger than the {workers} worker(s) of this run; use at most {workers}, or 'all'"
             )
         single = workers == 1 and not others_may_join
-        if warmup and (single or quorum == workers > 1):
+        if workers == 1 and warmup not in (0, "auto"):
             raise ValueError(
-                f"sync_warmup_steps={warmup} would lower the quorum from {workers} to {quorum} workers, which changes "
-                "nothing; use more workers, a smaller quorum, or sync_warmup_steps=0"
+                f"sync_warmup_steps={warmup} averages the gradients of workers, but the run begins with a single one; "
+                "use more workers, or sync_warmup_steps=0"
             )
         if single:
             self._check_no_staleness("with a single worker")

@@ -60,7 +60,6 @@ class Merging:
 
     Args:
         model: the global model.
-        workers: number of workers that the run was started with.
         policy: quorum, staleness stage, weights and limits. The default merges each push when it arrives.
 
     Attributes:
@@ -72,7 +71,6 @@ class Merging:
     def __init__(
         self,
         model: GlobalModel,
-        workers: int = 1,
         policy: MergePolicy | None = None,
     ) -> None:
         self._policy = policy = policy if policy is not None else MergePolicy()
@@ -81,7 +79,6 @@ class Merging:
         self.held: dict[int, HeldPush] = {}
         self.limited = options.quorum_seconds is not None
         self._model = model
-        self._workers = workers
         self._opened_at: float | None = None
         # Number of consecutive pushes that were dropped only because of their direction.
         self._misdirected = 0
@@ -96,27 +93,20 @@ class Merging:
 
     # ------------------------------------------------------------------- groups
 
-    def quorum(self, live: int, done: int) -> int:
-        """Return how many different workers must push before a group is merged; with 1 there are no groups.
+    def quorum(self, live: int) -> int:
+        """Return how many of ``live`` workers must push before a group is merged; with 1 there are no groups."""
+        return self._policy.required_workers(live)
 
-        Args:
-            live: number of live workers.
-            done: local steps of all workers together.
-
-        """
-        return self._policy.required_workers(live, self._workers, done)
-
-    def is_complete(self, live: Collection[int], awaited: int, done: int) -> bool:
+    def is_complete(self, live: Collection[int], awaited: int) -> bool:
         """Return whether the group has all the pushes that it needs.
 
         Args:
             live: live workers.
             awaited: number of workers that will still push to this group.
-            done: local steps of all workers together.
 
         """
         pushed = sum(worker in self.held for worker in live)
-        return awaited == 0 or pushed >= self.quorum(len(live), done)
+        return awaited == 0 or pushed >= self.quorum(len(live))
 
     @property
     def deadline(self) -> float | None:
@@ -159,7 +149,6 @@ class Merging:
         gradient: Tensor,
         inspected: PushNorm,
         live: Collection[int],
-        done: int,
         result: Tensor | None = None,
         scale: float = 1.0,
     ) -> Rejection | None:
@@ -170,7 +159,6 @@ class Merging:
             gradient: the pseudo-gradient, flat and finite. It is only read.
             inspected: result of :meth:`.GlobalModel.inspect`.
             live: live workers.
-            done: local steps of all workers together, before this push.
             result: see :meth:`.GlobalModel.apply`.
             scale: factor of the parameters, see :class:`.Verdict`.
 
@@ -192,7 +180,7 @@ class Merging:
         if scale != 1.0:  # Rare enough to allocate a copy.
             gradient, result = gradient.clone(), None
             self._parameters(gradient).mul_(scale)
-        holds = bool(self.held) or self.quorum(len(live), done) > 1
+        holds = bool(self.held) or self.quorum(len(live)) > 1
         if holds:
             gradient = self._buffer().copy_(gradient)
         if base is not None:
@@ -215,7 +203,7 @@ class Merging:
             assert push.worker not in self.held
             self.held[push.worker] = one
         else:
-            self._free_buffers.clear()  # After the synchronous warm-up there may be no more groups.
+            self._free_buffers.clear()  # Fewer workers are live than before: there may be no more groups.
             self._apply(one, None if base is not None else result)
         return None
 

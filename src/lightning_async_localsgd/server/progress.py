@@ -52,7 +52,7 @@ class ProgressEstimate:
                 their own rounds and no more, whatever their speeds.
 
         """
-        if lock_step:
+        if lock_step and self._live[worker].local_steps > 0:
             steps = sum(session.local_steps for session in self._live.values() if session.computing)
             return max(1.0, steps / self._live[worker].local_steps)
         active = [other for other, session in self._live.items() if not session.final]

@@ -60,6 +60,11 @@ class ServerQueries(ABC):
         return self._ask(lambda coordinator: coordinator.finished)
 
     @property
+    def synchronous_steps(self) -> int:
+        """Number of complete steps of the synchronous beginning."""
+        return self._ask(lambda coordinator: coordinator.beginning.completed)
+
+    @property
     def optimizer_files(self) -> dict[int, str]:
         """The last :attr:`.Push.optimizer_file` of each worker."""
         return self._ask(lambda coordinator: dict(coordinator.membership.optimizer_files))

@@ -63,6 +63,19 @@ class Recalls:
         if merged and self._validated_at is not None and session.dispatched_at >= self._validated_at:
             session.rounds_since_validation += 1
 
+    def recalled(self, everyone: bool) -> dict[int, int]:
+        """Return the workers that must push at their next step, and the versions that their rounds started from.
+
+        Args:
+            everyone: whether all workers must, because training ends.
+
+        """
+        return {
+            worker: session.version
+            for worker, session in self._live.items()
+            if session.computing and (everyone or session.recalled)
+        }
+
     def recall_unknown_speeds(self) -> None:
         """Recall workers of unknown speed, after another worker has finished a round."""
         if self._pacing.dynamic and self._pacing.total_speed(self._live) is not None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lightning_async_localsgd.protocol.messages import Push
     from lightning_async_localsgd.protocol.rejections import Rejection
     from lightning_async_localsgd.server.global_model import GlobalModel, PushNorm
+    from lightning_async_localsgd.server.sessions import WorkerSession
 
 _log = logging.getLogger(__name__)
 
@@ -67,6 +68,24 @@ class WorkerView:
     wait_seconds: float
     exchange_seconds: float
     steps_per_second: float | None
+
+    @classmethod
+    def of(cls, session: WorkerSession, waited: float, steps_per_second: float | None) -> WorkerView:
+        """Return the values of a worker that is dispatched.
+
+        Args:
+            session: its session.
+            waited: seconds since its last push was decided on.
+            steps_per_second: its speed; None while unknown.
+
+        """
+        return cls(
+            staleness=session.staleness,
+            local_steps=session.local_steps,
+            wait_seconds=session.wait_seconds if session.overlapped else waited,
+            exchange_seconds=session.exchange_seconds,
+            steps_per_second=steps_per_second,
+        )
 
 
 @dataclass(frozen=True)

@@ -66,9 +66,8 @@ class Server(ServerQueries):
         steps_before: local steps of all workers before this start of the server, if it resumed from a checkpoint.
         received_metrics: workers and the values that their modules logged, in order of arrival.
         lost_workers: the last workers that were lost before the end of training, each with time and reason.
-        gave_up: why the run ends with an error because a pause for lack of workers was too long; None if it does not.
-            The model stays usable.
-        misfit: why the run ends with an error because its evaluator cannot validate; None if it does not.
+        gave_up: why the run ends because a pause for lack of workers was too long; None if it does not.
+        misfit: why the run ends because its evaluator cannot validate; None if it does not.
         evaluations: validations by the evaluator.
 
     """
@@ -88,7 +87,6 @@ class Server(ServerQueries):
         self.incarnation = coordinator.incarnation
         self.steps_before = sum(worker.steps for worker in coordinator.totals.values())
         self._traffic = traffic if traffic is not None else Traffic(coordinator.model.layout, buffers)
-        self.buffers = self._traffic.uploads
         self._shared = shared if shared is not None else SharedValues()
         metrics = MetricsQueue()
         self.received_metrics = metrics.received
@@ -113,6 +111,10 @@ class Server(ServerQueries):
         """See :class:`.ServerPort`."""
         return self._coordinator.model.layout
 
+    def push_buffers(self, push: Push) -> BufferPool:
+        """See :class:`.ServerPort`."""
+        return self._traffic.pool_of(push)
+
     @property
     def recalled(self) -> Mapping[int, int]:
         """See :class:`.ServerPort`."""
@@ -127,7 +129,7 @@ class Server(ServerQueries):
 
         def event() -> None:
             try:
-                self._on_push(push, None if buffer is None else self._traffic.unpack(buffer), channel)
+                self._on_push(push, None if buffer is None else self._traffic.unpack(push, buffer), channel)
             finally:
                 if buffer is not None:
                     self._keep_or_release(buffer)
@@ -143,7 +145,7 @@ class Server(ServerQueries):
 
         Args:
             push: the header.
-            gradient: the pseudo-gradient, flat fp32; None if ``push.steps`` is 0.
+            gradient: what the header names, flat fp32; None without :attr:`.Push.has_data`.
             channel: gets the reply.
             result: see :meth:`.Coordinator.push`.
 
@@ -295,6 +297,10 @@ class Server(ServerQueries):
     def replan(self, total: int | None, upper_bound: int | None) -> None:
         """Change the expected number of local steps of the run, see :class:`.Budget`."""
         self._loop.submit(lambda: self._coordinator.replan(total, upper_bound))
+
+    def load_weights(self, worker: int, weights: Tensor) -> None:
+        """See :meth:`.Beginning.load_weights`."""
+        self._ask(lambda coordinator: coordinator.beginning.load_weights(worker, weights))
 
     def stop(self) -> None:
         """End training once every worker has pushed its round."""
@@ -460,7 +466,7 @@ class Server(ServerQueries):
         self._recalled = self._coordinator.recalled()
 
     def _send_replies(self, replies: Mapping[int, Reply]) -> None:
-        batch = self._traffic.batch(self._coordinator.model)
+        batch = self._traffic.batch(self._coordinator.model, self._coordinator.beginning.averages.mean)
         for worker, header in replies.items():
             channel = self._channels.get(worker)
             reply = dataclasses.replace(header, shared=self._shared.listed)

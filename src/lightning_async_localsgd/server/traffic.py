@@ -12,6 +12,7 @@ know what the worker has received of the answer before.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,8 @@ from lightning_async_localsgd.protocol.codecs import Codec, codec_of
 from lightning_async_localsgd.protocol.ports import LocalReplyChannel
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from lightning_async_localsgd.protocol.buffers import PooledBuffer
@@ -116,8 +119,19 @@ class Traffic:
                 )
         return self._check_memory(workers + 1) if hello.worker not in self._held else None
 
-    def unpack(self, buffer: PooledBuffer) -> Tensor:
-        """Return the push in a buffer of :attr:`uploads`, flat fp32. It is valid until the next call."""
+    def pool_of(self, push: Push) -> BufferPool:
+        """Return the pool of the buffers that a push is received into. Only pseudo-gradients travel packed.
+
+        May be called in another thread.
+        """
+        return self.uploads if push.contents == "round" else self._exact
+
+    def unpack(self, push: Push, buffer: PooledBuffer) -> Tensor:
+        """Return the vector of a push in its buffer, flat fp32. It is valid until the next call."""
+        if push.contents != "round":
+            # Moments do not travel then. Those of gradients mean nothing, and those of weights are not known.
+            buffer.tensor[self._layout.model_numel :].fill_(0.0 if push.contents == "gradient" else math.nan)
+            return buffer.tensor
         if self._up is None:
             return buffer.tensor
         if self._gradient is None:
@@ -169,12 +183,20 @@ class Traffic:
                 spare.release()
         self._spare = self._rounded_spare = None
 
-    def batch(self, model: GlobalModel) -> Batch:
-        """Begin to send the model, as it is now, to some workers."""
-        return Batch(self, model)
+    def batch(self, model: GlobalModel, mean: Tensor | None = None) -> Batch:
+        """Begin to send the model, as it is now, to some workers.
+
+        Args:
+            model: the global model.
+            mean: the vector that is sent with replies that are :attr:`.Reply.averaged`.
+
+        """
+        return Batch(self, model, mean)
 
     def encoding(self, worker: int, session: str | None, reply: Reply) -> str:
         """Return how the model that comes with a reply travels."""
+        if reply.averaged:
+            return "mean"
         if self._down is None or reply.stop:
             return "fp32"
         if not self._keeps_held:
@@ -200,12 +222,14 @@ class Batch:
     Args:
         traffic: how models travel.
         model: the global model, which must not change until :meth:`close`.
+        mean: the vector of replies that are :attr:`.Reply.averaged`. The replies of a batch are all averaged, or none.
 
     """
 
-    def __init__(self, traffic: Traffic, model: GlobalModel) -> None:
+    def __init__(self, traffic: Traffic, model: GlobalModel, mean: Tensor | None = None) -> None:
         self._traffic = traffic
         self._model = model
+        self._mean = mean
         self._exact: PooledBuffer | None = None
         self._rounded: PooledBuffer | None = None
         self._rounded_here: Tensor | None = None
@@ -216,12 +240,13 @@ class Batch:
         encoding = traffic.encoding(worker, session, reply)
         reply = dataclasses.replace(reply, encoding=encoding)
         here = isinstance(channel, LocalReplyChannel)
-        if encoding == "fp32":
+        if encoding in ("fp32", "mean"):
             self._note_exact(worker, session, reply)
+            copy = self._copy_mean if reply.averaged else self._model.copy_to
             if isinstance(channel, LocalReplyChannel):
-                channel.answer(reply, self._model.copy_to)
+                channel.answer(reply, copy)
             else:
-                channel.dispatch(reply, self._shared(self._exact_buffer()))
+                channel.dispatch(reply, self._shared(self._exact_buffer(copy)))
         elif traffic._keeps_held:
             held = traffic._held[worker]
             buffer = None if here else self._differences_buffer()
@@ -258,7 +283,7 @@ class Batch:
 
     def _note_exact(self, worker: int, session: str | None, reply: Reply) -> None:
         traffic = self._traffic
-        if reply.stop or session is None:
+        if reply.stop or reply.averaged or session is None:
             traffic.forget(worker)
         elif traffic._keeps_held:
             held = traffic._held.get(worker)
@@ -267,11 +292,15 @@ class Batch:
             self._model.copy_to(held.model)
             held.session, held.sequence, held.version = session, reply.sequence, reply.version
 
-    def _exact_buffer(self) -> PooledBuffer:
+    def _copy_mean(self, out: Tensor) -> None:
+        assert self._mean is not None
+        out.copy_(self._mean)
+
+    def _exact_buffer(self, copy: Callable[[Tensor], None]) -> PooledBuffer:
         if self._exact is None:
             self._exact, self._traffic._spare = self._traffic._spare, None
             assert self._exact is not None
-            self._model.copy_to(self._exact.tensor)
+            copy(self._exact.tensor)
             self._exact.restart()
         return self._exact
 

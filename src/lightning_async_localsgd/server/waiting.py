@@ -63,7 +63,7 @@ class DispatchWindow:
     def lock_step(self) -> bool:
         """Whether all live workers wait for each other without a time limit."""
         live = len(self._live)
-        return not self._merging.limited and 1 < live <= self._merging.quorum(live, self._budget.done)
+        return not self._merging.limited and 1 < live <= self._merging.quorum(live)
 
     @property
     def deadline(self) -> float | None:
@@ -93,7 +93,7 @@ class DispatchWindow:
         self._merging.start_timer(now)
         if self._plan is not None or session.rejection is not None:
             return
-        if held or self._merging.quorum(len(self._live), self._budget.done) > 1:
+        if held or self._merging.quorum(len(self._live)) > 1:
             if worker not in held or not self._group_is_complete():
                 return
         elif self._budget.exhausted or session.final:
@@ -169,7 +169,7 @@ class DispatchWindow:
             for worker, session in self._live.items()
             if not self.awaits_group(worker)
         )
-        return self._merging.is_complete(self._live, awaited, self._budget.done)
+        return self._merging.is_complete(self._live, awaited)
 
     def _expected_seconds(self, worker: int, session: WorkerSession) -> float | None:
         speed = self._pacing.speed(worker)

@@ -147,8 +147,8 @@ class ClusterSimulator(Simulator):
             )  # fmt: skip
 
     @override
-    def next_worker(self) -> VirtualWorker | None:
-        while not self._server.finished:
+    def next_worker(self, until: Callable[[], bool] = lambda: False) -> VirtualWorker | None:
+        while not self._server.finished and not until():
             self._server.raise_failure()
             deadline = self._server.deadline
             if self._events and (deadline is None or deadline <= self.clock.now or self._events[0][0] <= deadline):
@@ -179,15 +179,17 @@ class ClusterSimulator(Simulator):
         return None
 
     @override
-    def push_round(self, worker: VirtualWorker, final: bool = False, stop: bool = False) -> None:
+    def push_round(
+        self, worker: VirtualWorker, final: bool = False, stop: bool = False, factor: float | None = None
+    ) -> None:
         self.adopt_answer(worker)
         current_round, worker.current_round = worker.current_round, None
         assert isinstance(current_round, SimulatedRound)
         # If training or the worker's data ends before the round does, the push arrives earlier.
         arrival_time = current_round.arrival_time_if_ended
         self.clock.now = max(self.clock.now, min(arrival_time, self._push_time))
-        push = worker.make_push(final=final, stop=stop)
-        gradient = worker.gradient if push.steps else None
+        push = worker.make_push(final=final, stop=stop) if factor is None else worker.make_gradient_push(factor)
+        gradient = worker.gradient if push.has_data else None
         if worker.overlaps and not final:
             assert worker.reply is not None
             self._flights[worker.number] = worker.clock.now, worker.reply.overlap_steps
@@ -196,6 +198,19 @@ class ClusterSimulator(Simulator):
             self._add_event(arrival_time, _PUSH, worker.number, LatePush(worker, push, gradient))
         else:
             self._deliver(worker, push, gradient)
+
+    @override
+    def awaited(self, worker: VirtualWorker) -> list[VirtualWorker]:
+        return [
+            other
+            for other in self.live.values()
+            if other is not worker
+            and isinstance(other.current_round, SimulatedRound)
+            and not any(
+                death.worker == other.number and self.clock.now <= death.at <= other.current_round.arrival_time
+                for death in self._cluster.deaths
+            )
+        ]
 
     @override
     def finish(self, worker: VirtualWorker, stop: bool) -> None:
@@ -259,10 +274,16 @@ class ClusterSimulator(Simulator):
     @override
     def _on_dispatch(self, worker: VirtualWorker, reply: Reply) -> None:
         super()._on_dispatch(worker, reply)
-        if not reply.stop:
+        if reply.synchronous and reply.local_steps == 0:
+            machine = self._machines[worker.number]
+            at = self.clock.now + machine.download_seconds[reply.encoding] + machine.latency
+            self._add_event(at, _PUSH, worker.number, partial(self._hand_over, worker))
+        elif not reply.stop:
             begin, limit = self._flights.pop(worker.number, (None, 0)) if worker.accepts(reply) else (None, 0)
             machine = self._machines[worker.number]
-            new_round = machine.start_round(self.clock.now, reply.local_steps, begin, limit, reply.encoding)
+            new_round = machine.start_round(
+                self.clock.now, reply.local_steps, begin, limit, reply.encoding, of_gradients=reply.synchronous
+            )
             worker.current_round = new_round
             new_round.event_id = self._add_event(new_round.arrival_time, _PUSH, worker.number, worker)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from typing_extensions import override
 
 from lightning_async_localsgd.runtime.leases import LeaseClient
-from lightning_async_localsgd.runtime.worker import WorkerBase
+from lightning_async_localsgd.runtime.worker_base import WorkerBase
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -111,12 +111,14 @@ class VirtualRound(ABC):
 
     Attributes:
         over: whether all steps of the round are computed.
+        steps: optimizer steps to take; in the synchronous beginning, local steps whose gradients are accumulated.
         overlap_steps: steps that are computed before the answer to the push before the round is adopted.
         computed: steps that are computed, including those that the optimizer has skipped.
 
     """
 
     over: bool
+    steps: int
     overlap_steps: int = 0
     computed: int = 0
 
@@ -260,14 +262,22 @@ class Machine:
         self._device = cluster.devices[number]
 
     def start_round(
-        self, dispatched_at: float, steps: int, begin: float | None = None, limit: int = 0, encoding: str = "fp32"
+        self,
+        dispatched_at: float,
+        steps: int,
+        begin: float | None = None,
+        limit: int = 0,
+        encoding: str = "fp32",
+        of_gradients: bool = False,
     ) -> SimulatedRound:
         """Draw the times of a round of ``steps`` steps, whose model leaves the server at ``dispatched_at``.
 
-        With overlap, the round begins at ``begin`` with at most ``limit`` steps, before the model has arrived.
+        With overlap, the round begins at ``begin`` with at most ``limit`` steps, before the model has arrived. If it is
+        a round ``of_gradients``, those travel at its end.
         """
         answered_at = dispatched_at + self.download_seconds[encoding]
-        return SimulatedRound(answered_at, steps, self.upload_seconds, self._step_seconds, begin, limit)
+        upload_seconds = self.download_seconds["mean"] if of_gradients else self.upload_seconds
+        return SimulatedRound(answered_at, steps, upload_seconds, self._step_seconds, begin, limit)
 
     def _step_seconds(self, now: float) -> float:
         return self._device.draw(self.generator) * self._cluster.slowdown_factor(self.number, now)

@@ -25,7 +25,7 @@ from lightning_async_localsgd.simulation.machine import SESSION_PREFIX, VirtualC
 from lightning_async_localsgd.simulation.simulator import Simulator
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from os import PathLike
 
     from lightning_async_localsgd.protocol.frozen import FrozenParameters
@@ -189,6 +189,7 @@ class _LoggedRound(VirtualRound):
 
     def __init__(self, push: Push, push_time: float) -> None:
         self.push = push
+        self.steps = push.steps
         self.over = False
         self.overlap_steps = push.overlap_steps
         self._push_time = push_time
@@ -244,9 +245,9 @@ class ReplaySimulator(Simulator):
         return
 
     @override
-    def next_worker(self) -> VirtualWorker | None:
+    def next_worker(self, until: Callable[[], bool] = lambda: False) -> VirtualWorker | None:
         events = self._recording.events
-        while not self._server.finished:
+        while not self._server.finished and not until():
             if self._next_event >= len(events) or events[self._next_event].kind == "end":
                 raise RuntimeError(
                     f"the log {self._recording.path} ends at {self.clock.now - self._recording.start_time:g} s, before "
@@ -262,23 +263,49 @@ class ReplaySimulator(Simulator):
             else:
                 self.clock.now = self._push_time
                 self._apply_event(event)
-        self._compare_final_model()
+        if self._server.finished:
+            self._compare_final_model()
         return None
 
     @override
-    def push_round(self, worker: VirtualWorker, final: bool = False, stop: bool = False) -> None:
+    def push_round(
+        self, worker: VirtualWorker, final: bool = False, stop: bool = False, factor: float | None = None
+    ) -> None:
         # The server gets the logged push, with the pseudo-gradient that was computed now.
         current_round, worker.current_round = worker.current_round, None
         assert isinstance(current_round, _LoggedRound)
         self.clock.now = self._push_time
-        logged, computed = current_round.push, worker.make_push(final=final, stop=stop)
-        for name in ("steps", "overlap_steps", "samples", "tokens", "items_used"):
+        logged = current_round.push
+        computed = worker.make_push(final=final, stop=stop) if factor is None else worker.make_gradient_push(factor)
+        for name in ("contents", "absent", "steps", "overlap_steps", "samples", "tokens", "items_used"):
             then, now = getattr(logged, name), getattr(computed, name)
             if then != now:
                 raise self._difference(
                     f"round {logged.sequence} of worker {worker.number} had {name}={then!r}, not {now!r}"
                 )
         self._deliver(worker, logged, worker.gradient)
+
+    @override
+    def awaited(self, worker: VirtualWorker) -> list[VirtualWorker]:
+        assert worker.pending_reply is not None
+        found = []
+        for event in self._recording.events[self._next_event :]:
+            if event.kind == "dispatch" and any(reply.averaged for reply in event.content["replies"].values()):
+                break
+            if event.kind == "push" and self._contributes(push := event.content["push"]):
+                found.append(self._sessions[push.session][0])
+        return found
+
+    def _contributes(self, push: Push) -> bool:
+        """Return whether the gradients of a logged push are those of a member of the present synchronous step."""
+        session = self._sessions.get(push.session)
+        return (
+            push.contents == "gradient"
+            and push.steps > 0
+            and session is not None
+            and push.sequence == session[0].round
+            and push.base_version == self._server.snapshot.version
+        )
 
     @override
     def finish(self, worker: VirtualWorker, stop: bool) -> None:
@@ -292,14 +319,18 @@ class ReplaySimulator(Simulator):
         if session is None:
             raise self._difference(f"worker {push.worker} pushed a round but never joined")
         worker, _ = session
-        if push.steps == 0 or push.sequence != worker.round:
+        missed = push.contents == "gradient" and push.steps > 0 and not self._contributes(push)
+        if push.steps == 0 or push.sequence != worker.round or missed:
             if push.sequence == worker.round:
-                # The push had no steps, but it counts in the sequence of the worker's pushes.
-                self.begin_round(worker)
+                # The push needs no computing, but it counts in the sequence of the worker's pushes.
+                if worker.pending_reply is None or not worker.pending_reply.synchronous:
+                    self.begin_round(worker)
+                elif worker.reply is not worker.pending_reply:
+                    worker.begin_step(worker.pending_reply)
                 worker.make_push(final=push.final, stop=push.stop)
             worker.current_round = None
             self.clock.now = self._push_time
-            self._deliver(worker, push, None)
+            self._deliver(worker, push, worker.gradient if push.contents == "weights" else None)
             return None
         if worker.pending_reply is None or worker.pending_reply.version != push.base_version:
             raise self._difference(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from typing_extensions import override
 
 from lightning_async_localsgd.protocol.buffers import BufferPool
@@ -50,6 +53,7 @@ class SimulatedRuntime(Runtime):
     Attributes:
         simulator: decides in which order rounds are computed.
         worker: the current worker.
+        has_data: whether a worker has data for another step.
         replays: whether the run is a replay of a logged run.
         replays_live_run: whether the logged run was live.
 
@@ -83,6 +87,7 @@ class SimulatedRuntime(Runtime):
         self._clock = clock = VirtualClock(simulation_state.get("seconds", scenario.start_time))
         # Local steps of all workers that were computed before the current round.
         self._steps_before_round: float = coordinator.budget.done
+        self.has_data: Callable[[VirtualWorker], bool] = lambda _: True
         # Local steps of all workers that were computed before the last validation.
         self._validated_steps: float = self._steps_before_round
         self._stopped = False
@@ -209,6 +214,52 @@ class SimulatedRuntime(Runtime):
         self._in_step = False
         return self.simulator.end_step(self.worker, samples, tokens)
 
+    @override
+    def count_gradients(self) -> None:
+        samples, tokens = self._samples, self._tokens
+        self._samples = self._tokens = 0
+        self.worker.count_step()
+        self.simulator.end_step(self.worker, samples, tokens)
+
+    @override
+    def average_gradients(self, factor: float) -> None:
+        self.simulator.average(self.worker, factor, self.has_data)
+
+    def push_gradients(self, factor: float) -> None:
+        """Push the gradients of the current worker, and begin the contribution of the next worker to the step.
+
+        Args:
+            factor: factor that makes the module's gradients the mean over the worker's batches of the step.
+
+        """
+        self.simulator.push_round(self.worker, factor=factor)
+        self.begin_next_round()
+
+    @override
+    def end_synchronous_step(self) -> bool:
+        self._in_step = False
+        self._steps_before_round = self._server.snapshot.progress + self.simulator.steps_in_transit
+        flat, weights = self.binding.new_flat(), self.optimizer_weights
+        left = weights.leave() if weights is not None else []
+        self.binding.read(flat)
+        flat[self.binding.layout.model_numel :].fill_(math.nan)
+        if weights is not None:
+            weights.arrive(left)
+        members = self.simulator.members
+        self._server.load_weights(min(members), flat)
+        return all(reply.local_steps == 0 for reply in members.values())
+
+    def restore_buffers(self) -> None:
+        """Load the exchanged buffers with which all workers begin the present synchronous step."""
+        layout = self.binding.layout
+        if layout.model_numel > layout.parameter_numel:
+            flat = self.binding.new_flat()
+            self._server.copy_model(flat)
+            with torch.no_grad():
+                for entry, part, tensor in self.binding.parts(flat):
+                    if entry.kind == "buffer":
+                        tensor.copy_(part)
+
     def next_round(self, final: bool = False) -> None:
         """Push the round of the current worker, if it has one, and begin the round of the next worker.
 
@@ -219,6 +270,10 @@ class SimulatedRuntime(Runtime):
         worker = getattr(self, "worker", None)
         if worker is not None and worker.current_round is not None:
             self.simulator.push_round(worker, final)
+        self.begin_next_round()
+
+    def begin_next_round(self) -> None:
+        """Begin the round of the next worker. That of the current worker is pushed."""
         next_worker = self.simulator.next_worker()
         if next_worker is None:
             self._end()
@@ -247,7 +302,7 @@ class SimulatedRuntime(Runtime):
         # Only the current worker has steps that are computed and not pushed. A replay takes its rounds from the log.
         steps = self._steps_before_round + self.worker.round_steps
         interval, self._validated_steps = steps - self._validated_steps, steps
-        if self._stopped or self._in_step or self.replays:
+        if self._stopped or self._in_step or self.replays or self.worker.synchronous:
             return False
         return self.worker.round_steps * _SHARE_OF_INTERVAL > interval
 

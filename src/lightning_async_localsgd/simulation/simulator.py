@@ -38,6 +38,13 @@ class Simulator(ABC):
             ...  # Compute a step.
         simulator.push_round(worker)
 
+    In the synchronous beginning, a round is a worker's contribution to a step: its gradients, computed from the weights
+    that all workers have. The optimizer takes the step once, when the last worker of the step has computed its
+    gradients::
+
+        simulator.push_round(worker, factor=1.0)  # not the last worker of the step
+        simulator.average(worker, factor=1.0, has_data=...)  # the last one; then the optimizer takes the step
+
     Args:
         server: server without a thread. Its clock is ``clock``.
         clock: the server's clock.
@@ -70,6 +77,8 @@ class Simulator(ABC):
         self._push_time = clock.now
         self.bytes_sent = 0
         self.bytes_received = 0
+        # In the synchronous beginning: whether the module has the weights of all workers.
+        self._has_weights = False
         self._server = server
         self._binding = binding
         self._frozen = frozen
@@ -80,7 +89,7 @@ class Simulator(ABC):
         exact_bytes = 4 * binding.layout.numel
         self._packed = None if upload is None else upload.new_packed()
         self._push_bytes = exact_bytes if upload is None else upload.nbytes
-        self._model_bytes = {"fp32": exact_bytes}
+        self._model_bytes = {"fp32": exact_bytes, "mean": binding.layout.model_bytes}
         if download is not None:
             self._model_bytes[download.encoding] = download.nbytes
 
@@ -89,11 +98,14 @@ class Simulator(ABC):
         """Let the initial workers join."""
 
     @abstractmethod
-    def next_worker(self) -> VirtualWorker | None:
+    def next_worker(self, until: Callable[[], bool] = lambda: False) -> VirtualWorker | None:
         """Advance virtual time until a worker's round is to be computed.
 
+        Args:
+            until: ends the search when it is true.
+
         Returns:
-            The new current worker; None if training has ended.
+            The new current worker; None if training, or the search, has ended.
 
         Raises:
             RuntimeError: Training can never end, because no worker is left.
@@ -101,15 +113,47 @@ class Simulator(ABC):
         """
 
     @abstractmethod
-    def push_round(self, worker: VirtualWorker, final: bool = False, stop: bool = False) -> None:
+    def push_round(
+        self, worker: VirtualWorker, final: bool = False, stop: bool = False, factor: float | None = None
+    ) -> None:
         """Push the computed steps of the current worker's round.
 
         Args:
             worker: the current worker.
             final: whether the worker takes no more steps.
             stop: whether the worker asks that training end for all workers.
+            factor: in the synchronous beginning, push the module's gradients times this factor.
 
         """
+
+    @abstractmethod
+    def awaited(self, worker: VirtualWorker) -> list[VirtualWorker]:
+        """Return the other workers whose gradients for the present synchronous step are still to be computed."""
+
+    def average(self, worker: VirtualWorker, factor: float, has_data: Callable[[VirtualWorker], bool]) -> None:
+        """Push the gradients of the last worker of a synchronous step, and load the mean into the module's gradients.
+
+        Args:
+            worker: the current worker.
+            factor: see :meth:`push_round`.
+            has_data: whether a worker has data. If it has not, its rounds have ended.
+
+        """
+        completed = self._server.synchronous_steps
+
+        def is_complete() -> bool:
+            return self._server.synchronous_steps > completed
+
+        self.push_round(worker, factor=factor)
+        while not is_complete():
+            other = self.next_worker(until=is_complete)
+            if other is not None:
+                assert not has_data(other), "another worker contributes to the step"
+                self.push_round(other, final=True)
+        # The worker itself may have died meanwhile.
+        holder = worker if worker.number in self.members else self.live[min(self.members)]
+        assert holder.pending_reply is not None
+        holder.adopt_mean(holder.pending_reply)
 
     @abstractmethod
     def finish(self, worker: VirtualWorker, stop: bool) -> None:
@@ -120,6 +164,17 @@ class Simulator(ABC):
             stop: whether the worker asks that training end for all workers.
 
         """
+
+    @property
+    def members(self) -> dict[int, Reply]:
+        """The replies with which the live workers have begun the present synchronous step, by worker."""
+        version = self._server.snapshot.version
+        replies = {worker: self.live[worker].pending_reply for worker in self._server.live if worker in self.live}
+        return {
+            worker: reply
+            for worker, reply in replies.items()
+            if reply is not None and reply.synchronous and reply.version == version
+        }
 
     @property
     def steps_in_transit(self) -> int:
@@ -143,14 +198,21 @@ class Simulator(ABC):
         }
 
     def begin_round(self, worker: VirtualWorker) -> None:
-        """Load the model that a worker was dispatched into the module; with overlap, its local model."""
+        """Load the model that a worker was dispatched into the module; with overlap, its local model.
+
+        In the synchronous beginning, the module has the weights of all workers.
+        """
         assert worker.pending_reply is not None
         current_round = worker.current_round
         worker.clock.now = self.clock.now if current_round is None else current_round.now
-        if current_round is not None and current_round.overlap_steps > 0:
+        if worker.pending_reply.synchronous and self._has_weights:
+            if worker.reply is not worker.pending_reply:
+                worker.begin_step(worker.pending_reply)
+        elif current_round is not None and current_round.overlap_steps > 0:
             worker.continue_local()
         else:
             worker.adopt(worker.pending_reply)
+            self._has_weights = worker.synchronous
 
     def end_step(self, worker: VirtualWorker, samples: int, tokens: int) -> bool:
         """Record that a step of the current worker's round has been computed.
@@ -200,8 +262,17 @@ class Simulator(ABC):
         return VirtualReplyChannel(worker, self._on_dispatch, self._on_refusal)
 
     def _deliver(self, worker: VirtualWorker, push: Push, gradient: Tensor | None) -> None:
-        self.bytes_received += self._push_bytes if gradient is not None else 0
+        if gradient is not None:
+            self.bytes_received += self._push_bytes if push.contents == "round" else self._model_bytes["mean"]
         self._server.push_here(push, gradient, self._channel_of(worker))
+
+    def _hand_over(self, worker: VirtualWorker) -> None:
+        """Let a worker say that it has taken the last synchronous step, and hand in its weights if it is asked to."""
+        if self.live.get(worker.number) is not worker or worker.pending_reply is None:
+            return
+        worker.begin_step(worker.pending_reply)
+        push = worker.make_push()
+        self._deliver(worker, push, worker.gradient if push.has_data else None)
 
     def _on_dispatch(self, worker: VirtualWorker, reply: Reply) -> None:
         """Handle a model that leaves the server."""

@@ -114,8 +114,10 @@ class WireExchange(Exchange, LeaseSource):
     @override
     def push(self, push: Push, gradient: Tensor, model: Tensor, packed: Tensor | None = None) -> Reply:
         source = memoryview(b"")
-        if push.steps > 0:
+        if push.has_data:
             source = self._bytes_of(gradient) if packed is None else frames.memory_of(packed)
+            if push.contents != "round":
+                source = source[: self._layout.model_bytes]
         return self._receive_model(push.sequence, source, model, frames.PUSH + push.encode())
 
     @override

@@ -187,10 +187,11 @@ class Hub:
     def _on_push(self, peer: Peer, push: Push) -> None:
         if not self._begin_request(peer, push):
             return
-        if push.steps <= 0 or push.incarnation != self._server.incarnation:
+        if not push.has_data or push.steps < 0 or push.incarnation != self._server.incarnation:
             self._server.push(push, None, peer)
             return
-        self._await_upload(peer, Upload(push, self._server.buffers, time.monotonic()))
+        size = None if push.contents == "round" else self._server.layout.model_bytes
+        self._await_upload(peer, Upload(push, self._server.push_buffers(push), time.monotonic(), size))
 
     def _on_share(self, peer: Peer, share: Share) -> None:
         pool = self._server.share_buffers(share)
@@ -298,7 +299,8 @@ class Hub:
         self._cancel_transfers(peer)
         peer.awaited_sequence = None
         peer.transfer_count += 1
-        peer.download = Download(peer.transfer_count, buffer, time.monotonic())
+        size = self._server.layout.model_bytes if reply.encoding == "mean" else None
+        peer.download = Download(peer.transfer_count, buffer, time.monotonic(), size)
         if self._send_to_peer(peer, frames.pack_transfer(frames.REPLY, peer.transfer_count), reply.encode()):
             self._send_model(peer)
 

@@ -27,6 +27,7 @@ class Upload:
         header: the message before the data.
         pool: where the buffer comes from.
         now: the time in seconds.
+        size: bytes that are received, if they do not fill the buffer.
 
     Attributes:
         buffer: the buffer; None until one is assigned.
@@ -36,18 +37,19 @@ class Upload:
 
     """
 
-    def __init__(self, header: Push | Share, pool: BufferPool, now: float) -> None:
+    def __init__(self, header: Push | Share, pool: BufferPool, now: float, size: int | None = None) -> None:
         self.header = header
         self.pool = pool
         self.buffer: PooledBuffer | None = None
         self.memory = memoryview(b"")
         self.received = 0
         self.progress_at = self.acknowledged_at = now
+        self._size = size
 
     def assign_buffer(self, buffer: PooledBuffer, now: float) -> None:
         """Begin to receive into ``buffer``."""
         self.buffer = buffer
-        self.memory = frames.memory_of(buffer.tensor)
+        self.memory = frames.memory_of(buffer.tensor)[: self._size]
         self.progress_at = self.acknowledged_at = now
 
     def next_part(self) -> memoryview:
@@ -74,6 +76,7 @@ class Download:
         transfer: number of the transfer.
         buffer: holds the model.
         now: the time in seconds.
+        size: bytes that are sent; all of the buffer if None.
 
     Attributes:
         sent: frames given to libzmq.
@@ -82,10 +85,10 @@ class Download:
 
     """
 
-    def __init__(self, transfer: int, buffer: PooledBuffer, now: float) -> None:
+    def __init__(self, transfer: int, buffer: PooledBuffer, now: float, size: int | None = None) -> None:
         self.transfer = transfer
         self.buffer = buffer
-        self.memory = frames.memory_of(buffer.tensor)
+        self.memory = frames.memory_of(buffer.tensor)[:size]
         self.count = frames.frame_count(len(self.memory))
         self.sent = 0
         self.confirmed = 0

@@ -31,6 +31,7 @@ class ReceivedModels:
 
     def __init__(self, layout: Layout, codec: Codec | None) -> None:
         self._codec = codec
+        self._mean_bytes = layout.model_bytes
         self._packed = None if codec is None else codec.new_packed()
         differences = codec is not None and codec.encoding == "int8"
         is_rounded = any(entry.dtype != "torch.float32" for entry in layout.entries)
@@ -45,12 +46,16 @@ class ReceivedModels:
         """
         if reply.encoding == "fp32":
             return frames.memory_of(model)
+        if reply.encoding == "mean":
+            return frames.memory_of(model)[: self._mean_bytes]
         if self._codec is None or self._packed is None or reply.encoding != self._codec.encoding:
             raise MessageError(f"the model comes as {reply.encoding!r}, which was not agreed on")
         return frames.memory_of(self._packed)
 
     def complete(self, reply: Reply, model: Tensor) -> None:
-        """Unpack a model that has been received as a whole."""
+        """Unpack a model that has been received as a whole. A mean is not unpacked, and no difference follows it."""
+        if reply.encoding == "mean":
+            return
         if reply.encoding == "fp32":
             if self._held is not None:
                 self._held.copy_(model)

@@ -48,7 +48,9 @@ class Run:
         self.clock = clock
         self.parameter = torch.nn.Parameter(torch.zeros(1))
         self.optimizer = torch.optim.SGD([self.parameter], lr=0.1)
-        self.trainer: Any = SimpleNamespace(optimizers=[self.optimizer], world_size=1, global_rank=0)
+        self.steps_of_beginning = SimpleNamespace(on=False, ends_local_step=True)
+        strategy = SimpleNamespace(controller=SimpleNamespace(synchronous_steps=self.steps_of_beginning))
+        self.trainer: Any = SimpleNamespace(optimizers=[self.optimizer], world_size=1, global_rank=0, strategy=strategy)
         self.devices = EmulatedDevices([seconds])
         self.module: Any = None
         self.devices.setup(self.trainer, self.module, "fit")
@@ -101,6 +103,23 @@ def test_accumulation_window_is_one_step(clock: FakeClock) -> None:
         run.batch(work=0.01, update=index % 4 == 3)
     assert clock.now - start == pytest.approx(0.3)
     assert clock.sleeps == pytest.approx([0.06] * 3)
+
+
+def test_local_steps_of_the_synchronous_beginning_take_the_emulated_time_each(clock: FakeClock) -> None:
+    run = Run(clock, 0.1)
+    run.steps_of_beginning.on = True
+    start = clock.now
+    for index in range(12):  # Two batches in a local step, and three local steps in a synchronous one.
+        run.devices.on_train_batch_start(run.trainer, run.module, None, 0)
+        clock.work(0.02)
+        run.steps_of_beginning.ends_local_step = index % 2 == 1
+        run.devices.on_after_backward(run.trainer, run.module)
+        if index % 6 == 5:
+            clock.work(0.5)  # the exchange of gradients
+            run.optimizer.step()
+        run.devices.on_train_batch_end(run.trainer, run.module, None, None, 0)
+    assert clock.now - start == pytest.approx(6 * 0.1 + 2 * 0.5)
+    assert clock.sleeps == pytest.approx([0.06] * 6)
 
 
 def test_several_updates_in_one_batch_each_take_the_emulated_time(clock: FakeClock) -> None:
@@ -192,7 +211,7 @@ def test_fewer_entries_than_ranks_are_refused_at_the_start_of_fit() -> None:
 
 
 def test_module_without_optimizer_is_refused() -> None:
-    trainer: Any = SimpleNamespace(optimizers=[])
+    trainer: Any = SimpleNamespace(optimizers=[], strategy=None)
     module: Any = None
     with pytest.raises(ValueError, match="configure_optimizers returned none"):
         EmulatedDevices([0.1]).on_train_start(trainer, module)

@@ -66,11 +66,9 @@ def test_quorum_warmup_staleness_and_merge_options_are_used() -> None:
     assert push(coordinator, 0, 2.0) == {0, 1}
     assert float(coordinator.model.theta.norm()) == pytest.approx(1e-3)
 
-    coordinator = build_coordinator(
-        settings(DelayedNesterov(), merge=MergePolicy(sync_warmup_steps=50)), LAYOUT, 2, "name"
-    )
+    coordinator = build_coordinator(settings(DelayedNesterov(), sync_warmup_steps=50), LAYOUT, 2, "name")
     start(coordinator, 2)
-    assert push(coordinator, 1, 2.0) == set()
+    assert coordinator.state_dict()["beginning"] == {"on": True, "steps": 50, "gradients": []}
 
     coordinator = build_coordinator(settings(merge=MergePolicy(staleness=Polynomial(power=1.0))), LAYOUT, 2, "name")
     start(coordinator, 2)

@@ -23,14 +23,13 @@ def cluster_of(
     outer_optimizer: OuterOptimizer | None = None,
     *,
     quorum: Any = 1,
-    sync_warmup_steps: int = 0,
     staleness: Staleness | None = None,
     options: MergeOptions | None = None,
     layout: Layout = LAYOUT,
     **coordinator: Any,
 ) -> Workers:
     """Make a coordinator with a merge policy, and its workers, which have not joined yet."""
-    policy = MergePolicy(quorum, sync_warmup_steps, staleness, options or MergeOptions())
+    policy = MergePolicy(quorum, staleness=staleness, options=options or MergeOptions())
     made = make_coordinator(
         workers, outer_optimizer or SGD(lr=1.0), policy=policy, layout=layout, **{"dynamic": False, **coordinator}
     )

@@ -73,7 +73,7 @@ def push_of(worker: int, sequence: int, version: int, session: str | None = None
 def push_and_wait(server: Server, push: Push, channel: RecordingChannel, value: float = 1.0) -> None:
     """Push with a buffer of the pool, as the wire does, and wait for the reply."""
     channel.answered.clear()
-    lease = server.buffers.try_acquire()
+    lease = server._traffic.uploads.try_acquire()
     assert lease is not None
     lease.tensor.fill_(value)
     server.push(push, lease, channel)
@@ -103,6 +103,6 @@ def request_join_info(server: Server, worker: int) -> JoinInfo:
 def filled(server: Server) -> PooledBuffer:
     lease = None
     while lease is None:
-        lease = server.buffers.try_acquire()
+        lease = server._traffic.uploads.try_acquire()
     lease.tensor.fill_(1.0)
     return lease

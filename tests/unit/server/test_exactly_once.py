@@ -380,7 +380,6 @@ class GroupRun(Run):
         {"quorum": 2},
         {"quorum": "all"},
         {"quorum": 2, "options": MergeOptions(quorum_seconds=2.0)},
-        {"sync_warmup_steps": 20},
     ]
 
 

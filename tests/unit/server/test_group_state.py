@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_async_localsgd.outer import SGD, DelayedNesterov, Nesterov
+from lightning_async_localsgd.outer import SGD, Nesterov
 from lightning_async_localsgd.protocol.layout import Layout
 from lightning_async_localsgd.server.global_model import GlobalModel
 from lightning_async_localsgd.server.merge_policy import MergeOptions, MergePolicy
@@ -89,7 +89,7 @@ def test_held_push_of_another_model_is_refused() -> None:
     first = cluster_of(quorum=2)
     first.join_all(3)
     first.push(0, 1.0)
-    merging = Merging(GlobalModel(Layout.of(nn.Linear(3, 2)), SGD(lr=1.0), 2), 2, MergePolicy(2))
+    merging = Merging(GlobalModel(Layout.of(nn.Linear(3, 2)), SGD(lr=1.0), 2), MergePolicy(2))
     with pytest.raises(ValueError, match=r"saved push.*does not match this model"):
         merging.load_state_dict(first.coordinator._merging.state_dict())
 
@@ -107,8 +107,6 @@ POLICY = st.sampled_from(
         {"quorum": 2, "grace": "auto", "dynamic": True},
         {"quorum": 3, "options": MergeOptions(quorum_seconds=4.0)},
         {"quorum": "all", "options": MergeOptions(quorum_seconds=1.0)},
-        {"quorum": 1, "sync_warmup_steps": 15, "outer_optimizer": DelayedNesterov()},
-        {"quorum": 2, "sync_warmup_steps": 15, "grace": 1.0},
         {"quorum": 2, "staleness": PolynomialThreshold(power=0.5, threshold=3)},
         {"quorum": 2, "staleness": ExponentialCosine(rate=0.1, cutoff=0.2)},
         {"quorum": 2, "options": MergeOptions(average="rda", weights="tokens^2/steps", clip_norm=1.0)},

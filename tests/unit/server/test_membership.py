@@ -279,8 +279,7 @@ def test_push_of_an_older_incarnation_is_refused_even_if_its_version_exists_agai
     workers.send(0, 1.0)
     workers.dispatch(1.0)
     lost = workers.send(0, 2.0)  # On version 1, of a timeline that ends here.
-    second = make_coordinator(workers=2)
-    second.incarnation = "that"
+    second = make_coordinator(workers=2, incarnation="that")
     second.load_state_dict(state)
     later = Workers(second)
     later.join_all(2)

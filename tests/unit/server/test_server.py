@@ -87,7 +87,7 @@ def test_quorum_of_all_merges_whole_rounds(servers: list[Server]) -> None:
     rounds = [worker.rounds for worker in totals.values()]
     assert max(rounds) - min(rounds) <= 1
     assert all(worker.staleness == 0 for worker in totals.values())
-    assert server.buffers.in_use == 0
+    assert server._traffic.uploads.in_use == 0
 
 
 def test_single_worker_needs_no_thread(servers: list[Server]) -> None:
@@ -163,12 +163,12 @@ def test_closed_server_refuses_waiting_workers_and_releases_its_buffers(servers:
     channel = RecordingChannel()
     server.join(hello(0, "s", server.layout), channel)
     assert server.missing == [1]
-    lease = server.buffers.try_acquire()
+    lease = server._traffic.uploads.try_acquire()
     push = Push(0, "s", 1, "this", 0, 1, 1, 0, 0.0, 0.0, False, False)
     server.push(push, lease, channel)
     server.close("the end of the test")
     assert channel.refusals == ["the end of the test"]
-    assert server.buffers.in_use == 0
+    assert server._traffic.uploads.in_use == 0
     with pytest.raises(RuntimeError, match="closed"):
         assert server.live
 

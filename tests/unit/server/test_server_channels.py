@@ -33,11 +33,11 @@ def test_remote_workers_share_one_buffer_which_returns_to_the_pool(servers: list
     model = torch.empty(server.layout.numel)
     server.copy_model(model)
     assert torch.equal(channels[0].leases[0].tensor, model)
-    assert server.buffers.in_use == 1
+    assert server._traffic.uploads.in_use == 1
     channels[0].leases[0].release()
-    assert server.buffers.in_use == 1
+    assert server._traffic.uploads.in_use == 1
     channels[1].leases[0].release()
-    assert server.buffers.in_use == 0
+    assert server._traffic.uploads.in_use == 0
     with pytest.raises(RuntimeError, match="more often"):
         channels[1].leases[0].release()
 
@@ -45,9 +45,9 @@ def test_remote_workers_share_one_buffer_which_returns_to_the_pool(servers: list
 def test_dispatch_waits_for_a_buffer_without_stopping_the_server(servers: list[Server]) -> None:
     server = make_server(workers=1, total=100)
     servers.append(server)
-    held = server.buffers.try_acquire()
+    held = server._traffic.uploads.try_acquire()
     assert held is not None
-    assert server.buffers.try_acquire() is None
+    assert server._traffic.uploads.try_acquire() is None
     channel = RecordingChannel()
     server.join(hello(0, "s", server.layout), channel)
     assert server.live == [0]

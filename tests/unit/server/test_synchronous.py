@@ -109,11 +109,10 @@ def test_quorum_of_all_equals_synchronous_diloco_bit_for_bit(quorum: Any) -> Non
         (lambda: DelayedNesterov(lr=0.7, momentum=0.9), {"grace": 1.0}),
         (lambda: DelayedNesterov(lr=0.7, momentum=0.9), {"grace": "auto", "dynamic": True}),
         (lambda: Nesterov(lr=0.7), {"quorum": 2, "grace": 1.0}),
-        (lambda: DelayedNesterov(lr=0.7), {"sync_warmup_steps": 1000}),
         (lambda: Nesterov(lr=0.7), {"quorum": "all", "options": MergeOptions(weights="samples")}),
         (lambda: Nesterov(lr=0.7), {"quorum": "all", "options": MergeOptions(weights="tokens^2/steps")}),
     ],
-    ids=["buffer", "grace", "dylu+grace", "quorum+grace", "warm-up", "samples", "tokens"],
+    ids=["buffer", "grace", "dylu+grace", "quorum+grace", "samples", "tokens"],
 )
 def test_equal_workers_are_synchronous_diloco_up_to_rounding(
     outer_optimizer: Callable[[], OuterOptimizer], options: dict[str, Any]

@@ -17,7 +17,7 @@ from lightning_async_localsgd.protocol.codecs import codec_of
 from lightning_async_localsgd.protocol.layout import Binding, Layout
 from lightning_async_localsgd.protocol.messages import Push
 from lightning_async_localsgd.protocol.options import ExchangeOptions
-from lightning_async_localsgd.runtime.worker import WorkerBase
+from lightning_async_localsgd.runtime.worker_base import WorkerBase
 from lightning_async_localsgd.server import traffic
 from lightning_async_localsgd.server.server import Server
 from lightning_async_localsgd.server.traffic import Traffic
@@ -93,7 +93,7 @@ class PackedWorker:
         content = self.worker.gradient if uplink is None else uplink.packed
         first = content.clone()
         for attempt in range(losses + 1):
-            lease = self.server.buffers.try_acquire()
+            lease = self.server._traffic.uploads.try_acquire()
             assert lease is not None
             frames.memory_of(lease.tensor)[:] = frames.memory_of(content)
             assert torch.equal(content.view(torch.uint8), first.view(torch.uint8)), "repeated with the same bytes"
@@ -181,7 +181,7 @@ def test_each_push_counts_once_and_each_worker_holds_what_the_server_believes(
             bound = {"fp32": 0.0, "bf16": 2**-8, "int8": 1e-2}[options.download]
             assert float((worker.worker.model - theta)[:numel].abs().max()) <= bound
             assert torch.equal(worker.worker.model[numel:], theta[numel:])
-        assert server._traffic._exact.in_use == server.buffers.in_use == 0
+        assert server._traffic._exact.in_use == server._traffic.uploads.in_use == 0
 
     server.stop()
     for worker in workers:
@@ -213,7 +213,7 @@ def test_final_model_is_exact(download: Any) -> None:
     for worker in workers:
         worker.train(2, 1e-2)
         push = worker.worker.make_push(final=True)
-        lease = server.buffers.try_acquire()
+        lease = server._traffic.uploads.try_acquire()
         assert lease is not None
         lease.tensor.copy_(worker.worker.uplink.packed)  # type: ignore[union-attr]
         server.push(push, lease, worker.channel)
@@ -271,7 +271,7 @@ def test_memory_of_a_quarantined_worker_is_freed() -> None:
             break
         workers[1].train(seed, 1e-2)
         workers[1].binding.tensors()[0].data.fill_(math.nan)
-        lease = server.buffers.try_acquire()
+        lease = server._traffic.uploads.try_acquire()
         assert lease is not None
         push = workers[1].worker.make_push()
         lease.tensor.copy_(workers[1].worker.gradient)

@@ -14,21 +14,24 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
 
     from lightning_async_localsgd.policies.plan import RunBudget
+    from lightning_async_localsgd.runtime.settings import RuntimeSettings
 
 
-def announce(trainer: pl.Trainer, budget: RunBudget, workers: int, name: str) -> None:
+def announce(trainer: pl.Trainer, settings: RuntimeSettings, workers: int, name: str) -> None:
     """Log on rank 0 how many workers train, how the budget is counted, and where the run's files go.
 
     Args:
         trainer: the trainer.
-        budget: budget of the run.
+        settings: settings of the run, with its budget and its synchronous beginning.
         workers: number of workers that the run is started with.
         name: name of the strategy.
 
     """
     every = strategy_of(trainer).checkpoint_every
     folder = folder_of(trainer) if trainer.is_global_zero and every is not None else None
-    text = f"{name}: {_budget_text(budget, workers, trainer)}."
+    text = f"{name}: {_budget_text(settings.budget, workers, trainer)}."
+    if settings.sync_warmup_steps > 0 and workers > 1:
+        text += f" Until step {settings.sync_warmup_steps}, they average gradients (sync_warmup_steps)."
     if folder is not None:
         text += f" The run saves itself in {folder} ({_interval_text(every)})."
     rank_zero_info(text)

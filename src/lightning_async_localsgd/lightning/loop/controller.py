@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -21,10 +22,12 @@ from lightning_async_localsgd.lightning.loop.progress_bar import GlobalProgressB
 from lightning_async_localsgd.lightning.loop.rank_zero_callbacks import RestingCallbacks
 from lightning_async_localsgd.lightning.loop.schedules import ProgressSchedulers
 from lightning_async_localsgd.lightning.loop.step_counting import StepCounter
+from lightning_async_localsgd.lightning.loop.synchronous_steps import SynchronousSteps
 from lightning_async_localsgd.lightning.loop.unchanged_validations import UnchangedValidations
-from lightning_async_localsgd.lightning.trainer_access.loop import can_stop_early
+from lightning_async_localsgd.lightning.trainer_access.loop import can_stop_early, should_accumulate
 from lightning_async_localsgd.lightning.trainer_access.strategy import strategy_of
 from lightning_async_localsgd.policies.plan import RunBudget
+from lightning_async_localsgd.runtime.global_steps import TOLERANCE
 
 if TYPE_CHECKING:
     from datetime import timedelta
@@ -129,8 +132,10 @@ class FitController:
                 # Other workers have taken the optimizer steps that torch misses here.
                 warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
                 self._apply_progress()
+        self.synchronous_steps = self._make_synchronous_steps()
+        restores.callback(self.synchronous_steps.restore)
         optimizer = torch_optimizer(trainer.strategy.optimizers[0])
-        self._step_counter = StepCounter(optimizer, lambda: self.runtime.worker.count_step())
+        self._step_counter = StepCounter(optimizer, self._count_step)
         restores.callback(self._step_counter.close)
         if trainer.is_global_zero:
             self._unchanged_validations = UnchangedValidations(trainer, runtime)
@@ -186,6 +191,7 @@ class FitController:
 
     def before_batch(self) -> None:
         """Update the counters before a batch. Callbacks have not seen the batch yet."""
+        self.synchronous_steps.before_batch()
         self._counters.before_batch()
 
     def count_batch(self, batch: Any) -> None:
@@ -193,11 +199,19 @@ class FitController:
         self._data.count_batch(batch)
         self.runtime.count_batch(batch_size(batch), batch_tokens(batch))
 
+    def average_gradients(self) -> None:
+        """In the synchronous beginning, average the gradients of all ranks. The optimizer's step is next."""
+        if self.synchronous_steps.on:
+            self.synchronous_steps.average()
+            if self._metric_sync is not None:
+                self._metric_sync.receive()  # All ranks take the step with the same learning rates.
+
     def end_step(self) -> None:
         """End an optimizer step, which a gradient scaler may have skipped."""
         if self.runtime.stopped:
             return
-        adopted = self.runtime.end_step()
+        is_synchronous = self.synchronous_steps.on
+        adopted = self.runtime.end_synchronous_step() if is_synchronous else self.runtime.end_step()
         is_last_batch = self._trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         if self.ends_with_this_epoch and is_last_batch and not self.runtime.stopped:
             # All ranks wait here for each other, so that the final model is validated and saved.
@@ -205,11 +219,12 @@ class FitController:
             self.runtime.finish(stop=False)
         if adopted:
             self._adapt_to_adopted_model()
-        self._apply_progress()
+        self._apply_progress(exact=is_synchronous)
 
     def after_batch(self) -> None:
         """Update the counters after a batch. Callbacks have not run their hooks for its end yet."""
         self._step_counter.end_batch()
+        self.synchronous_steps.after_batch(stepped=not should_accumulate(self._trainer))
         self._counters.after_batch()
         if self._delegated is not None:
             self._delegated.poll()
@@ -343,6 +358,13 @@ class FitController:
         if self.runtime.recall_rounds():
             self._end_recalled_round()
 
+    def _make_synchronous_steps(self) -> SynchronousSteps:
+        return SynchronousSteps(self._trainer, self.runtime)
+
+    def _count_step(self) -> None:
+        if not self.runtime.worker.synchronous:  # Otherwise its gradients have been counted.
+            self.runtime.worker.count_step()
+
     def _end_recalled_round(self) -> None:
         self.runtime.end_round()
         self._adapt_to_adopted_model()
@@ -361,11 +383,18 @@ class FitController:
                     torch_optimizer(optimizer), self.runtime.worker.diverged, self.runtime.worker.optimizer_reset
                 )
 
-    def _apply_progress(self) -> None:
-        """Step schedulers up to the current progress, and end the trainer's loop if training has ended."""
+    def _apply_progress(self, exact: bool = False) -> None:
+        """Step schedulers up to the current progress, and end the trainer's loop if training has ended.
+
+        Args:
+            exact: whether a synchronous step has ended. Its schedules follow the steps that the server has counted, so
+                that all ranks have the same learning rates. Ranks may estimate differently.
+
+        """
         if self.runtime.stopped:
             self._counters.finish()
-        self._schedulers.advance(self._scheduled_steps)
+        steps = math.floor(self.runtime.global_steps + TOLERANCE) if exact else self._scheduled_steps
+        self._schedulers.advance(steps)
         if self._metric_sync is not None:
             self._metric_sync.receive()
         if self.runtime.stopped:

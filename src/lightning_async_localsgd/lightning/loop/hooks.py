@@ -58,6 +58,11 @@ class LoopHooks(Callback):
             controller.before_batch()
 
     @override
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+        if (controller := self._strategy.controller) is not None:
+            controller.average_gradients()
+
+    @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

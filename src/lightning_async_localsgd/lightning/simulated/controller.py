@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from lightning_async_localsgd.lightning.loop.controller import FitController
 from lightning_async_localsgd.lightning.loop.optimizer_reset import torch_optimizer
+from lightning_async_localsgd.lightning.simulated.synchronous_steps import SimulatedSynchronousSteps
 from lightning_async_localsgd.lightning.simulated.worker_states import WorkerStates, unexchanged_buffers
 from lightning_async_localsgd.lightning.trainer_access.loop import should_accumulate
 from lightning_async_localsgd.runtime.global_steps import TOLERANCE
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from lightning_async_localsgd.lightning.loop.limits import SuspendedLimits
+    from lightning_async_localsgd.lightning.loop.synchronous_steps import SynchronousSteps
     from lightning_async_localsgd.lightning.simulated.data import SimulatedData
     from lightning_async_localsgd.policies.plan import RunBudget
     from lightning_async_localsgd.simulation.runtime import SimulatedRuntime
@@ -89,6 +91,7 @@ class SimulatedFitController(FitController):
         )
         if self._restored_states:
             self._worker_states.load_state_dict(self._restored_states)
+        self._step_buffers: dict[str, Tensor] = {}
         self._drop_lost_workers()
         self._begin_round()
         self._worker_states.begin_shared_hooks()  # The hooks before the first batch: the first epoch begins.
@@ -102,9 +105,15 @@ class SimulatedFitController(FitController):
         super().after_epoch()
 
     @override
+    def _make_synchronous_steps(self) -> SynchronousSteps:
+        return SimulatedSynchronousSteps(self._trainer, self.runtime, self._data, self._begin_contribution)
+
+    @override
     def before_batch(self) -> None:
         self._worker_states.share_changes(end=True)
         super().before_batch()
+        if self.runtime.worker.synchronous:
+            return  # All workers follow the steps that the server has counted.
         if not should_accumulate(self._trainer):
             worker = self.runtime.worker
             worker.scheduler_steps = max(worker.scheduler_steps, self._step_of_worker())
@@ -112,6 +121,9 @@ class SimulatedFitController(FitController):
     @override
     def end_step(self) -> None:
         if self.runtime.stopped:
+            return
+        if self.runtime.worker.synchronous:
+            self._end_synchronous_step()
             return
         reply = self.runtime.worker.reply
         over = self.runtime.end_step()
@@ -132,6 +144,7 @@ class SimulatedFitController(FitController):
     def finish(self) -> None:
         if not self.runtime.stopped:
             self._leave_weights()
+            self._share_synchronous_state()
             super().finish()
             self._load_last_state()
             self._schedulers.advance(self._counters.steps)
@@ -189,15 +202,50 @@ class SimulatedFitController(FitController):
         """
         runtime = self.runtime
         self._leave_weights()
+        self._share_synchronous_state()
         runtime.next_round(final)
         while not runtime.stopped and self._budget.ends_with_data and not self._data.has_data(runtime.worker):
             runtime.next_round(final=True)
         self._drop_lost_workers()
         if runtime.stopped:
             self._load_last_state()
+        elif runtime.worker.synchronous:
+            self._arrive_at_weights()
+            self._begin_contribution()
         else:
             self._begin_round()
         return runtime.stopped
+
+    def _end_synchronous_step(self) -> None:
+        """End an optimizer step that all workers have taken. Then another step begins, or the first rounds."""
+        is_last = self.runtime.end_synchronous_step()
+        self._apply_progress(exact=True)
+        simulator = self.runtime.simulator
+        for number in simulator.members:
+            simulator.live[number].scheduler_steps = math.floor(self.runtime.global_steps + TOLERANCE)
+        if is_last:
+            if self._next_round(final=False):
+                self._data_ended = self._budget.ends_with_data and not self._trainer.should_stop
+                self._apply_progress()
+            return
+        self.runtime.begin_next_round()
+        self._note_step_buffers()
+
+    def _note_step_buffers(self) -> None:
+        runtime = self.runtime
+        unexchanged = unexchanged_buffers(runtime.module, runtime.binding.tensors())
+        self._step_buffers = {name: buffer.clone() for name, buffer in unexchanged.items()}
+
+    def _begin_contribution(self) -> None:
+        """Give the current worker the buffers with which all workers begin the step."""
+        self.runtime.restore_buffers()
+        for name, value in self._step_buffers.items():
+            set_buffer(self.runtime.module, name, value)
+
+    def _share_synchronous_state(self) -> None:
+        """In the synchronous beginning, give all workers the state that all of them have reached."""
+        if self.runtime.worker.synchronous:
+            self._worker_states.share({0, *self.runtime.simulator.members})
 
     def _exchanged_value(self, buffer: str) -> Tensor | None:
         layout = self.runtime.binding.layout
@@ -240,6 +288,8 @@ class SimulatedFitController(FitController):
         worker = self.runtime.worker
         self._worker_states.load(worker.number)
         self._arrive_at_weights()
+        if worker.synchronous:
+            self._note_step_buffers()
         if worker.reply is not worker.pending_reply:
             return  # With overlap, the worker continues from its local model.
         worker.load_moments()

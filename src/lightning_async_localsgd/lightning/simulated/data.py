@@ -134,6 +134,9 @@ class SimulatedData(TrainingData):
 
     Attributes:
         last: whether the last returned batch is the last one of Lightning's epoch.
+        ends_local_step: whether a local step ends with the last returned batch.
+        begins_contribution: in the synchronous beginning, whether a worker's contribution to a step begins with it.
+        ends_contribution: in the synchronous beginning, whether a worker's contribution to a step ends with it.
 
     """
 
@@ -147,6 +150,7 @@ class SimulatedData(TrainingData):
     ) -> None:
         super().__init__(trainer, workers, seed, leased and worker_data is None, None)
         self.last = False
+        self.ends_local_step = self.begins_contribution = self.ends_contribution = True
         self._worker_data = worker_data
         self._own_loaders: dict[int, CombinedLoader] = {}
         # Session and batches of each worker: a worker that comes back gets a new session.
@@ -192,6 +196,7 @@ class SimulatedData(TrainingData):
 
         """
         self._runtime = runtime
+        runtime.has_data = self.has_data
         self._on_exhausted = on_exhausted
         self._epochs = epochs
 
@@ -278,7 +283,26 @@ class SimulatedData(TrainingData):
         batches.batches_in_step = 0 if self._window_ends else batches.batches_in_step + 1
         self._batches += 1
         self.last = self._window_ends and self._is_last(batches)
+        self.ends_local_step = self._window_ends
+        if runtime.worker.synchronous:
+            self._plan_contribution(runtime, batches)
         return batch
+
+    def _plan_contribution(self, runtime: SimulatedRuntime, batches: _WorkerBatches) -> None:
+        """Decide whether a contribution to a synchronous step begins and ends with the last returned batch.
+
+        The optimizer takes the step after the last contribution.
+        """
+        worker = runtime.worker
+        assert worker.current_round is not None
+        self._window_begins = self.begins_contribution = self._window_begins and worker.round_steps == 0
+        is_full = worker.round_steps + 1 >= worker.current_round.steps
+        # As in a live run, a contribution ends with its worker's epoch. A replay takes its length from the log.
+        has_ended = not runtime.replays and self.global_epochs and batches.epoch_ended()
+        self.ends_contribution = self.ends_local_step and (is_full or has_ended)
+        self._window_ends = self.ends_contribution and not any(
+            runtime.replays or self.has_data(other) for other in runtime.simulator.awaited(worker)
+        )
 
     def has_data(self, worker: VirtualWorker) -> bool:
         """Return whether a worker that has used all its batches can get another one."""

@@ -97,7 +97,7 @@ class SimulatedAsyncLocalSGDStrategy(_StrategyBase):
         dynamic_local_steps: whether slower workers take fewer local steps.
         grace: length of the grace window, in virtual seconds.
         quorum: number of workers whose pushes are merged as one step.
-        sync_warmup_steps: steps per worker of the synchronous beginning.
+        sync_warmup_steps: steps per worker of the synchronous beginning, or ``"auto"``.
         staleness: what happens to pushes from old models.
         merge: weights, average and limits; ``quorum_seconds`` is in virtual seconds.
         overlap: whether workers go on training while their pushes are in flight, see
@@ -141,7 +141,7 @@ class SimulatedAsyncLocalSGDStrategy(_StrategyBase):
         dynamic_local_steps: bool = True,
         grace: Literal["auto"] | float = "auto",
         quorum: int | Literal["all"] = 1,
-        sync_warmup_steps: int = 0,
+        sync_warmup_steps: int | Literal["auto"] = 0,
         staleness: Staleness | None = None,
         merge: MergeOptions | None = None,
         overlap: bool = False,

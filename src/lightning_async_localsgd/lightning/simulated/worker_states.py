@@ -93,6 +93,15 @@ class WorkerStates:
             state["optimizers"] = [_offload(optimizer_state) for optimizer_state in state["optimizers"]]
         self._states[worker] = state
 
+    def share(self, workers: Iterable[int]) -> None:
+        """Give workers copies of the current worker's state, because they have taken the same steps."""
+        for worker in workers:
+            if worker != self._current:
+                state = _copied({**self._read(), "buffers": self._buffers(), "left": self.left})
+                if self._on_cpu:
+                    state["optimizers"] = [_offload(optimizer_state) for optimizer_state in state["optimizers"]]
+                self._states[worker] = state
+
     def load(self, worker: int) -> None:
         """Load the state of a worker, which becomes the current one."""
         self._current = worker

@@ -55,7 +55,7 @@ def control_steps(trainer: pl.Trainer, begins: Callable[[], bool], ends: Callabl
 
     def make_zero_grad_if_step_begins(_: int, optimizer: Any) -> Callable[[], None] | None:
         # Lightning sets gradients to zero if the batch index is a multiple of accumulate_grad_batches.
-        return make_zero_grad(0 if begins() else 1, optimizer)
+        return make_zero_grad(0, optimizer) if begins() else None
 
     restores = (
         _replace_method(loop, "_should_accumulate", lambda: not ends()),

@@ -20,6 +20,11 @@ RUNS: list[tuple[Any, dict[str, Any], str]] = [
         "average). The run saves itself in {folder}/async_localsgd/{run} (every 10 min).",
     ),
     (
+        lambda: Simulated(SPEEDS, local_steps=5, checkpoint_every=None, sync_warmup_steps="auto"),
+        {"max_steps": 40, "module": NoSchedule},
+        "(max_steps=40, 40 per worker on average). Until step 4, they average gradients (sync_warmup_steps).\n",
+    ),
+    (
         lambda: Simulated(SPEEDS, local_steps=5, checkpoint_every=7),
         {"max_steps": -1, "max_epochs": 1},
         "3 workers train for 12 local steps of all together (max_epochs=1, 4 per worker on average). The run saves "

@@ -19,7 +19,7 @@ from tests.lightning_models import EMAWeightAveraging
 FOLDER = Path(ours.__file__).parent
 ACCESS = FOLDER / "trainer_access"
 
-OF_TORCH = {"_last_lr", "_version"}
+OF_TORCH = {"_last_lr", "_schedule_phases", "_schedulers", "_version"}
 """Attributes of torch's schedulers and tensors that have no public name."""
 
 OVERRIDDEN = {
