@@ -52,7 +52,6 @@ def check_processes(start_method: str, max_restarts: int, expected_workers: int 
 
     Raises:
         ValueError: An option is outside its range.
-        TypeError: ``evaluator`` is no bool.
         MisconfigurationException: The session is interactive, and the evaluator needs a script.
 
     """

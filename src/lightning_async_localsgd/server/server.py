@@ -255,8 +255,7 @@ class Server(ServerQueries):
 
     def request_validation(self, position: Mapping[str, int]) -> ValidationRequest | None:
         """Let the evaluator validate the global model as it is now, see :meth:`.Evaluations.begin`."""
-        shared = self._shared.listed
-        return self._ask(lambda coordinator: self.evaluations.begin(coordinator.model, position, shared))
+        return self._ask(lambda run: self.evaluations.begin(run.model, position, self._shared.listed))
 
     def end_evaluations(self) -> None:
         """End the evaluator, because training is over."""

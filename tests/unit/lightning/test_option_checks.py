@@ -218,3 +218,14 @@ def test_process_group_of_an_earlier_run_is_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     with pytest.raises(RuntimeError, match="destroy_process_group"):
         check_no_process_group()
+
+
+def test_run_with_an_evaluator_and_nothing_to_validate_is_refused() -> None:
+    trainer = quiet_trainer(AsyncLocalSGDStrategy(evaluator=True), max_steps=2, limit_val_batches=0)
+    with pytest.raises(ValueError, match=r"evaluator=True, but host .* has no validation data.*evaluator=False"):
+        trainer.fit(BoringModel())
+
+
+def test_evaluator_is_a_switch() -> None:
+    with pytest.raises(ValueError, match="evaluator=1 must be True or False"):
+        AsyncLocalSGDStrategy(evaluator=1)  # type: ignore[arg-type]
