@@ -93,6 +93,11 @@ class Runtime(ABC):
         """The server on rank 0; None on other ranks."""
 
     @property
+    def may_have_evaluator(self) -> bool:
+        """Whether an evaluator takes part, or may join. To join, a process needs the user's token."""
+        return self._settings.evaluator is not None or self._settings.token is not None
+
+    @property
     @abstractmethod
     def stopped(self) -> bool:
         """Whether training has ended in this process. If so, the module holds the final global model."""

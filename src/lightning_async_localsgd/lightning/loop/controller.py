@@ -140,7 +140,7 @@ class FitController:
         if trainer.is_global_zero:
             self._unchanged_validations = UnchangedValidations(trainer, runtime)
             restores.callback(self._unchanged_validations.restore)
-            if not runtime.single_process and runtime.virtual_seconds is None:
+            if runtime.may_have_evaluator:
                 self._delegated = DelegatedValidations(
                     trainer, runtime, self._bring_up_to_date, self._unchanged_validations.begin, self.end_validation
                 )

@@ -121,7 +121,7 @@ class DelegatedValidations:
 
     def end(self) -> None:
         """Wait for the result that is out, because training has ended, and end the evaluator."""
-        self._settle()
+        self._await_result()
         if self._lost is not None:
             run_validation(self._trainer)
         self._server.end_evaluations()
@@ -167,7 +167,7 @@ class DelegatedValidations:
                 return []
             if self._request():
                 return []
-        self._settle()
+        self._await_result()
         self._validate_lost(run_here)
         return run_here()
 
@@ -182,7 +182,7 @@ class DelegatedValidations:
         self._out = _Validation(request, trainer.global_step, trainer.current_epoch, logged_step(trainer))
         return True
 
-    def _settle(self) -> None:
+    def _await_result(self) -> None:
         """Wait until no validation is out."""
         while self._out is not None:
             try:
