@@ -308,6 +308,9 @@ class EchoServer:
         buffer.tensor.zero_()
         self._answer(0, buffer, channel)
 
+    def push_buffers(self, push: Push) -> BufferPool:
+        return self.buffers
+
     def push(self, push: Push, buffer: PooledBuffer | None, channel: ReplyChannel) -> None:
         assert buffer is not None
         self._answer(push.sequence, buffer, channel)

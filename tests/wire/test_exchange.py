@@ -202,6 +202,19 @@ def test_refusal_ends_join(open_wire: OpenWire, wire: WireHarness) -> None:
         wire.worker(endpoints, fake).join(hello(fake.layout), torch.zeros(1000))
 
 
+def test_refusal_is_read_after_the_connection_has_ended(open_wire: OpenWire, wire: WireHarness) -> None:
+    fake, server, endpoints = open_wire()
+    exchange = wire.worker(endpoints, fake)
+    exchange.join(hello(fake.layout), torch.zeros(1000))
+    fake.channels[1].refuse("rank 0 ended with ValueError: a bad batch")
+    server.close()
+    connection = exchange._connection
+    assert connection is not None
+    wait_for(lambda: connection._monitor.poll(0), "the worker's connection has ended")
+    with pytest.raises(ExchangeError, match="rank 0 ended with ValueError: a bad batch"):
+        exchange.check()
+
+
 def test_refusal_ends_a_waiting_push(open_wire: OpenWire, wire: WireHarness) -> None:
     fake, _, endpoints = open_wire()
     exchange = wire.worker(endpoints, fake)

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+_NO_RECONNECT = 1_000_000_000
+"""Milliseconds until libzmq would reconnect: days after a broken connection was closed. With -1, which means never,
+libzmq drops messages that have arrived but were not read when the connection ended, such as a refusal."""
+
 _ATTEMPT_SECONDS = 5.0
 """Seconds that one attempt to connect may take: name lookup, connection and handshake."""
 
@@ -117,7 +121,7 @@ class Connection:
         self._closed = False
         for option, value in (
             (zmq.LINGER, 0),
-            (zmq.RECONNECT_IVL, -1),
+            (zmq.RECONNECT_IVL, _NO_RECONNECT),
             # Queued parts of a pseudo-gradient are not copied, so they need no memory.
             (zmq.SNDHWM, 2 * frames.WINDOW),
             (zmq.RCVHWM, 2 * frames.WINDOW),
