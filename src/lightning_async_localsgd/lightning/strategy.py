@@ -434,9 +434,8 @@ class AsyncLocalSGDStrategy(_StrategyBase):
 
     @override
     def _agree_after_training(self, controller: FitController) -> None:
-        if self._rendezvous is not None:
-            assert self._fit is not None
-            agree_after_training(self._rendezvous, controller, self._fit, self.world_size)
+        assert self._fit is not None
+        agree_after_training(self._rendezvous, controller, self._fit, self.world_size, self._initial_workers)
 
     @override
     def on_exception(self, exception: BaseException) -> None:
