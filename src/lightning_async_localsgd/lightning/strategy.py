@@ -214,7 +214,8 @@ class AsyncLocalSGDStrategy(_StrategyBase):
         check_hosts = adopt_ranks(self, self.exchange.start_timeout)
         joins_late = self._joins_late
         if not joins_late:  # A late joiner is not one of the workers that the run was started with.
-            others_may_join = self._token() is not None
+            # No process but those of the run knows the address of a Unix socket.
+            others_may_join = self._token() is not None and self.exchange.transport != "ipc"
             check_workers(self.expected_workers, self.min_workers, self.world_size, others_may_join)
             self.merge_policy.check_workers(self._initial_workers, others_may_join, self.outer_optimizer, self.grace)
         if self._start_method == "popen" or joins_late:

@@ -22,6 +22,8 @@ from lightning_async_localsgd.protocol.messages import JoinInfo
 
 TOKEN = "of-a-run-that-does-not-exist"
 
+IPC = ExchangeOptions(token=TOKEN, transport="ipc")
+
 TORCHRUN = {"RANK": "4", "WORLD_SIZE": "5", "LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "3", "GROUP_RANK": "1",
             "GROUP_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # fmt: skip
 
@@ -122,7 +124,9 @@ def test_expected_workers_must_be_a_number_of_workers(value: Any) -> None:
     [
         ({"expected_workers": 1, "exchange": ExchangeOptions(token=TOKEN)}, "expected_workers=1, but 2 ranks"),
         ({"expected_workers": 5}, "expected_workers=5 waits for 3 worker.*ASYNC_LOCALSGD_TOKEN"),
-        ({"min_workers": 3}, "min_workers=3 is larger than the 2 worker.* set a token"),
+        ({"min_workers": 3}, "min_workers=3 is larger than the 2 worker.* set ASYNC_LOCALSGD_TOKEN"),
+        ({"expected_workers": 5, "exchange": IPC}, "expected_workers=5 waits for 3 worker.*transport='auto' or 'tcp'"),
+        ({"min_workers": 3, "exchange": IPC}, "min_workers=3 is larger than the 2 worker.*transport='auto' or 'tcp'"),
     ],
 )
 def test_workers_that_cannot_come_are_refused_when_the_trainer_is_made(
