@@ -362,7 +362,7 @@ class Server(ServerQueries):
                 channel.refuse(reason)
             return
         older = self._coordinator.session_of(hello.worker)
-        reason = self._traffic.check(hello, len(self._coordinator.live))
+        reason = self._traffic.check(hello, len(set(self._coordinator.live) - {hello.worker}))
         reason = reason or self._coordinator.join(hello, self._clock())
         if reason is not None:
             channel.refuse(reason)
