@@ -48,6 +48,30 @@ def test_ranks_and_sizes_come_from_the_environment(
     assert strategy.distributed_sampler_kwargs == {"num_replicas": 5, "rank": 4}
 
 
+@pytest.mark.parametrize("method", ["spawn", "fork", "forkserver"])
+@pytest.mark.parametrize(
+    ("environment", "variables", "launcher"),
+    [
+        (TorchElasticEnvironment, TORCHRUN, "torchrun"),
+        (SLURMEnvironment, SLURM, "SLURM"),
+        (LightningEnvironment, {"LOCAL_RANK": "0"}, "a launcher that sets LOCAL_RANK"),
+    ],
+)
+def test_ranks_are_not_started_twice(
+    monkeypatch: pytest.MonkeyPatch, method: Any, environment: Any, variables: dict[str, str], launcher: str
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    options = {"devices": "auto", "num_nodes": 2, "accelerator": "cpu", "logger": False}
+    text = f"start_method='{method}' starts ranks, but {launcher} has started them already; use strategy='async_local"
+    with pytest.raises(ValueError, match=text):
+        L.Trainer(strategy=AsyncLocalSGDStrategy(start_method=method), plugins=[environment()], **options)
+    monkeypatch.setenv("ASYNC_LOCALSGD_JOIN", "tcp://127.0.0.1:1")
+    monkeypatch.setenv("ASYNC_LOCALSGD_TOKEN", TOKEN)
+    joins = L.Trainer(strategy=AsyncLocalSGDStrategy(start_method=method), plugins=[environment()], **options)
+    assert isinstance(joins.strategy.launcher, AsyncScriptLauncher)
+
+
 @pytest.mark.parametrize(
     ("trainer", "words"),
     [

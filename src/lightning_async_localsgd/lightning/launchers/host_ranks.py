@@ -82,6 +82,24 @@ class JoiningEnvironment(LightningEnvironment):
         """Do nothing: the number of ranks does not follow from the devices of this host."""
 
 
+def check_start_method(environment: ClusterEnvironment, start_method: str) -> None:
+    """Check that the strategy need not start ranks that something else has started.
+
+    Args:
+        environment: ranks and addresses of the run.
+        start_method: how the strategy starts ranks. With ``"popen"`` it starts only those that are missing.
+
+    Raises:
+        ValueError: The ranks are started already.
+
+    """
+    if start_method != "popen" and environment.creates_processes_externally:
+        raise ValueError(
+            f"start_method={start_method!r} starts ranks, but {_launcher_of(environment)} has started them already; "
+            "use strategy='async_localsgd', which is start_method='popen'"
+        )
+
+
 def adopt_ranks(strategy: DDPStrategy, timeout: float) -> Callable[[], None]:
     """Give the strategy a device for each rank of this host, if torchrun or SLURM has started the ranks.
 
@@ -116,6 +134,16 @@ def adopt_ranks(strategy: DDPStrategy, timeout: float) -> Callable[[], None]:
         return partial(_end_run, None if joins else started_by, timeout, error)
     strategy.parallel_devices = (devices * ranks.here if count < ranks.here else devices)[: ranks.here]
     return lambda: None
+
+
+def _launcher_of(environment: ClusterEnvironment) -> str:
+    if isinstance(environment, TorchElasticEnvironment):
+        return "torchrun"
+    if isinstance(environment, SLURMEnvironment):
+        return "SLURM"
+    if type(environment) is LightningEnvironment:
+        return "a launcher that sets LOCAL_RANK"
+    return f"the launcher of {type(environment).__name__}"
 
 
 def _end_run(environment: ClusterEnvironment | None, timeout: float, error: ValueError) -> NoReturn:
