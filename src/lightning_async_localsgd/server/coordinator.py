@@ -184,6 +184,7 @@ class Coordinator:
             return rejection.text
         if push.sequence <= session.sequence:
             self._answer_again(push, session, now)
+            self._update_minimum(now)
             return None
         session.staleness = 0
         refused = self._check(push, gradient, session) or self._merge(push, gradient, result, session)

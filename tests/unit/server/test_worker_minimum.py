@@ -47,6 +47,17 @@ def test_session_that_comes_back_ends_the_pause() -> None:
     assert workers.push(1, 8.0).keys() == {1}
 
 
+def test_repeated_push_of_a_lost_worker_ends_the_pause() -> None:
+    workers = started(3, 3)
+    last = workers.send(1, 1.0)
+    workers.leave(1, 2.0)
+    workers.push(0, 3.0)
+    assert workers.coordinator.push(last, None, 4.0) is None
+    snapshot = workers.coordinator.snapshot()
+    assert (snapshot.paused, snapshot.paused_seconds) == (False, 2.0)
+    assert workers.dispatch(4.0).keys() == {0, 1}
+
+
 def test_late_joiner_ends_the_pause_and_its_departure_begins_another() -> None:
     workers = started()
     workers.leave(1, 1.0)
