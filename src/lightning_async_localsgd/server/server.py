@@ -303,7 +303,7 @@ class Server(ServerQueries):
 
     def stop(self) -> None:
         """End training once every worker has pushed its round."""
-        self._loop.submit(self._coordinator.stop)
+        self._loop.submit(lambda: self._coordinator.stop(self._clock()))
 
     def raise_failure(self) -> None:
         """Raise the error that ended the server, if there is one.
@@ -447,6 +447,7 @@ class Server(ServerQueries):
         now = self._clock()
         if self.gave_up is None and (failure := self._coordinator.minimum.failure(now)) is not None:
             self.gave_up = failure
+            self._coordinator.minimum.end(now)
             self._refuse_all(failure)
         if self._ended is not None:
             self._publish()

@@ -360,7 +360,7 @@ class Run(Network):
     @precondition(lambda self: len(self.gradients) > 10)
     @rule()
     def stop(self) -> None:
-        self.coordinator.stop()
+        self.coordinator.stop(self.now)
         self.flush()
 
 

@@ -181,7 +181,7 @@ def test_stop_merges_held_pushes_and_those_that_still_arrive() -> None:
     cluster = cluster_of(quorum="all", total=None)
     cluster.join_all(3)
     cluster.push(0, 1.0)
-    cluster.coordinator.stop()
+    cluster.coordinator.stop(1.0)
     assert cluster.dispatch(1.0) == {}
     assert cluster.coordinator.recalled() == {1: 0, 2: 0}
     assert cluster.push(1, 2.0, steps=3) == {}

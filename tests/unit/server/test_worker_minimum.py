@@ -108,7 +108,8 @@ def test_stop_ends_a_pause() -> None:
     workers.leave(2, 1.0)
     workers.push(0, 2.0)
     workers.push(1, 3.0, stop=True)
-    assert not workers.coordinator.snapshot().paused
+    snapshot = workers.coordinator.snapshot()
+    assert (snapshot.paused, snapshot.pauses, snapshot.paused_seconds) == (False, 1, 2.0)
     assert workers.coordinator.finished
 
 
@@ -134,6 +135,7 @@ def test_too_long_a_pause_ends_the_run_for_all_and_the_model_can_be_saved() -> N
     now[0] = 60.0
     server.dispatch_due()
     assert server.deadline is None
+    assert (server.snapshot.paused, server.snapshot.paused_seconds) == (False, 60.0)
     assert "exchange.pause_timeout=60 s" in channels[0].refusals[0]
     with pytest.raises(TooFewWorkersError, match="min_workers=2"):
         server.raise_failure()
