@@ -49,7 +49,7 @@ from lightning_async_localsgd.lightning.option_checks import (
 from lightning_async_localsgd.lightning.registration import register_names
 from lightning_async_localsgd.lightning.strategy_base import _StrategyBase
 from lightning_async_localsgd.lightning.trainer_access.launchers import script_command
-from lightning_async_localsgd.lightning.trainer_access.loop import run_validations_in
+from lightning_async_localsgd.lightning.trainer_access.loop import raise_if_sigterm, run_validations_in
 from lightning_async_localsgd.lightning.trainer_access.strategy import sync_module_states, trainer_of
 from lightning_async_localsgd.outer import OuterOptimizer
 from lightning_async_localsgd.protocol.checks import check_bool
@@ -398,6 +398,7 @@ class AsyncLocalSGDStrategy(_StrategyBase):
             evaluator = EvaluatorProcess(*script_command())
             self._environment.callback(evaluator.end)
             settings = replace(settings, evaluator=evaluator)
+        settings = replace(settings, check_signals=partial(raise_if_sigterm, self._trainer))
         module, place = self.lightning_module, (self.global_rank, self._initial_workers, self.world_size)
         runtime = LiveRuntime(settings, module, self._rendezvous, *place, restored, raise_if_rank_missing, fit.grant)
         if runtime.join_address is not None:

@@ -107,7 +107,8 @@ class ServerAccess:
         self.server = self._make_server(info, restored, single_worker)
         if not single_worker:
             self._open_wire(self.server, rendezvous)
-        return LocalExchange(self.server, self._binding.read if self._exact() else None, watch)
+        read_weights = self._binding.read if self._exact() else None
+        return LocalExchange(self.server, read_weights, watch, self._settings.check_signals)
 
     def find_server(self, rendezvous: Rendezvous) -> WireExchange:
         """Connect a rank above 0 to the server whose endpoints rank 0 has published.
@@ -141,6 +142,7 @@ class ServerAccess:
             silence_timeout=self._settings.exchange.silence_timeout,
             connect_timeout=self._settings.exchange.start_timeout,
             download=codec_of(self._binding.layout, self._settings.exchange.download),
+            check_signals=self._settings.check_signals,
         )
 
     def wait_for_workers(self, watch: Callable[[], None]) -> None:
@@ -161,6 +163,7 @@ class ServerAccess:
             )  # fmt: skip
         while (missing := self.server.missing_workers - 1) > 0:  # Rank 0's own worker joins after this.
             watch()
+            self._settings.check_signals()
             if time.monotonic() > deadline:
                 ranks = [f"worker {rank}" for rank in self.server.missing if rank > 0]
                 others = missing - len(ranks)
@@ -175,6 +178,7 @@ class ServerAccess:
             self.server.raise_failure()
             evaluator.raise_if_ended()
             watch()
+            self._settings.check_signals()
             if time.monotonic() > deadline:
                 raise RendezvousError(
                     f"the evaluator did not join within exchange.start_timeout={timeout:g} s; see its output"
