@@ -34,7 +34,7 @@ from lightning_async_localsgd.lightning.checkpoints.optimizer_states import resu
 from lightning_async_localsgd.lightning.data.training_data import TrainingData
 from lightning_async_localsgd.lightning.evaluator import check_can_evaluate, evaluate
 from lightning_async_localsgd.lightning.fit_state import FitState
-from lightning_async_localsgd.lightning.launchers.host_ranks import JoiningEnvironment, adopt_ranks, check_start_method
+from lightning_async_localsgd.lightning.launchers.host_ranks import JoiningEnvironment, adopt_ranks
 from lightning_async_localsgd.lightning.launchers.process_launcher import AsyncProcessLauncher
 from lightning_async_localsgd.lightning.launchers.script_launcher import AsyncScriptLauncher
 from lightning_async_localsgd.lightning.loop.controller import FitController
@@ -212,9 +212,7 @@ class AsyncLocalSGDStrategy(_StrategyBase):
         assert self.cluster_environment is not None
         check_plugins(self, self.strategy_name, self._start_method)
         joins_late = self._joins_late
-        if not joins_late:  # Ranks that join are started like those of "popen", whatever the start method.
-            check_start_method(self.cluster_environment, self._start_method)
-        check_hosts = adopt_ranks(self, self.exchange.start_timeout)
+        check_hosts = adopt_ranks(self, self._start_method, self.exchange.start_timeout)
         if not joins_late:  # A late joiner is not one of the workers that the run was started with.
             # No process but those of the run knows the address of a Unix socket.
             others_may_join = self._token() is not None and self.exchange.transport != "ipc"

@@ -186,7 +186,7 @@ def test_each_rank_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch, found: 
         accelerator=SimpleNamespace(auto_device_count=lambda: found),
         num_nodes=2,
     )
-    check = adopt_ranks(strategy, timeout=1.0)
+    check = adopt_ranks(strategy, "popen", timeout=1.0)
     if used is None:
         with pytest.raises(ValueError, match=r"has 3 rank\(s\) .* its Trainer has 2 device\(s\)"):
             check()
