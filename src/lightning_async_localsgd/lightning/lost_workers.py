@@ -35,7 +35,8 @@ def lost_ranks(runtime: Runtime, rendezvous: Rendezvous, lost: Iterable[int]) ->
 def lost_workers(runtime: Runtime, live: set[int], ranks: int, workers: int) -> list[int]:
     """Return the workers of the beginning that were lost. Rank 0 only.
 
-    A rank must still be connected. A worker that has joined by hand leaves as soon as it has the final model.
+    A rank must still be connected. A worker that has joined by hand leaves as soon as it has the final model. A number
+    with which no worker has ever joined is not lost.
 
     Args:
         runtime: rank 0's part in training.
@@ -47,7 +48,7 @@ def lost_workers(runtime: Runtime, live: set[int], ranks: int, workers: int) -> 
     assert runtime.server is not None
     there = live | {worker for worker in runtime.present_workers() if worker >= ranks}
     sound = there - runtime.server.quarantined
-    return [worker for worker in range(workers) if worker not in sound]
+    return [worker for worker in sorted(runtime.totals()) if 0 <= worker < workers and worker not in sound]
 
 
 def agree_after_training(

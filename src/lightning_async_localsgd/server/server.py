@@ -243,7 +243,7 @@ class Server(ServerQueries):
 
     def new_number(self) -> int:
         """Return a number for a late joiner."""
-        return self._ask(lambda coordinator: coordinator.membership.new_number())
+        return self._ask(lambda coordinator: coordinator.membership.new_number(self._clock()))
 
     def dispatch_due(self) -> None:
         """Dispatch the workers that are due by now. A server with its own thread does so itself."""
@@ -432,7 +432,7 @@ class Server(ServerQueries):
         if refused is None and worker == EVALUATOR:
             refused = self.evaluations.check_join()
         elif refused is None:
-            worker, refused = self._coordinator.membership.admit(worker)
+            worker, refused = self._coordinator.membership.admit(worker, self._clock())
         return dataclasses.replace(self.join_info, incarnation=self.incarnation, worker=worker, refused=refused)
 
     # ------------------------------------------------------------------ dispatches

@@ -15,6 +15,7 @@ from lightning_async_localsgd.lightning.lost_workers import (
     lost_workers,
     raise_if_lost,
 )
+from lightning_async_localsgd.server.run_stats import FORMER
 
 FAULT = "it ended with AttributeError: no folder"
 
@@ -62,7 +63,7 @@ def test_each_reason_is_said() -> None:
         ({0, 1}, {2}, set(), []),  # Worker 2 joined by hand, and left with the final model.
         ({0, 1}, set(), set(), [2]),
         ({0}, {1, 2}, set(), [1]),  # A rank has to be there when all ranks meet.
-        ({0, 1, 2, 3}, set(), {2, 3}, [2]),  # Worker 3 is a late joiner.
+        ({0, 1, 2, 4}, set(), {2, 4}, [2]),  # Worker 4 is a late joiner, and no worker has ever had the number 3.
     ],
 )
 def test_workers_of_the_beginning_that_joined_by_hand_are_missed_like_ranks(
@@ -72,13 +73,17 @@ def test_workers_of_the_beginning_that_joined_by_hand_are_missed_like_ranks(
         server=SimpleNamespace(quarantined=quarantined),
         live_workers=lambda: live,
         present_workers=lambda: live | stayed,
+        totals=lambda: dict.fromkeys((FORMER, 0, 1, 2, 4)),
     )
-    assert lost_workers(runtime, live, ranks=2, workers=3) == lost
+    assert lost_workers(runtime, live, ranks=2, workers=4) == lost
 
 
 def test_single_rank_misses_workers_that_joined_by_hand() -> None:
     server = SimpleNamespace(quarantined=set())
-    runtime = SimpleNamespace(server=server, live_workers=lambda: {0}, present_workers=lambda: {0, 2})
+    totals = dict.fromkeys(range(3))
+    runtime = SimpleNamespace(
+        server=server, live_workers=lambda: {0}, present_workers=lambda: {0, 2}, totals=lambda: totals
+    )
     controller: Any = SimpleNamespace(runtime=runtime)
     fit = FitState(1, 0)
     agree_after_training(None, controller, fit, ranks=1, workers=3)

@@ -86,7 +86,7 @@ def test_joining_worker_is_dispatched_at_once_and_waited_for() -> None:
     cluster = cluster_of(workers=2, quorum="all")
     cluster.join_all(2)
     cluster.push(0, 1.0)
-    number = cluster.coordinator.membership.new_number()
+    number = cluster.coordinator.membership.new_number(0.0)
     assert set(cluster.join(number, 2.0)) == {number}
     assert cluster.push(1, 3.0) == {}
     assert set(cluster.push(number, 4.0)) == {0, 1, number}

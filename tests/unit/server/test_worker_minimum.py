@@ -62,7 +62,7 @@ def test_late_joiner_ends_the_pause_and_its_departure_begins_another() -> None:
     workers = started()
     workers.leave(1, 1.0)
     workers.push(0, 5.0)
-    number = workers.coordinator.membership.new_number()
+    number = workers.coordinator.membership.new_number(0.0)
     assert workers.join(number, 7.0).keys() == {0, number}
     workers.leave(number, 8.0)
     assert workers.push(0, 9.0) == {}
@@ -72,7 +72,7 @@ def test_late_joiner_ends_the_pause_and_its_departure_begins_another() -> None:
 def test_more_workers_than_at_the_start_may_be_needed() -> None:
     workers = started(1, 2)
     assert workers.replies == {}
-    assert workers.join(workers.coordinator.membership.new_number(), 3.0).keys() == {0, 1}
+    assert workers.join(workers.coordinator.membership.new_number(0.0), 3.0).keys() == {0, 1}
 
 
 @pytest.mark.parametrize("grace", [5.0, "auto"])
