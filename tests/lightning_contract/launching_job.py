@@ -207,9 +207,12 @@ def more_callbacks(out: Path, options: dict[str, Any]) -> list[L.Callback]:
         callbacks.append(SlowValidation(out))
     if options.get("boots_for_long"):
         callbacks.append(SlowBoot(out))
-    for text, file in (("inject", "injected"), ("training is paused", "paused")):
-        logging.getLogger("lightning_async_localsgd").addHandler(Notice(text, out / file))
+    # A logger with a handler of its own does not print its warnings any more.
+    log = logging.getLogger("lightning_async_localsgd")
+    if "min_workers" in options.get("own_strategy", {}):
+        log.addHandler(Notice("training is paused", out / "paused"))
     if "fault" in options:
+        log.addHandler(Notice("inject", out / "injected"))
         fault = options["fault"]
         callbacks.append(FaultInjection([Fault(**{**fault, "kind": FaultKind[fault["kind"]]})]))
     if options.get("saves_on_exception"):
