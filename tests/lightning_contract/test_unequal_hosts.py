@@ -83,7 +83,7 @@ def test_run_waits_for_its_expected_workers_and_a_host_joins_with_all_devices(st
     joins = started.start(line(2), ASYNC_LOCALSGD_TOKEN=TOKEN, ASYNC_LOCALSGD_JOIN=address)
     rank_0 = started.start(line(1), ASYNC_LOCALSGD_TOKEN=TOKEN)
     text = succeed(started, rank_0, joins)
-    assert "waiting for 2 worker(s) to join at tcp://" in text
+    assert re.search(r"waiting for [12] worker\(s\) to join at tcp://", text), "one may be there already"
     assert f"3 workers train for {3 * STEPS} local steps of all together (max_steps={STEPS}" in text
     assert text.count("joining the run at") == 2
     assert "lost before the end" not in text
