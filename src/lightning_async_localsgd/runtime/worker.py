@@ -54,6 +54,7 @@ class Worker(WorkerBase):
         if self.optimizer_weights is not None:
             self._left = self.optimizer_weights.start()
         reply = self.exchange.join(self.hello, self._model)
+        assert not reply.averaged, "a worker that joins needs a model, not a mean of gradients"
         self.adopt(reply)
         return reply
 

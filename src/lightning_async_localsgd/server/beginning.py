@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from lightning_async_localsgd.policies.pacing import SpeedAwareSteps
     from lightning_async_localsgd.policies.synchronous_beginning import SynchronousBeginning
     from lightning_async_localsgd.policies.worker_minimum import WorkerMinimum
-    from lightning_async_localsgd.protocol.messages import Hello, Push
+    from lightning_async_localsgd.protocol.messages import Push
     from lightning_async_localsgd.server.global_model import GlobalModel
     from lightning_async_localsgd.server.sessions import WorkerSession
 
@@ -129,12 +129,18 @@ class Beginning:
         if push.final or broken:
             self._members.pop(push.worker, None)
 
-    def join_again(self, hello: Hello) -> bool:
-        """Answer the hello of a member again that did not receive its first dispatch. Return whether it is one."""
-        session = self._live.get(hello.worker)
-        if session is None or session.id != hello.session or hello.reconnecting or not session.computing:
-            return False
-        return self.repeat(hello.worker, 0)
+    def join_again(self, worker: int, session: WorkerSession | None) -> bool:
+        """Answer the hello of a member again that did not receive its first dispatch.
+
+        Args:
+            worker: the worker's number.
+            session: the live session that has sent the hello; None if it is new, or reconnects.
+
+        Returns:
+            Whether the session is such a member.
+
+        """
+        return session is not None and session.computing and self.repeat(worker, 0)
 
     def leave(self, worker: int, session: str, now: float) -> None:
         """Note that a session was lost."""

@@ -226,9 +226,12 @@ def _gradient(worker: int, sequence: int, reply: Reply) -> Push:
     )  # fmt: skip
 
 
-def test_first_dispatch_that_was_lost_comes_again() -> None:
+@pytest.mark.parametrize("noticed", [False, True])
+def test_first_dispatch_that_was_lost_comes_again(noticed: bool) -> None:
     workers = Beginners()
     workers.gradient(1, 1.0)
+    if noticed:
+        assert workers.leave(0, 1.05) == {}
     assert workers.coordinator.join(hello(0, layout=LAYOUT), 1.1) is None
     again = workers.dispatch(1.1)
     assert set(again) == {0}
