@@ -128,6 +128,8 @@ class Worker(WorkerBase):
                 self._in_flight = BackgroundCall(lambda: self._exchange_round(push), "async_localsgd-push")
                 return False
             reply = self._send(push)
+            while reply.synchronous:  # The worker that was to hand in the weights of all could not.
+                reply = self._send(self.make_second_hand_over(reply))
         except BaseException:
             self._arrive(trains=True)  # The states of the optimizers may still be saved.
             raise
