@@ -13,6 +13,7 @@ from torch import nn
 
 from lightning_async_localsgd.protocol.buffers import BufferPool
 from lightning_async_localsgd.protocol.layout import Binding, Layout
+from lightning_async_localsgd.runtime.live import LiveRuntime
 from lightning_async_localsgd.runtime.local_exchange import LocalExchange
 from lightning_async_localsgd.runtime.worker import Worker
 from lightning_async_localsgd.server.server import Server
@@ -81,6 +82,14 @@ class Begun:
         return float(self.modules[number].weight.detach())
 
 
+class RuntimeOf(LiveRuntime):
+    """A runtime of which a test needs only what it does with its worker."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+        self._left = False
+
+
 @pytest.mark.parametrize("broken", [set(), {0}, {0, 1}])
 def test_another_worker_hands_in_its_weights_if_those_of_the_first_are_broken(broken: set[int]) -> None:
     with Begun(3) as run:
@@ -91,3 +100,13 @@ def test_another_worker_hands_in_its_weights_if_those_of_the_first_are_broken(br
         run.call(lambda number: run.workers[number].end_round())
         assert not any(worker.synchronous for worker in run.workers)
         assert [run.weight(number) for number in range(3)] == [0.0] * 3
+
+
+def test_worker_that_leaves_within_a_synchronous_step_pushes_nothing() -> None:
+    with Begun(2) as run:
+        run.call(run.accumulate)
+        runtime = RuntimeOf(run.workers[1])
+        run.threads.submit(runtime.leave).result(timeout=20.0)
+        assert runtime.stopped
+        assert run.weight(1) == 1.0
+        assert run.server.snapshot.refused_pushes == 0
