@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import queue
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -216,9 +216,9 @@ class DelegatedValidations:
         named = {name: torch.tensor(value) for name, value in names.items() if name not in shown}
         shown.update(named)
         try:
-            for callback in callbacks_of(trainer):
-                if isinstance(callback, (Checkpoint, EarlyStopping)):
-                    with saving_as_in(callback, out.epoch):
+            with self._saving_as_in(out):
+                for callback in callbacks_of(trainer):
+                    if isinstance(callback, (Checkpoint, EarlyStopping)):
                         callback.on_validation_end(trainer, trainer.lightning_module)
             self._out = None
             self._run_waiting(out)
@@ -240,7 +240,8 @@ class DelegatedValidations:
         step = logged_step(self._trainer)
         set_logged_step(self._trainer, lost.logged_step)
         try:
-            run_here()
+            with self._saving_as_in(lost):
+                run_here()
         finally:
             set_logged_step(self._trainer, step)
             self._lost = None
@@ -249,11 +250,17 @@ class DelegatedValidations:
 
     def _run_waiting(self, validation: _Validation) -> None:
         waiting, self._waiting = self._waiting, {}
+        with self._saving_as_in(validation):
+            for action in waiting.values():
+                action()
+
+    @contextmanager
+    def _saving_as_in(self, validation: _Validation) -> Iterator[None]:
+        """Let callbacks save the model of a validation, whatever they have saved since."""
         with ExitStack() as stack:
             for callback in callbacks_of(self._trainer):
                 stack.enter_context(saving_as_in(callback, validation.epoch))
-            for action in waiting.values():
-                action()
+            yield
 
     def _log(self, values: dict[str, float], step: int | None, out: _Validation) -> None:
         if step is None:
