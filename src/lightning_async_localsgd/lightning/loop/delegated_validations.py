@@ -201,6 +201,7 @@ class DelegatedValidations:
 
     def _act(self, out: _Validation, result: dict[str, Any]) -> None:
         """Do what Lightning does when a validation ends."""
+        self._bring_up_to_date()
         trainer, metrics = self._trainer, _tensors(result["metrics"])
         stopped_before = trainer.should_stop
         shown, logged, bar = shown_metrics(trainer)
@@ -232,11 +233,19 @@ class DelegatedValidations:
         self._stops = trainer.should_stop and not stopped_before and can_stop_early(trainer)
         self._finish(result["metrics"])
 
+    def _bring_up_to_date(self) -> None:
+        """Bring the server's model up to date, which is saved in a checkpoint beside the validated model.
+
+        Without this, a run that resumes within its synchronous beginning would begin from old weights.
+        """
+        self._runtime.flush_round()
+
     def _validate_lost(self, run_here: Callable[[], Any]) -> None:
         """Validate here what a lost evaluator has not validated, at the step to which the validation belongs."""
         lost = self._lost
         if lost is None:
             return
+        self._bring_up_to_date()
         step = logged_step(self._trainer)
         set_logged_step(self._trainer, lost.logged_step)
         try:

@@ -115,3 +115,8 @@ RESULT = json.dumps({"number": 1, "metrics": {"val_loss": 0.5}, "bar": {}, "logg
 def test_model_that_was_out_and_the_final_one_are_both_saved(text: str | None, tmp_path: Path) -> None:
     run(tmp_path, text)
     assert len(list(tmp_path.glob("*.ckpt"))) == 2
+
+
+def test_global_model_is_up_to_date_before_a_validated_one_is_shown(tmp_path: Path) -> None:
+    assert run(tmp_path / "result", RESULT).runtime.calls == ["flush", "show", "hide"]
+    assert run(tmp_path / "lost", None).runtime.calls == ["flush"]
