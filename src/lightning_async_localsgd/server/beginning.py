@@ -300,6 +300,12 @@ class Beginning:
         self.on = False
         if self.completed > 0:
             _log.info("the synchronous beginning is over after %d step(s); asynchronous rounds begin", self.completed)
+        if not self._has_weights:
+            _log.error(
+                "no worker has handed in finite weights at the end of the synchronous beginning, so training goes on "
+                "from an earlier model: the last one that was validated or saved, or the initial one. Lower the "
+                "learning rate, or clip gradients"
+            )
         self._members = {}
         self._answers = {}
         self._lost_at = {}

@@ -303,6 +303,21 @@ def test_invalid_weights_are_refused_and_another_worker_is_asked() -> None:
     assert torch.equal(workers.theta, torch.full((LAYOUT.numel,), 5.0))
 
 
+def test_training_that_goes_on_without_finite_weights_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    workers = Beginners(steps=1)
+    workers.step(1.0)
+    for worker in (1, 2, 0):
+        workers.hand_over(worker, 2.0, weights=float("nan"))
+    workers.hand_over(1, 2.1, weights=float("nan"))
+    assert workers.replies[0].synchronous
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+    replies = workers.hand_over(2, 2.2, weights=float("nan"))
+    assert not any(reply.synchronous for reply in replies.values())
+    assert torch.equal(workers.theta, torch.zeros(LAYOUT.numel))
+    [error] = [record.message for record in caplog.records if record.levelname == "ERROR"]
+    assert "no worker has handed in finite weights at the end of the synchronous beginning" in error
+
+
 def test_stop_within_the_beginning_ends_with_the_last_weights() -> None:
     workers = Beginners()
     workers.step(1.0)
