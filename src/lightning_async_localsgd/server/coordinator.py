@@ -314,7 +314,7 @@ class Coordinator:
 
         """
         self._update_minimum(now)
-        members = self.beginning.dispatch(now, self.stopping) if self.beginning.on else {}
+        members = self.beginning.dispatch(now, self.stopping, self.broadcast) if self.beginning.on else {}
         if members:
             return self._answer(members, now, 0.0, members)
         if self._window.group_is_due(now):

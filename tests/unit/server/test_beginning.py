@@ -205,8 +205,11 @@ def test_answer_that_was_lost_comes_again_with_the_same_mean(lost: str) -> None:
         assert replies[0].averaged
         assert coordinator.budget.done == 3
         return
+    coordinator.broadcast = "a learning rate"
     send(1, 1.1)
     first = send(2, 1.2)[0]
+    assert first.broadcast == "a learning rate"
+    coordinator.broadcast = "another one"
     workers.gradient(1, 1.5, 9.0)
     assert coordinator.join(hello(0, layout=LAYOUT, reconnecting=True), 1.6) is None
     again = send(0, 1.7)
