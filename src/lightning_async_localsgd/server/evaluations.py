@@ -28,6 +28,9 @@ _log = logging.getLogger(__name__)
 _MAX_BUFFERS = 4
 """Models that may exist for the evaluator: the one that is validated, and those whose transfer was interrupted."""
 
+_ENDED = "training has ended"
+"""What an evaluator is told that sends something after the end."""
+
 
 @dataclass(frozen=True)
 class ValidationRequest:
@@ -102,6 +105,8 @@ class Evaluations:
 
     def join(self, hello: Hello, channel: ReplyChannel, model: GlobalModel) -> str | None:
         """Handle the evaluator's hello. Return why it is refused for good; None if it is not."""
+        if self._over:
+            return _ENDED
         if hello.session != self._session:
             if (reason := self.check_join()) is not None or hello.reconnecting:
                 return reason or "another evaluator has replaced this one"
@@ -126,6 +131,9 @@ class Evaluations:
         """
         if push.session != self._session:
             channel.refuse("another evaluator has replaced this one")
+            return None
+        if self._over:
+            channel.refuse(_ENDED)
             return None
         self._channel, self._waits = channel, True
         if push.sequence > self._sequence:
@@ -204,7 +212,7 @@ class Evaluations:
             self._channel.dispatch(self._reply(model.version, stop=True), buffer)
             self._waits = False
         else:
-            self.refuse("training has ended")
+            self.refuse(_ENDED)
 
     # ----------------------------------------------------------------- internal
 

@@ -149,7 +149,21 @@ def test_evaluator_that_waits_ends_with_training() -> None:
     run.evaluations.end(run.model)
     assert [reply.stop for reply in run.channel.replies] == [False, True]
     assert run.channel.refused == []
-    assert run.join("t") == "training is over"
+
+
+@pytest.mark.parametrize("reconnects", [False, True])
+def test_evaluator_that_is_validating_at_the_end_or_comes_back_is_told_the_end(reconnects: bool) -> None:
+    run = Evaluated()
+    run.request()
+    if reconnects:
+        run.evaluations.lose("s", "its connection broke")
+    run.evaluations.end(run.model)
+    assert run.channel.refused == ([] if reconnects else ["training has ended"])
+    assert run.join("s", reconnecting=True) == run.join("t") == "training has ended"
+    assert run.evaluations.check_join() == "training is over"
+    run.evaluations.push(push(2, text='{"number": 1}'), late := Channel())
+    assert late.refused == ["training has ended"]
+    assert not run.evaluations.present
 
 
 @given(st.lists(st.sampled_from(["request", "answer", "again", "lose", "revive", "replace"]), max_size=40))
