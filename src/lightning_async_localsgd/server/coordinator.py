@@ -190,7 +190,7 @@ class Coordinator:
         session.staleness = 0
         refused = self._check(push, gradient, session) or self._merge(push, gradient, result, session)
         self._record(push, refused, session, now)
-        reason = self._discipline.note(push.worker, refused, session)
+        reason = self._discipline.note(push.worker, refused, session, self.beginning.on)
         if reason is None:
             self._await_dispatch(push, session, now)
             self.membership.wake()

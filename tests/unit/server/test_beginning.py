@@ -263,8 +263,22 @@ def test_invalid_gradients_are_left_out_and_their_workers_stay_in_step() -> None
             workers.gradient(1, float(number), float("nan"))
         for worker in (0, 2):
             workers.gradient(worker, float(number), 1.0)
-    assert 1 in workers.coordinator.membership.quarantined
+    assert "the same weights" in workers.coordinator.membership.quarantined[1]
     assert workers.replies[0].averaged
+
+
+def test_optimizer_of_worker_0_is_not_reset_in_the_beginning(caplog: pytest.LogCaptureFixture) -> None:
+    workers = Beginners(steps=50, total=600)
+    for number in range(1, 6):
+        for worker in range(3):
+            workers.gradient(worker, float(number), float("nan") if worker == 0 else 1.0)
+        assert workers.replies[0].averaged
+        assert not workers.replies[0].reset_optimizer, "the states of all optimizers have to stay equal"
+    [error] = [record.message for record in caplog.records if record.levelname == "ERROR"]
+    assert "worker 0: 5 of its last 5 pushes were refused" in error
+    assert "the same weights" in error
+    assert "reset" not in error
+    assert workers.coordinator.live == [0, 1, 2]
 
 
 def test_parameters_without_a_gradient_stay_without_one_only_if_no_worker_has_one() -> None:
