@@ -141,7 +141,7 @@ class Streamed(L.LightningDataModule):
 
         assert self.trainer is not None
         stream = Table.from_dict({"number": [float(n) for n in range(96)]}).to_iterable_dataset(num_shards=4)
-        mine = split_dataset_by_node(stream, rank=self.trainer.global_rank, world_size=self.trainer.world_size)
+        mine = split_dataset_by_node(stream, rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
         return DataLoader(mine, batch_size=4, collate_fn=lambda rows: torch.tensor([row["number"] for row in rows]))
 
 

@@ -101,16 +101,23 @@ class SlowBoot(L.Callback):
             time.sleep(120)
 
 
-class FaultNotice(logging.Handler):
-    """Creates a file when a fault is injected."""
+class Notice(logging.Handler):
+    """Creates a file when a text is logged.
 
-    def __init__(self, out: Path) -> None:
+    Args:
+        text: part of the text.
+        file: the file.
+
+    """
+
+    def __init__(self, text: str, file: Path) -> None:
         super().__init__()
-        self.out = out
+        self.text = text
+        self.file = file
 
     def emit(self, record: logging.LogRecord) -> None:
-        if "inject" in record.getMessage():
-            (self.out / "injected").touch()
+        if self.text in record.getMessage():
+            self.file.touch()
 
 
 class Notes(Pace):
@@ -200,8 +207,12 @@ def more_callbacks(out: Path, options: dict[str, Any]) -> list[L.Callback]:
         callbacks.append(SlowValidation(out))
     if options.get("boots_for_long"):
         callbacks.append(SlowBoot(out))
+    # A logger with a handler of its own does not print its warnings any more.
+    log = logging.getLogger("lightning_async_localsgd")
+    if "min_workers" in options.get("own_strategy", {}):
+        log.addHandler(Notice("training is paused", out / "paused"))
     if "fault" in options:
-        logging.getLogger("lightning_async_localsgd").addHandler(FaultNotice(out))
+        log.addHandler(Notice("inject", out / "injected"))
         fault = options["fault"]
         callbacks.append(FaultInjection([Fault(**{**fault, "kind": FaultKind[fault["kind"]]})]))
     if options.get("saves_on_exception"):

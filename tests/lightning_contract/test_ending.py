@@ -118,6 +118,10 @@ MOMENTS: dict[str, tuple[str, dict[str, Any]]] = {
             "trainer": ENDLESS,
         },
     ),
+    "paused": (
+        "paused",
+        {"own_strategy": {"min_workers": 2, "max_restarts": 0}, "fail": {"kill": 1, "step": 3}, "trainer": ENDLESS},
+    ),
     "booting": ("booting", {"boots_for_long": True, "fail": {"kill": 1, "step": 3}, "trainer": ENDLESS}),
 }
 """For each moment: the file that the job creates then, and the options that make the moment last."""
@@ -131,6 +135,8 @@ MOMENTS: dict[str, tuple[str, dict[str, Any]]] = {
         ("mid-push", "popen", "SIGTERM"),
         ("mid-push", "popen", "SIGINT"),
         ("mid-push", "fork", "SIGTERM"),
+        ("paused", "popen", "SIGTERM"),
+        ("paused", "fork", "SIGINT"),
         ("booting", "popen", "SIGTERM"),
         ("booting", "popen", "SIGINT"),
         ("booting", "fork", "SIGTERM"),
@@ -138,8 +144,8 @@ MOMENTS: dict[str, tuple[str, dict[str, Any]]] = {
 )
 def test_signal_ends_all_ranks_at_any_moment(started: Jobs, out: Path, moment: str, method: str, sent: str) -> None:
     file, options = MOMENTS[moment]
-    own = {"local_steps": 5, "start_method": method}
-    process = started.start(command(out, own_strategy=own, saves_on_exception=True, **options))
+    own = {"local_steps": 5, "start_method": method, **options.get("own_strategy", {})}
+    process = started.start(command(out, **{**options, "own_strategy": own}, saves_on_exception=True))
     processes = wait_for_file(started, process, out / file)
     if sent == "SIGINT":
         os.killpg(process.pid, signal.SIGINT)

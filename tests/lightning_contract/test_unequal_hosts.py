@@ -73,7 +73,7 @@ def test_contradiction_on_one_host_ends_the_ranks_of_all_hosts(started: Jobs, ou
 
 def test_run_waits_for_its_expected_workers_and_a_host_joins_with_all_devices(started: Jobs, out: Path) -> None:
     port = free_port()
-    own = {"expected_workers": 3, "local_steps": 5}
+    own = {"expected_workers": 3, "local_steps": 5, "fail_on_lost_workers": True}
 
     def line(devices: int) -> list[str | Path]:
         trainer = {"devices": devices, "max_steps": STEPS}

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 _OF_RANKS = ("GLOBAL_RANK", "GROUP_", "LOCAL_WORLD_SIZE", "RANK", "ROLE_", "SLURM_", "TORCHELASTIC_", "WORLD_SIZE")
-"""Beginnings of variables that say which rank of a job a process is. The evaluator is none."""
+"""Beginnings of variables that say which rank of a job a process is. The evaluator is not a rank."""
 
 
 class EvaluatorProcess:

@@ -10,16 +10,16 @@ from dataclasses import dataclass
 _TASKS = re.compile(r"(\d+)(?:\(x(\d+)\))?")
 """A number of tasks in ``SLURM_TASKS_PER_NODE``, and for how many nodes in a row it holds: ``3(x2)``."""
 
-
 _PER_NODE = ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE")
+"""Variables with the number of tasks on each node, of the job step and of the job. The first one that is set counts."""
 
 
 @dataclass(frozen=True)
 class HostRanks:
-    """The ranks on this host, as the program says that has started them.
+    """The ranks on this host, as reported by the launcher.
 
     Args:
-        launcher: the program, and the variables that say so.
+        launcher: name of the launcher, and its variables.
         here: number of ranks on this host.
         hosts: number of hosts; None if it is unknown.
 

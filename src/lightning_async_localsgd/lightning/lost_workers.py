@@ -32,17 +32,43 @@ def lost_ranks(runtime: Runtime, rendezvous: Rendezvous, lost: Iterable[int]) ->
     return {rank: (processes.get(rank, ""), reasons.get(rank, "it left")) for rank in lost}
 
 
-def agree_after_training(rendezvous: Rendezvous, controller: FitController, fit: FitState, ranks: int) -> None:
+def lost_workers(runtime: Runtime, live: set[int], ranks: int, workers: int) -> list[int]:
+    """Return the workers of the beginning that were lost. Rank 0 only.
+
+    A rank must still be connected. A worker that has joined by hand leaves as soon as it has the final model. A number
+    with which no worker has ever joined is not lost.
+
+    Args:
+        runtime: rank 0's part in training.
+        live: workers that are still connected.
+        ranks: number of ranks.
+        workers: number of workers with which the run began.
+
+    """
+    assert runtime.server is not None
+    there = live | {worker for worker in runtime.present_workers() if worker >= ranks}
+    sound = there - runtime.server.quarantined
+    return [worker for worker in sorted(runtime.totals()) if 0 <= worker < workers and worker not in sound]
+
+
+def agree_after_training(
+    rendezvous: Rendezvous | None, controller: FitController, fit: FitState, ranks: int, workers: int
+) -> None:
     """Bring all ranks together after training, and let them know which ranks were lost.
 
     Args:
-        rendezvous: where the ranks meet.
+        rendezvous: where the ranks meet; None for a single rank and for a late joiner.
         controller: drives this rank's loop.
-        fit: state of the fit; gets the lost workers.
+        fit: state of the fit; gets the lost workers on rank 0.
         ranks: number of ranks.
+        workers: number of workers with which the run began.
 
     """
     runtime = controller.runtime
+    if rendezvous is None:
+        if runtime.server is not None:
+            fit.lost_workers = lost_workers(runtime, runtime.live_workers(), ranks, workers)
+        return
     rendezvous.begin_after_training()
     if runtime.server is not None:
         rendezvous.survivors = runtime.live_workers
@@ -50,12 +76,12 @@ def agree_after_training(rendezvous: Rendezvous, controller: FitController, fit:
     rendezvous.barrier("end of training")
     controller.gather_optimizer_states(rendezvous)
     if runtime.server is not None:
-        # Now, while all workers that are left are still connected.
-        present = runtime.live_workers()
-        sound = present - runtime.server.quarantined
-        fit.lost_workers = [worker for worker in range(ranks) if worker not in sound]
-        rendezvous.survivors = lambda: present - ended_ranks()
-    remember_lost(rendezvous.broadcast(lost_ranks(runtime, rendezvous, fit.lost_workers)))
+        # Now, while all ranks that are left are still connected.
+        live = runtime.live_workers()
+        fit.lost_workers = lost_workers(runtime, live, ranks, workers)
+        rendezvous.survivors = lambda: live - ended_ranks()
+    lost = (worker for worker in fit.lost_workers if worker < ranks)
+    remember_lost(rendezvous.broadcast(lost_ranks(runtime, rendezvous, lost)))
     controller.synchronize(rendezvous)
 
 

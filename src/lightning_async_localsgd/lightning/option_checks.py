@@ -29,6 +29,8 @@ _STEPS_WITH_QUORUM = 50
 START_METHODS = ("popen", "spawn", "fork", "forkserver")
 """Ways of starting ranks."""
 
+_HOW_OTHERS_JOIN = "set ASYNC_LOCALSGD_TOKEN to the same secret on every host and use transport='auto' or 'tcp'"
+
 
 def defaults_with_quorum(
     quorum: int | Literal["all"], local_steps: int | Literal["auto"], outer_optimizer: Any
@@ -124,7 +126,7 @@ def check_workers(expected_workers: int | None, min_workers: int, ranks: int, ot
 
     """
     if not others_may_join:
-        check_minimum(min_workers, ranks, "set a token, so that others may join")
+        check_minimum(min_workers, ranks, f"{_HOW_OTHERS_JOIN}, so that others may join")
     if expected_workers is None:
         return
     if expected_workers < ranks:
@@ -135,7 +137,7 @@ def check_workers(expected_workers: int | None, min_workers: int, ranks: int, ot
     if expected_workers > ranks and not others_may_join:
         raise ValueError(
             f"expected_workers={expected_workers} waits for {expected_workers - ranks} worker(s) that join, but "
-            "without a token none can; set ASYNC_LOCALSGD_TOKEN to the same secret on every host"
+            f"none can; {_HOW_OTHERS_JOIN}"
         )
 
 

@@ -49,7 +49,7 @@ from lightning_async_localsgd.lightning.option_checks import (
 from lightning_async_localsgd.lightning.registration import register_names
 from lightning_async_localsgd.lightning.strategy_base import _StrategyBase
 from lightning_async_localsgd.lightning.trainer_access.launchers import script_command
-from lightning_async_localsgd.lightning.trainer_access.loop import run_validations_in
+from lightning_async_localsgd.lightning.trainer_access.loop import raise_if_sigterm, run_validations_in
 from lightning_async_localsgd.lightning.trainer_access.strategy import sync_module_states, trainer_of
 from lightning_async_localsgd.outer import OuterOptimizer
 from lightning_async_localsgd.protocol.checks import check_bool
@@ -211,10 +211,11 @@ class AsyncLocalSGDStrategy(_StrategyBase):
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None
         check_plugins(self, self.strategy_name, self._start_method)
-        check_hosts = adopt_ranks(self, self.exchange.start_timeout)
         joins_late = self._joins_late
+        check_hosts = adopt_ranks(self, self._start_method, self.exchange.start_timeout)
         if not joins_late:  # A late joiner is not one of the workers that the run was started with.
-            others_may_join = self._token() is not None
+            # No process but those of the run knows the address of a Unix socket.
+            others_may_join = self._token() is not None and self.exchange.transport != "ipc"
             check_workers(self.expected_workers, self.min_workers, self.world_size, others_may_join)
             self.merge_policy.check_workers(self._initial_workers, others_may_join, self.outer_optimizer, self.grace)
         if self._start_method == "popen" or joins_late:
@@ -395,6 +396,7 @@ class AsyncLocalSGDStrategy(_StrategyBase):
             evaluator = EvaluatorProcess(*script_command())
             self._environment.callback(evaluator.end)
             settings = replace(settings, evaluator=evaluator)
+        settings = replace(settings, check_signals=partial(raise_if_sigterm, self._trainer))
         module, place = self.lightning_module, (self.global_rank, self._initial_workers, self.world_size)
         runtime = LiveRuntime(settings, module, self._rendezvous, *place, restored, raise_if_rank_missing, fit.grant)
         if runtime.join_address is not None:
@@ -434,9 +436,8 @@ class AsyncLocalSGDStrategy(_StrategyBase):
 
     @override
     def _agree_after_training(self, controller: FitController) -> None:
-        if self._rendezvous is not None:
-            assert self._fit is not None
-            agree_after_training(self._rendezvous, controller, self._fit, self.world_size)
+        assert self._fit is not None
+        agree_after_training(self._rendezvous, controller, self._fit, self.world_size, self._initial_workers)
 
     @override
     def on_exception(self, exception: BaseException) -> None:

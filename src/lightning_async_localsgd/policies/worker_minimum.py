@@ -24,7 +24,8 @@ class WorkerMinimum:
     """Pauses training while fewer than ``workers`` take part.
 
     In a pause no worker is dispatched, so nothing is lost: workers that compute push their rounds, and then wait like
-    the others. Callers pass the number of live workers and the time. Each pause is two lines in the log.
+    the others. Callers pass the number of live workers and the time. The log has a line when a pause begins, and one
+    when enough workers take part again.
 
     Args:
         workers: fewest live workers with which training goes on; 1 never pauses training.
@@ -54,6 +55,7 @@ class WorkerMinimum:
         self._timeout = timeout
         self._live = 0
         self._paused_at: float | None = None
+        self._ended = False
 
     @property
     def paused(self) -> bool:
@@ -78,24 +80,26 @@ class WorkerMinimum:
         """
         self._live = live
         missing = self.workers - live
+        if self._ended:
+            return
         if self.workers > 1 and missing > 0 and steps_left:
             if self._paused_at is None:
                 self._paused_at = now
                 self.pauses += 1
-                limit = "" if self._timeout == math.inf else f", and ends with an error in {self._timeout:g} s"
+                limit = "" if self._timeout == math.inf else f"; if not, it ends with an error in {self._timeout:g} s"
                 _log.warning(
-                    "training is paused: %d worker(s) take part, and min_workers=%d; it goes on when %d more have "
-                    "joined or come back%s", live, self.workers, missing, limit,
+                    "training is paused: %d worker(s) take part, and min_workers=%d; training goes on when %d more "
+                    "worker(s) have joined or come back%s", live, self.workers, missing, limit,
                 )  # fmt: skip
         elif self._paused_at is not None:
             if missing <= 0:
                 _log.warning("training goes on with %d workers, after a pause of %.1f s", live, now - self._paused_at)
-            self.seconds += now - self._paused_at
-            self._paused_at = None
+            self._end_pause(now)
 
-    def end(self) -> None:
-        """End a pause, because training ends."""
-        self._paused_at = None
+    def end(self, now: float) -> None:
+        """End a pause, and begin no other, because training ends."""
+        self._ended = True
+        self._end_pause(now)
 
     def failure(self, now: float) -> str | None:
         """Return why the run must end because of its present pause; None if it need not."""
@@ -107,3 +111,8 @@ class WorkerMinimum:
             f"part and min_workers={self.workers}; see why the others have ended, start them again or lower "
             "min_workers, and resume from the run's newest checkpoint"
         )
+
+    def _end_pause(self, now: float) -> None:
+        if self._paused_at is not None:
+            self.seconds += now - self._paused_at
+            self._paused_at = None

@@ -47,10 +47,11 @@ class _AwaitedReply(LocalReplyChannel):
             self._refused = reason
             self._answered.set()
 
-    def wait(self, server: Server, watch: Callable[[], None] = lambda: None) -> Reply:
+    def wait(self, server: Server, *checks: Callable[[], None]) -> Reply:
         while not self._answered.wait(timeout=0.5):
             server.raise_failure()
-            watch()
+            for check in checks:
+                check()
         if self._reply is None:
             raise (ExchangeError if server.gave_up is None else TooFewWorkersError)(self._refused)
         return self._reply
@@ -66,6 +67,7 @@ class LocalExchange(Exchange, LeaseSource):
             weights become the global model as they are, without the rounding errors of two subtractions.
         watch: called while the worker waits for the first dispatch, which needs all workers. Raises an error if a
             worker will not come.
+        check_signals: see :class:`.RuntimeSettings`.
 
     """
 
@@ -74,9 +76,11 @@ class LocalExchange(Exchange, LeaseSource):
         server: Server,
         read_weights: Callable[[Tensor], None] | None = None,
         watch: Callable[[], None] = lambda: None,
+        check_signals: Callable[[], None] = lambda: None,
     ) -> None:
         self._server = server
         self._watch = watch
+        self._check_signals = check_signals
         self._read_weights = read_weights
         self._worker = -1
         self._awaited: _AwaitedReply | None = None
@@ -86,7 +90,7 @@ class LocalExchange(Exchange, LeaseSource):
         channel = _AwaitedReply(model)
         self._worker = hello.worker
         self._server.join(hello, channel)
-        return channel.wait(self._server, self._watch)
+        return channel.wait(self._server, self._watch, self._check_signals)
 
     @override
     def push(self, push: Push, gradient: Tensor, model: Tensor, packed: Tensor | None = None) -> Reply:
@@ -96,13 +100,13 @@ class LocalExchange(Exchange, LeaseSource):
             result = model
             self._read_weights(result)
         self._server.push_here(push, gradient if push.has_data else None, channel, result)
-        return channel.wait(self._server)
+        return channel.wait(self._server, self._check_signals)
 
     @override
     def share(self, share: Share, values: Tensor) -> Reply:
         channel = _AwaitedReply(values)
         self._server.share_here(share, values, channel)
-        return channel.wait(self._server)
+        return channel.wait(self._server, self._check_signals)
 
     @override
     def request_lease(self, request: LeaseRequest) -> Future[Lease]:

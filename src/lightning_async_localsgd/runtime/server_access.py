@@ -107,7 +107,8 @@ class ServerAccess:
         self.server = self._make_server(info, restored, single_worker)
         if not single_worker:
             self._open_wire(self.server, rendezvous)
-        return LocalExchange(self.server, self._binding.read if self._exact() else None, watch)
+        read_weights = self._binding.read if self._exact() else None
+        return LocalExchange(self.server, read_weights, watch, self._settings.check_signals)
 
     def find_server(self, rendezvous: Rendezvous) -> WireExchange:
         """Connect a rank above 0 to the server whose endpoints rank 0 has published.
@@ -141,10 +142,11 @@ class ServerAccess:
             silence_timeout=self._settings.exchange.silence_timeout,
             connect_timeout=self._settings.exchange.start_timeout,
             download=codec_of(self._binding.layout, self._settings.exchange.download),
+            check_signals=self._settings.check_signals,
         )
 
     def wait_for_workers(self, watch: Callable[[], None]) -> None:
-        """Wait until all other workers have joined that the run begins with, and the evaluator. Rank 0 only.
+        """Wait for all other workers with which the run begins, and for the evaluator. Rank 0 only.
 
         Raises:
             RendezvousError: A worker or the evaluator has not joined in time.
@@ -154,17 +156,18 @@ class ServerAccess:
         assert self.server is not None
         timeout = self._settings.exchange.start_timeout
         deadline = time.monotonic() + timeout
-        if self._workers > self._ranks:
+        if joiners := self.server.missing_joiners:
             _log.warning(
                 "waiting for %d worker(s) to join at %s, so that training begins with expected_workers=%d",
-                self._workers - self._ranks, self.join_address, self._workers,
+                joiners, self.join_address, self._workers,
             )  # fmt: skip
-        while (missing := self.server.missing_workers - 1) > 0:  # Rank 0's own worker joins after this.
+        while self.server.missing_workers > 1:  # Rank 0's own worker joins after this.
             watch()
+            self._settings.check_signals()
             if time.monotonic() > deadline:
                 ranks = [f"worker {rank}" for rank in self.server.missing if rank > 0]
-                others = missing - len(ranks)
-                names = [*ranks, *([f"{others} worker(s) that join"] if others > 0 else [])]
+                joiners = self.server.missing_joiners
+                names = [*ranks, *([f"{joiners} worker(s) that join"] if joiners else [])]
                 raise RendezvousError(
                     f"{', '.join(names)} of {self._workers} did not join within exchange.start_timeout={timeout:g} s; "
                     "see the output of these workers"
@@ -175,6 +178,7 @@ class ServerAccess:
             self.server.raise_failure()
             evaluator.raise_if_ended()
             watch()
+            self._settings.check_signals()
             if time.monotonic() > deadline:
                 raise RendezvousError(
                     f"the evaluator did not join within exchange.start_timeout={timeout:g} s; see its output"

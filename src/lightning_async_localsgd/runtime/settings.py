@@ -9,6 +9,8 @@ from lightning_async_localsgd.protocol.options import ExchangeOptions
 from lightning_async_localsgd.server.merge_policy import MergePolicy
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from lightning_async_localsgd.launch.evaluator_process import EvaluatorProcess
     from lightning_async_localsgd.outer import OuterOptimizer
     from lightning_async_localsgd.policies.grace import GraceWindow
@@ -48,6 +50,8 @@ class RuntimeSettings:
         run_name: name of the run's directory.
         observers: objects that the server tells what happens.
         evaluator: on rank 0, the process that validates for it; None if rank 0 validates, or an evaluator that joins.
+        check_signals: called while this process waits for the server or for workers. Raises an error if the process was
+            asked to end.
 
     """
 
@@ -71,3 +75,4 @@ class RuntimeSettings:
     run_name: str = ""
     observers: tuple[RunObserver, ...] = ()
     evaluator: EvaluatorProcess | None = None
+    check_signals: Callable[[], None] = lambda: None

@@ -186,6 +186,7 @@ class Coordinator:
             return rejection.text
         if push.sequence <= session.sequence:
             self._answer_again(push, session, now)
+            self._update_minimum(now)
             return None
         session.staleness = 0
         refused = self._check(push, gradient, session) or self._merge(push, gradient, result, session)
@@ -247,10 +248,10 @@ class Coordinator:
         self.budget.replan(total, upper_bound)
         self.membership.wake()
 
-    def stop(self) -> None:
+    def stop(self, now: float) -> None:
         """End training: grant no more steps, and send the final model once every worker has pushed its round."""
-        self.observers.on_event(Event("stop"))
-        self._stop()
+        self.observers.on_event(Event("stop", now))
+        self._stop(now)
 
     # ------------------------------------------------------------------- queries
 
@@ -434,7 +435,7 @@ class Coordinator:
             if host is not None and host.computing:
                 host.recalled = True  # It decides at the end of its round, on the latest progress.
         if push.stop:
-            self._stop()
+            self._stop(now)
 
     def _answer_again(self, push: Push, session: WorkerSession, now: float) -> None:
         """Handle a push that was decided on before. Only the latest one is answered again."""
@@ -493,7 +494,7 @@ class Coordinator:
         if self.membership.started:
             self.minimum.update(len(self._live), now, steps_left=not done)
 
-    def _stop(self) -> None:
+    def _stop(self, now: float) -> None:
         self.stopping = True
         self.budget.stop()
-        self.minimum.end()
+        self.minimum.end(now)

@@ -7,6 +7,7 @@ unless the data of that round was leased to other workers meanwhile.
 from __future__ import annotations
 
 import logging
+import math
 from typing import TYPE_CHECKING, Any
 
 from lightning_async_localsgd.protocol.rejections import Rejection, inactive_session, quarantined
@@ -28,6 +29,10 @@ _log = logging.getLogger(__name__)
 MAX_LATE_JOINERS = 1024
 """Number of late joiners that are remembered after they left, with their totals and sessions. Of earlier ones only the
 sum of the totals is kept, and their sessions cannot come back."""
+
+_RESERVED_SECONDS = 60.0
+"""Seconds in which the number of an expected worker is given to no other process, though none has joined with it yet.
+A process gets its number before it sets up its model and its data."""
 
 
 class Membership:
@@ -75,7 +80,7 @@ class Membership:
         self.optimizer_files: dict[int, str] = {}
         self._sessions = SessionTable(cohort)
         # A resumed run gives the workers that it waits for the numbers that they had before.
-        self._expected_numbers = iter(range(cohort, self.expected))
+        self._given_at = dict.fromkeys(range(cohort, self.expected), -math.inf)
         self._sessions.next_number = self.expected
         self.live = self._sessions.live
         self._model = model
@@ -107,24 +112,35 @@ class Membership:
         """Versions that live workers may be computing on, and those that departed workers may."""
         return self._sessions.bases
 
-    def new_number(self) -> int:
-        """Return a number for a worker that joins. No number is given twice in a start of the server.
+    def new_number(self, now: float) -> int:
+        """Return a number for a worker that joins.
 
-        The first ones before training starts are those of the expected workers. All later ones are new in the run.
+        Before training starts, this is the number of an expected worker, as long as there is one that no live worker
+        has and that was not given to another process just now. An attempt to join that fails thus uses up no number.
+        All other numbers are new in the run.
         """
-        number = None if self.started else next(self._expected_numbers, None)
-        return self._sessions.new_number() if number is None else number
+        free = [
+            (given_at, number)
+            for number, given_at in self._given_at.items()
+            if number not in self.live and now - given_at >= _RESERVED_SECONDS
+        ]
+        if self.started or not free:
+            return self._sessions.new_number()
+        _, number = min(free)
+        self._given_at[number] = now
+        return number
 
-    def admit(self, worker: int) -> tuple[int, str | None]:
+    def admit(self, worker: int, now: float) -> tuple[int, str | None]:
         """Return the number of a process that asks to join, and why it cannot join; None if it can.
 
         Args:
             worker: number of the worker whose process is replaced; -1 for a new worker.
+            now: seconds.
 
         """
         if worker != -1:
             return worker, self.check_number(worker)
-        return (worker, "training is over") if self.finished else (self.new_number(), None)
+        return (worker, "training is over") if self.finished else (self.new_number(now), None)
 
     def check_number(self, worker: int) -> str | None:
         """Return why no process can join as ``worker`` any more; None if one can."""

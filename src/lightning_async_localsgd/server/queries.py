@@ -50,6 +50,15 @@ class ServerQueries(ABC):
         return self._ask(lambda coordinator: coordinator.membership.missing_count)
 
     @property
+    def missing_joiners(self) -> int:
+        """Number of workers that have to join by hand before training starts."""
+
+        def count(coordinator: Coordinator) -> int:
+            return coordinator.membership.missing_count - len(coordinator.membership.missing)
+
+        return self._ask(count)
+
+    @property
     def present(self) -> set[int]:
         """Live workers, and those that have left after the end of training."""
         return self._ask(lambda coordinator: coordinator.membership.stayed | set(coordinator.live))

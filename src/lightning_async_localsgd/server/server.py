@@ -243,7 +243,7 @@ class Server(ServerQueries):
 
     def new_number(self) -> int:
         """Return a number for a late joiner."""
-        return self._ask(lambda coordinator: coordinator.membership.new_number())
+        return self._ask(lambda coordinator: coordinator.membership.new_number(self._clock()))
 
     def dispatch_due(self) -> None:
         """Dispatch the workers that are due by now. A server with its own thread does so itself."""
@@ -303,7 +303,7 @@ class Server(ServerQueries):
 
     def stop(self) -> None:
         """End training once every worker has pushed its round."""
-        self._loop.submit(self._coordinator.stop)
+        self._loop.submit(lambda: self._coordinator.stop(self._clock()))
 
     def raise_failure(self) -> None:
         """Raise the error that ended the server, if there is one.
@@ -362,7 +362,7 @@ class Server(ServerQueries):
                 channel.refuse(reason)
             return
         older = self._coordinator.session_of(hello.worker)
-        reason = self._traffic.check(hello, len(self._coordinator.live))
+        reason = self._traffic.check(hello, len(set(self._coordinator.live) - {hello.worker}))
         reason = reason or self._coordinator.join(hello, self._clock())
         if reason is not None:
             channel.refuse(reason)
@@ -435,7 +435,7 @@ class Server(ServerQueries):
         if refused is None and worker == EVALUATOR:
             refused = self.evaluations.check_join()
         elif refused is None:
-            worker, refused = self._coordinator.membership.admit(worker)
+            worker, refused = self._coordinator.membership.admit(worker, self._clock())
         return dataclasses.replace(self.join_info, incarnation=self.incarnation, worker=worker, refused=refused)
 
     # ------------------------------------------------------------------ dispatches
@@ -450,6 +450,7 @@ class Server(ServerQueries):
         now = self._clock()
         if self.gave_up is None and (failure := self._coordinator.minimum.failure(now)) is not None:
             self.gave_up = failure
+            self._coordinator.minimum.end(now)
             self._refuse_all(failure)
         if self._ended is not None:
             self._publish()

@@ -56,7 +56,7 @@ class StepGrants:
         if steps == 0:
             self.refuse(worker)
             return
-        # A single worker has nobody to wait for, and exchanges within its process.
+        # A single worker waits for no other worker, and exchanges within its process.
         overlaps = self._overlap and len(self._live) > 1
         ahead = self._budget.grant_ahead(worker, wanted, now, speeds) if overlaps else 0
         session.dispatch(version, steps, now, ahead)

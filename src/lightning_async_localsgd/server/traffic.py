@@ -108,8 +108,8 @@ class Traffic:
 
     # ---------------------------------------------------------------------- pushes
 
-    def check(self, hello: Hello, workers: int) -> str | None:
-        """Return why a worker cannot take part, given the number of live workers; None if it can."""
+    def check(self, hello: Hello, others: int) -> str | None:
+        """Return why a worker cannot take part, given the number of other live workers; None if it can."""
         for option, value in self._options.items():
             theirs = getattr(hello, option)
             if theirs != value:
@@ -117,7 +117,7 @@ class Traffic:
                     f"worker {hello.worker} has exchange.{option}={theirs!r} and rank 0 has {value!r}; give all ranks "
                     "the same options"
                 )
-        return self._check_memory(workers + 1) if hello.worker not in self._held else None
+        return self._check_memory(others + 1) if hello.worker not in self._held else None
 
     def pool_of(self, push: Push) -> BufferPool:
         """Return the pool of the buffers that a push is received into. Only pseudo-gradients travel packed.

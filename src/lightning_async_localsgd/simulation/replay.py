@@ -136,9 +136,7 @@ class ReplayServer(Server):
     def reserve_number(self, worker: int) -> None:
         """Reserve a worker's number, as the logged run did for a worker that joined later."""
         membership = self._coordinator.membership
-        while (
-            membership.check_number(worker) is not None and not membership.finished and membership.new_number() < worker
-        ):
+        while membership.check_number(worker) is not None and not membership.finished and self.new_number() < worker:
             pass
 
     def dispatch(self, now: float) -> Mapping[int, Reply]:

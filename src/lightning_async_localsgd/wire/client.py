@@ -61,6 +61,7 @@ class WireExchange(Exchange, LeaseSource):
             :class:`.AdaptiveTimeout`. Only silence is timed, never a whole transfer or the wait for an answer.
         connect_timeout: seconds for connecting to the server for the first time.
         download: unpacks models; None if they never travel packed.
+        check_signals: called while the worker waits. Raises an error if its process was asked to end.
 
     Raises:
         ValueError: a timeout is not positive.
@@ -82,6 +83,7 @@ class WireExchange(Exchange, LeaseSource):
         silence_timeout: float,
         connect_timeout: float,
         download: Codec | None = None,
+        check_signals: Callable[[], None] = lambda: None,
     ) -> None:
         for name, value in (("silence_timeout", silence_timeout), ("connect_timeout", connect_timeout)):
             if not value > 0:
@@ -90,6 +92,7 @@ class WireExchange(Exchange, LeaseSource):
         self._endpoints = endpoints
         self._layout = layout
         self._models = ReceivedModels(layout, download)
+        self._check_signals = check_signals
         self._silence_timeout = silence_timeout
         self._connect_timeout = connect_timeout
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -418,6 +421,7 @@ class WireExchange(Exchange, LeaseSource):
         ready = connection.wait(_CHECK_SECONDS, writing)
         if not ready:
             self._check_server()
+            self._check_signals()
         return ready
 
     def _check_server(self) -> None:
@@ -433,6 +437,7 @@ class WireExchange(Exchange, LeaseSource):
 
     def _sleep(self, seconds: float) -> None:
         self._check_server()
+        self._check_signals()
         time.sleep(seconds)
 
     def _bytes_of(self, tensor: Tensor) -> memoryview:

@@ -22,6 +22,8 @@ from lightning_async_localsgd.protocol.messages import JoinInfo
 
 TOKEN = "of-a-run-that-does-not-exist"
 
+IPC = ExchangeOptions(token=TOKEN, transport="ipc")
+
 TORCHRUN = {"RANK": "4", "WORLD_SIZE": "5", "LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "3", "GROUP_RANK": "1",
             "GROUP_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # fmt: skip
 
@@ -44,6 +46,30 @@ def test_ranks_and_sizes_come_from_the_environment(
     assert (strategy.world_size, strategy.global_rank, strategy.num_processes, strategy.local_rank) == (5, 4, 3, 2)
     assert strategy.root_device == torch.device("cpu")
     assert strategy.distributed_sampler_kwargs == {"num_replicas": 5, "rank": 4}
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork", "forkserver"])
+@pytest.mark.parametrize(
+    ("environment", "variables", "launcher"),
+    [
+        (TorchElasticEnvironment, TORCHRUN, "torchrun"),
+        (SLURMEnvironment, SLURM, "SLURM"),
+        (LightningEnvironment, {"LOCAL_RANK": "0"}, "a launcher that sets LOCAL_RANK"),
+    ],
+)
+def test_ranks_are_not_started_twice(
+    monkeypatch: pytest.MonkeyPatch, method: Any, environment: Any, variables: dict[str, str], launcher: str
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    options = {"devices": "auto", "num_nodes": 2, "accelerator": "cpu", "logger": False}
+    text = f"start_method='{method}' starts ranks, but {launcher} has started them already; use strategy='async_local"
+    with pytest.raises(ValueError, match=text):
+        L.Trainer(strategy=AsyncLocalSGDStrategy(start_method=method), plugins=[environment()], **options)
+    monkeypatch.setenv("ASYNC_LOCALSGD_JOIN", "tcp://127.0.0.1:1")
+    monkeypatch.setenv("ASYNC_LOCALSGD_TOKEN", TOKEN)
+    joins = L.Trainer(strategy=AsyncLocalSGDStrategy(start_method=method), plugins=[environment()], **options)
+    assert isinstance(joins.strategy.launcher, AsyncScriptLauncher)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +148,9 @@ def test_expected_workers_must_be_a_number_of_workers(value: Any) -> None:
     [
         ({"expected_workers": 1, "exchange": ExchangeOptions(token=TOKEN)}, "expected_workers=1, but 2 ranks"),
         ({"expected_workers": 5}, "expected_workers=5 waits for 3 worker.*ASYNC_LOCALSGD_TOKEN"),
-        ({"min_workers": 3}, "min_workers=3 is larger than the 2 worker.* set a token"),
+        ({"min_workers": 3}, "min_workers=3 is larger than the 2 worker.* set ASYNC_LOCALSGD_TOKEN"),
+        ({"expected_workers": 5, "exchange": IPC}, "expected_workers=5 waits for 3 worker.*transport='auto' or 'tcp'"),
+        ({"min_workers": 3, "exchange": IPC}, "min_workers=3 is larger than the 2 worker.*transport='auto' or 'tcp'"),
     ],
 )
 def test_workers_that_cannot_come_are_refused_when_the_trainer_is_made(
@@ -158,7 +186,7 @@ def test_each_rank_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch, found: 
         accelerator=SimpleNamespace(auto_device_count=lambda: found),
         num_nodes=2,
     )
-    check = adopt_ranks(strategy, timeout=1.0)
+    check = adopt_ranks(strategy, "popen", timeout=1.0)
     if used is None:
         with pytest.raises(ValueError, match=r"has 3 rank\(s\) .* its Trainer has 2 device\(s\)"):
             check()

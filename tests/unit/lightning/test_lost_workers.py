@@ -1,12 +1,21 @@
-"""The line about lost workers at the end of a run."""
+"""Which workers were lost by the end of a run, and the line about them."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from lightning_async_localsgd.lightning.lost_workers import lost_text
+from lightning_async_localsgd.launch.restarts import WorkersLostError
+from lightning_async_localsgd.lightning.fit_state import FitState
+from lightning_async_localsgd.lightning.lost_workers import (
+    agree_after_training,
+    lost_text,
+    lost_workers,
+    raise_if_lost,
+)
+from lightning_async_localsgd.server.run_stats import FORMER
 
 FAULT = "it ended with AttributeError: no folder"
 
@@ -46,3 +55,40 @@ def test_each_reason_is_said() -> None:
         f"3 of 4 workers were lost before the end of training: worker 1 ({FAULT}); worker 2 (it was silent for 60 s); "
         "worker 3 (quarantined: the server refused its pushes); the other 2 workers took the remaining steps"
     )
+
+
+@pytest.mark.parametrize(
+    ("live", "stayed", "quarantined", "lost"),
+    [
+        ({0, 1}, {2}, set(), []),  # Worker 2 joined by hand, and left with the final model.
+        ({0, 1}, set(), set(), [2]),
+        ({0}, {1, 2}, set(), [1]),  # A rank has to be there when all ranks meet.
+        ({0, 1, 2, 4}, set(), {2, 4}, [2]),  # Worker 4 is a late joiner, and no worker has ever had the number 3.
+    ],
+)
+def test_workers_of_the_beginning_that_joined_by_hand_are_missed_like_ranks(
+    live: set[int], stayed: set[int], quarantined: set[int], lost: list[int]
+) -> None:
+    runtime: Any = SimpleNamespace(
+        server=SimpleNamespace(quarantined=quarantined),
+        live_workers=lambda: live,
+        present_workers=lambda: live | stayed,
+        totals=lambda: dict.fromkeys((FORMER, 0, 1, 2, 4)),
+    )
+    assert lost_workers(runtime, live, ranks=2, workers=4) == lost
+
+
+def test_single_rank_misses_workers_that_joined_by_hand() -> None:
+    server = SimpleNamespace(quarantined=set())
+    totals = dict.fromkeys(range(3))
+    runtime = SimpleNamespace(
+        server=server, live_workers=lambda: {0}, present_workers=lambda: {0, 2}, totals=lambda: totals
+    )
+    controller: Any = SimpleNamespace(runtime=runtime)
+    fit = FitState(1, 0)
+    agree_after_training(None, controller, fit, ranks=1, workers=3)
+    with pytest.raises(WorkersLostError, match=r"worker\(s\) 1 were lost"):
+        raise_if_lost(fit.lost_workers)
+    runtime.server, fit.lost_workers = None, []
+    agree_after_training(None, controller, fit, ranks=1, workers=3)
+    assert fit.lost_workers == [], "a late joiner knows of no worker"

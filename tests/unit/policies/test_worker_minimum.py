@@ -18,8 +18,8 @@ def test_a_pause_begins_and_ends_with_one_line_each(caplog: pytest.LogCaptureFix
         minimum.update(live, now)
     assert minimum.paused
     assert [record.message for record in caplog.records] == [
-        "training is paused: 2 worker(s) take part, and min_workers=3; it goes on when 1 more have joined or come "
-        "back, and ends with an error in 60 s"
+        "training is paused: 2 worker(s) take part, and min_workers=3; training goes on when 1 more worker(s) have "
+        "joined or come back; if not, it ends with an error in 60 s"
     ]
     caplog.clear()
     minimum.update(3, 14.5)
@@ -48,10 +48,12 @@ def test_without_steps_there_is_nothing_to_pause(caplog: pytest.LogCaptureFixtur
     minimum.update(1, 1.0)
     minimum.update(1, 2.0, steps_left=False)
     assert not minimum.paused
-    assert "training goes on" not in caplog.text
+    assert "training goes on with" not in caplog.text
     minimum.update(1, 3.0)
-    minimum.end()
-    assert (minimum.paused, minimum.deadline) == (False, None)
+    minimum.end(10.0)
+    minimum.update(1, 11.0)
+    assert (minimum.paused, minimum.deadline) == (False, None), "no pause begins when training ends"
+    assert minimum.seconds == 1.0 + 7.0
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.floats(0.0, 100.0), st.booleans())), st.integers(1, 4))

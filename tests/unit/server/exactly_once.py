@@ -293,7 +293,7 @@ class Network(RuleBasedStateMachine):
             return
         coordinator = self.coordinator
         if self.total is None:
-            coordinator.stop()
+            coordinator.stop(self.now)
         for _ in range(2 * (self.total or 0) + 20):
             self.now += 100.0
             self.flush()

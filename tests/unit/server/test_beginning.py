@@ -165,7 +165,7 @@ def test_lost_workers_do_not_keep_others_waiting() -> None:
 def test_worker_that_returns_in_time_takes_part_and_a_late_joiner_waits() -> None:
     workers = Beginners(steps=1)
     coordinator = workers.coordinator
-    late = coordinator.membership.new_number()
+    late = coordinator.membership.new_number(0.0)
     assert workers.join(late, 1.0) == {}
     workers.gradient(0, 1.1, 1.0)
     assert workers.leave(2, 1.2) == {}

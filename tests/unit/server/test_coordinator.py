@@ -330,7 +330,7 @@ def test_worker_with_unknown_speed_is_recalled_when_others_have_finished() -> No
     workers.send(0, 60.0, timed_steps=50, compute_seconds=50 * 0.58)
     workers.dispatch(60.0)
     assert coordinator.recalled() == {}
-    coordinator.stop()
+    coordinator.stop(60.0)
     assert set(coordinator.recalled()) == {0, 1, 2}
 
 

@@ -226,7 +226,7 @@ class Run(Network):
             self.push_round(process, "good", reply_arrives=True)
 
     def join_late(self) -> WorkerProcess:
-        number = self.coordinator.membership.new_number()
+        number = self.coordinator.membership.new_number(self.now)
         assert number >= COHORT
         assert number not in self.numbers, "a number was given twice"
         self.numbers.add(number)
@@ -360,7 +360,7 @@ class Run(Network):
     @precondition(lambda self: len(self.gradients) > 10)
     @rule()
     def stop(self) -> None:
-        self.coordinator.stop()
+        self.coordinator.stop(self.now)
         self.flush()
 
 

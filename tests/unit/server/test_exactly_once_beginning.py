@@ -268,7 +268,7 @@ class Run(RuleBasedStateMachine):
     @rule()
     def join_late(self) -> None:
         if len(self.processes) < 6:
-            process = Process(self.coordinator.membership.new_number(), next(self.names))
+            process = Process(self.coordinator.membership.new_number(self.now), next(self.names))
             self.processes.append(process)
             self.join(process)
             self.flush()

@@ -86,7 +86,7 @@ def test_joining_worker_is_dispatched_at_once_and_waited_for() -> None:
     cluster = cluster_of(workers=2, quorum="all")
     cluster.join_all(2)
     cluster.push(0, 1.0)
-    number = cluster.coordinator.membership.new_number()
+    number = cluster.coordinator.membership.new_number(0.0)
     assert set(cluster.join(number, 2.0)) == {number}
     assert cluster.push(1, 3.0) == {}
     assert set(cluster.push(number, 4.0)) == {0, 1, number}
@@ -181,7 +181,7 @@ def test_stop_merges_held_pushes_and_those_that_still_arrive() -> None:
     cluster = cluster_of(quorum="all", total=None)
     cluster.join_all(3)
     cluster.push(0, 1.0)
-    cluster.coordinator.stop()
+    cluster.coordinator.stop(1.0)
     assert cluster.dispatch(1.0) == {}
     assert cluster.coordinator.recalled() == {1: 0, 2: 0}
     assert cluster.push(1, 2.0, steps=3) == {}

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lightning_async_localsgd.policies.guard import REFUSE_ABOVE, UpdateGuard
 from lightning_async_localsgd.protocol.messages import ALREADY_APPLIED, NOT_FINITE, Push
@@ -44,16 +47,16 @@ def finished() -> tuple[Coordinator, Workers, Push]:
 
 def test_late_joiners_get_unique_numbers_also_after_a_restart_of_the_server() -> None:
     coordinator, _ = started(workers=3)
-    assert [coordinator.membership.new_number() for _ in range(3)] == [3, 4, 5]
+    assert [coordinator.membership.new_number(0.0) for _ in range(3)] == [3, 4, 5]
     later = make_coordinator(workers=2)
     later.load_state_dict(coordinator.state_dict())
-    assert later.membership.new_number() == 6
+    assert later.membership.new_number(0.0) == 6
     # Of a state that says nothing of numbers, those that have done something are taken.
     state = coordinator.state_dict()
     del state["next_number"]
     later = make_coordinator(workers=2)
     later.load_state_dict(state)
-    assert later.membership.new_number() == 3
+    assert later.membership.new_number(0.0) == 3
 
 
 @pytest.mark.parametrize("worker", [-1, 2, 1000])
@@ -66,7 +69,7 @@ def test_unknown_number_is_refused_with_the_way_to_join(worker: int) -> None:
 
 def test_late_joiner_takes_part_like_initial_workers() -> None:
     coordinator, workers = started(workers=2, grace=5.0, total=100)
-    worker = coordinator.membership.new_number()
+    worker = coordinator.membership.new_number(0.0)
     assert coordinator.join(hello(worker), 1.0) is None
     assert workers.dispatch(1.0)[worker].local_steps == 10
     assert coordinator.model.workers == 3
@@ -92,7 +95,7 @@ def test_late_joiner_before_the_start_does_not_start_the_run() -> None:
     coordinator = make_coordinator(workers=2)
     workers = Workers(coordinator)
     coordinator.join(hello(0), 0.0)
-    worker = coordinator.membership.new_number()
+    worker = coordinator.membership.new_number(0.0)
     assert coordinator.join(hello(worker), 0.0) is None
     assert coordinator.membership.missing == [1]
     assert workers.dispatch(0.0) == {}
@@ -104,7 +107,7 @@ def test_only_the_sum_of_totals_is_kept_of_late_joiners_that_left_long_ago(monke
     monkeypatch.setattr(membership, "MAX_LATE_JOINERS", 3)
     coordinator, workers = started(workers=1, total=None)
     for _ in range(10):
-        worker = coordinator.membership.new_number()
+        worker = coordinator.membership.new_number(0.0)
         coordinator.join(hello(worker), 1.0)
         workers.dispatch(1.0)
         lease = ask(coordinator, worker, 1)
@@ -123,7 +126,7 @@ def test_only_the_sum_of_totals_is_kept_of_late_joiners_that_left_long_ago(monke
     later = make_coordinator(workers=1)
     later.load_state_dict(state)
     assert later.totals[FORMER] == coordinator.totals[FORMER]
-    assert later.membership.new_number() == 11
+    assert later.membership.new_number(0.0) == 11
 
 
 def test_totals_add_up() -> None:
@@ -452,9 +455,9 @@ def test_run_begins_once_the_expected_workers_are_there() -> None:
     coordinator = make_coordinator(1, expected=3)
     workers = Workers(coordinator)
     membership = coordinator.membership
-    first, second = membership.new_number(), membership.new_number()
+    first, second = membership.new_number(0.0), membership.new_number(0.0)
     assert workers.join(first, 0.0) == {}
-    assert membership.missing_count == 2
+    assert (membership.missing_count, membership.missing) == (2, [0])
     assert workers.join(0, 1.0) == {}, "every rank is there, but not every worker"
     assert workers.join(second, 2.0).keys() == {0, first, second}
     assert (membership.missing_count, coordinator.model.workers) == (0, 3)
@@ -465,30 +468,65 @@ def test_run_begins_once_the_expected_workers_are_there() -> None:
 def test_resumed_run_gives_expected_workers_their_numbers_again() -> None:
     coordinator = make_coordinator(1, expected=3)
     workers = Workers(coordinator)
-    numbers = [coordinator.membership.new_number() for _ in range(2)]
+    numbers = [coordinator.membership.new_number(0.0) for _ in range(2)]
     for worker in (0, *numbers):
         workers.join(worker, 0.0)
-    late = coordinator.membership.new_number()
+    late = coordinator.membership.new_number(0.0)
     assert (numbers, late) == ([1, 2], 3)
     resumed = make_coordinator(1, expected=3)
     resumed.load_state_dict(coordinator.state_dict())
-    assert [resumed.membership.new_number() for _ in range(3)] == [1, 2, 4]
+    assert [resumed.membership.new_number(0.0) for _ in range(3)] == [1, 2, 4]
+
+
+def test_attempts_to_join_that_fail_use_up_no_number_of_the_beginning() -> None:
+    coordinator = make_coordinator(1, expected=3)
+    workers, membership = Workers(coordinator), coordinator.membership
+    assert [membership.new_number(now) for now in (0.0, 30.0, 31.0)] == [1, 2, 3], "1 and 2 may still set up"
+    assert membership.new_number(70.0) == 1, "the first process did not join"
+    workers.join(1, 75.0)
+    workers.join(0, 75.0)
+    assert membership.new_number(89.0) == 4
+    assert membership.new_number(90.0) == 2
+    assert workers.join(2, 95.0).keys() == {0, 1, 2}
+    workers.leave(2, 100.0)
+    assert membership.new_number(1000.0) == 5, "later workers have other numbers"
+
+
+@given(st.lists(st.tuples(st.sampled_from(["ask", "join", "leave"]), st.floats(0.0, 40.0)), max_size=40))
+def test_no_number_of_the_beginning_is_given_to_two_processes_within_a_minute(steps: list[tuple[str, float]]) -> None:
+    coordinator = make_coordinator(2, expected=4)  # The ranks 0 and 1 never join, so training does not start.
+    workers, membership = Workers(coordinator), coordinator.membership
+    given_at: dict[int, float] = {}
+    now = 0.0
+    for step, seconds in steps:
+        now += seconds
+        if step == "ask":
+            number = membership.new_number(now)
+            assert number not in coordinator.live
+            assert now - given_at.get(number, -math.inf) >= 60.0
+            free = {n for n in (2, 3) if n not in coordinator.live and now - given_at.get(n, -math.inf) >= 60.0}
+            assert number in free or not free
+            given_at[number] = now
+        elif step == "join" and given_at:
+            workers.join(max(given_at, key=given_at.__getitem__), now)
+        elif step == "leave" and coordinator.live:
+            workers.leave(coordinator.live[0], now)
 
 
 def test_worker_that_leaves_before_the_start_is_not_counted() -> None:
     coordinator = make_coordinator(1, expected=2)
     workers = Workers(coordinator)
-    number = coordinator.membership.new_number()
+    number = coordinator.membership.new_number(0.0)
     workers.join(number, 0.0)
     workers.leave(number, 1.0)
     assert workers.join(0, 2.0) == {}
-    assert workers.join(coordinator.membership.new_number(), 3.0).keys() == {0, 2}
+    assert workers.join(coordinator.membership.new_number(0.0), 3.0).keys() == {0, 2}
 
 
 def test_ranks_are_needed_even_if_as_many_others_have_joined() -> None:
     coordinator = make_coordinator(2, expected=3)
     workers = Workers(coordinator)
-    for worker in (0, *(coordinator.membership.new_number() for _ in range(3))):
+    for worker in (0, *(coordinator.membership.new_number(0.0) for _ in range(3))):
         assert workers.join(worker, 0.0) == {}
     assert coordinator.membership.missing_count == 1
     assert workers.join(1, 1.0).keys() == {0, 1, 2, 3, 4}

@@ -73,7 +73,7 @@ def test_bases_are_kept_as_long_as_a_worker_may_compute_on_them() -> None:
     cluster.push(0, 32.0, noise(32))
     assert 0 in cluster.coordinator._merging._bases
     for number in range(12):
-        joined = cluster.coordinator.membership.new_number()
+        joined = cluster.coordinator.membership.new_number(0.0)
         cluster.join(joined, 40.0 + number)
         cluster.push(0, 40.2 + number, noise(number))
         cluster.leave(joined, 40.5 + number)

@@ -261,7 +261,20 @@ def test_memory_for_what_workers_hold_is_limited(monkeypatch: pytest.MonkeyPatch
     way = Traffic(layout, BufferPool(layout.numel), download="int8", workers=2)
     with pytest.raises(ValueError, match=r"download='int8' keeps a copy.* 3 workers x .*GiB.*use download='bf16'"):
         Traffic(layout, BufferPool(layout.numel), download="int8", workers=3)
-    assert "3 workers" in (way.check(hello(2, None, layout, download="int8"), workers=2) or "")
+    assert "3 workers" in (way.check(hello(2, None, layout, download="int8"), others=2) or "")
+
+
+def test_reconnecting_worker_needs_no_further_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = Layout.of(module_of())
+    monkeypatch.setattr(traffic, "MAX_HELD_BYTES", 4 * layout.numel * WORKERS)
+    server, workers, _ = start(ExchangeOptions(download="int8"))
+    server._traffic.forget(1)  # As after a push that contradicts what the worker was sent.
+    again, late = RecordingChannel(), RecordingChannel()
+    server.join(dataclasses.replace(workers[1].worker.hello, reconnecting=True), again)
+    server.join(hello(WORKERS, None, layout, download="int8"), late)
+    assert not again.refusals
+    assert "download='int8' keeps a copy" in late.refusals[0]
+    server.close()
 
 
 def test_memory_of_a_quarantined_worker_is_freed() -> None:

@@ -47,11 +47,22 @@ def test_session_that_comes_back_ends_the_pause() -> None:
     assert workers.push(1, 8.0).keys() == {1}
 
 
+def test_repeated_push_of_a_lost_worker_ends_the_pause() -> None:
+    workers = started(3, 3)
+    last = workers.send(1, 1.0)
+    workers.leave(1, 2.0)
+    workers.push(0, 3.0)
+    assert workers.coordinator.push(last, None, 4.0) is None
+    snapshot = workers.coordinator.snapshot()
+    assert (snapshot.paused, snapshot.paused_seconds) == (False, 2.0)
+    assert workers.dispatch(4.0).keys() == {0, 1}
+
+
 def test_late_joiner_ends_the_pause_and_its_departure_begins_another() -> None:
     workers = started()
     workers.leave(1, 1.0)
     workers.push(0, 5.0)
-    number = workers.coordinator.membership.new_number()
+    number = workers.coordinator.membership.new_number(0.0)
     assert workers.join(number, 7.0).keys() == {0, number}
     workers.leave(number, 8.0)
     assert workers.push(0, 9.0) == {}
@@ -61,7 +72,7 @@ def test_late_joiner_ends_the_pause_and_its_departure_begins_another() -> None:
 def test_more_workers_than_at_the_start_may_be_needed() -> None:
     workers = started(1, 2)
     assert workers.replies == {}
-    assert workers.join(workers.coordinator.membership.new_number(), 3.0).keys() == {0, 1}
+    assert workers.join(workers.coordinator.membership.new_number(0.0), 3.0).keys() == {0, 1}
 
 
 @pytest.mark.parametrize("grace", [5.0, "auto"])
@@ -97,7 +108,8 @@ def test_stop_ends_a_pause() -> None:
     workers.leave(2, 1.0)
     workers.push(0, 2.0)
     workers.push(1, 3.0, stop=True)
-    assert not workers.coordinator.snapshot().paused
+    snapshot = workers.coordinator.snapshot()
+    assert (snapshot.paused, snapshot.pauses, snapshot.paused_seconds) == (False, 1, 2.0)
     assert workers.coordinator.finished
 
 
@@ -123,6 +135,7 @@ def test_too_long_a_pause_ends_the_run_for_all_and_the_model_can_be_saved() -> N
     now[0] = 60.0
     server.dispatch_due()
     assert server.deadline is None
+    assert (server.snapshot.paused, server.snapshot.paused_seconds) == (False, 60.0)
     assert "exchange.pause_timeout=60 s" in channels[0].refusals[0]
     with pytest.raises(TooFewWorkersError, match="min_workers=2"):
         server.raise_failure()

@@ -56,9 +56,9 @@ class DuplicateCheck:
                 rank_zero_warn(
                     f"Ranks {seen[digest]} and {rank} began with the same samples. Iterable datasets, and data with "
                     "use_distributed_sampler=False, are not split among ranks. If the dataset splits itself, make it "
-                    "in train_dataloader(), where it can learn its rank. Otherwise split it by trainer.global_rank and "
-                    "trainer.world_size (Hugging Face datasets with datasets.distributed.split_dataset_by_node), or "
-                    "every rank trains on the same data."
+                    "in train_dataloader(), where it can learn its rank. Otherwise split it by the environment "
+                    "variables RANK and WORLD_SIZE (Hugging Face datasets with "
+                    "datasets.distributed.split_dataset_by_node), or every rank trains on the same data."
                 )
                 return
             seen[digest] = rank

@@ -82,16 +82,20 @@ class JoiningEnvironment(LightningEnvironment):
         """Do nothing: the number of ranks does not follow from the devices of this host."""
 
 
-def adopt_ranks(strategy: DDPStrategy, timeout: float) -> Callable[[], None]:
+def adopt_ranks(strategy: DDPStrategy, start_method: str, timeout: float) -> Callable[[], None]:
     """Give the strategy a device for each rank of this host, if torchrun or SLURM has started the ranks.
 
     Args:
         strategy: the strategy, with its accelerator, environment and devices.
+        start_method: how the strategy starts ranks. Those that join are started as with ``"popen"``.
         timeout: seconds to reach the other ranks.
 
     Returns:
         A function that raises ``ValueError`` if the trainer's devices and hosts contradict those of the environment.
         All other ranks of the run then end with the same text.
+
+    Raises:
+        ValueError: The strategy would start ranks that something else has started.
 
     """
     environment, devices = strategy.cluster_environment, strategy.parallel_devices
@@ -100,6 +104,8 @@ def adopt_ranks(strategy: DDPStrategy, timeout: float) -> Callable[[], None]:
     assert strategy.accelerator is not None
     joins = isinstance(environment, JoiningEnvironment)
     started_by = environment.started_by if isinstance(environment, JoiningEnvironment) else environment
+    if not joins:
+        _check_start_method(environment, start_method)
     num_nodes, count = strategy.num_nodes, len(devices)
     try:
         ranks = _ranks_in(started_by)
@@ -116,6 +122,25 @@ def adopt_ranks(strategy: DDPStrategy, timeout: float) -> Callable[[], None]:
         return partial(_end_run, None if joins else started_by, timeout, error)
     strategy.parallel_devices = (devices * ranks.here if count < ranks.here else devices)[: ranks.here]
     return lambda: None
+
+
+def _check_start_method(environment: ClusterEnvironment, start_method: str) -> None:
+    # With "popen", only ranks are started that are not there yet.
+    if start_method != "popen" and environment.creates_processes_externally:
+        raise ValueError(
+            f"start_method={start_method!r} starts ranks, but {_launcher_of(environment)} has started them already; "
+            "use strategy='async_localsgd', which is start_method='popen'"
+        )
+
+
+def _launcher_of(environment: ClusterEnvironment) -> str:
+    if isinstance(environment, TorchElasticEnvironment):
+        return "torchrun"
+    if isinstance(environment, SLURMEnvironment):
+        return "SLURM"
+    if type(environment) is LightningEnvironment:
+        return "a launcher that sets LOCAL_RANK"
+    return f"the launcher of {type(environment).__name__}"
 
 
 def _end_run(environment: ClusterEnvironment | None, timeout: float, error: ValueError) -> NoReturn:

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.trainer import call
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -16,6 +17,17 @@ if TYPE_CHECKING:
 def can_stop_early(trainer: pl.Trainer) -> bool:
     """Return whether ``min_epochs`` and ``min_steps`` are met. Lightning ignores ``trainer.should_stop`` until then."""
     return bool(trainer.fit_loop._can_stop_early)
+
+
+def raise_if_sigterm(trainer: pl.Trainer) -> None:
+    """Raise if the process has received SIGTERM. Lightning itself looks only at the end of a batch.
+
+    Raises:
+        SIGTERMException: The process has received SIGTERM.
+
+    """
+    if trainer.received_sigterm:
+        raise SIGTERMException
 
 
 def should_accumulate(trainer: pl.Trainer) -> bool:

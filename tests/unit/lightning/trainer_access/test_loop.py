@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_async_localsgd.lightning.trainer_access import loop
 from tests.unit.lightning.trainer_access.support import Model, RecordingLogger, at, fit, loader
@@ -23,6 +25,19 @@ def test_trainer_can_stop_early_once_its_minimum_is_met() -> None:
     trainer = fit(callback, min_steps=3, min_epochs=0)
     assert results["on_train_batch_end"] == [False, False, True]
     assert trainer.global_step == 3
+
+
+def test_sigterm_that_lightning_has_noted_raises_at_once() -> None:
+    def check(trainer: L.Trainer) -> None:
+        loop.raise_if_sigterm(trainer)
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(SIGTERMException):
+            loop.raise_if_sigterm(trainer)
+
+    callback, results = at(on_train_batch_start=check)
+    with suppress(SIGTERMException):  # Lightning raises it at the end of the batch, too.
+        fit(callback, batches=1)
+    assert results["on_train_batch_start"] == [None]
 
 
 def test_batches_without_an_optimizer_step_accumulate_gradients() -> None:
