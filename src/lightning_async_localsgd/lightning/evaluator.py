@@ -96,7 +96,8 @@ class Evaluator:
         """Join the run and validate until training ends.
 
         Raises:
-            ValueError: This process cannot validate. The run ends with the same text on all hosts.
+            ValueError: This process cannot validate. If training has not begun yet, the run ends with the same text on
+                all hosts.
             ExchangeError: The server refuses this process, or cannot be reached any more.
 
         """

@@ -85,7 +85,8 @@ class EvaluatorClient:
         """Join the run, and wait for the first model.
 
         Args:
-            failure: why this process cannot validate; None if it can. The run then ends with this text everywhere.
+            failure: why this process cannot validate; None if it can. Rank 0 logs this text. If training has not begun
+                yet, the run ends with it everywhere.
 
         Returns:
             See :meth:`answer`.

@@ -322,7 +322,8 @@ class LiveRuntime(Runtime):
     def leave(self) -> None:
         if not self.stopped:
             self.worker.adopt_answer(wait=True)
-        if not self.stopped and self.worker.round_steps > 0:
+        # A step of the synchronous beginning cannot be ended early: its accumulated gradients are lost, as under DDP.
+        if not self.stopped and self.worker.round_steps > 0 and not self.worker.synchronous:
             self._end_round()
         if not self.stopped:
             self.worker.adopt_answer(wait=True)

@@ -54,6 +54,7 @@ class Worker(WorkerBase):
         if self.optimizer_weights is not None:
             self._left = self.optimizer_weights.start()
         reply = self.exchange.join(self.hello, self._model)
+        assert not reply.averaged, "a worker that joins needs a model, not a mean of gradients"
         self.adopt(reply)
         return reply
 
@@ -127,6 +128,8 @@ class Worker(WorkerBase):
                 self._in_flight = BackgroundCall(lambda: self._exchange_round(push), "async_localsgd-push")
                 return False
             reply = self._send(push)
+            while reply.synchronous:  # The worker that was to hand in the weights of all could not.
+                reply = self._send(self.make_second_hand_over(reply))
         except BaseException:
             self._arrive(trains=True)  # The states of the optimizers may still be saved.
             raise

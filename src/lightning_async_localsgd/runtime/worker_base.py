@@ -304,6 +304,20 @@ class WorkerBase:
         if self._sequence > 0:
             self._exchange_seconds = max(0.0, now - self._push_made_at - reply.wait_seconds)
 
+    def make_second_hand_over(self, reply: Reply) -> Push:
+        """Make the push of a worker that is asked for its weights after it has taken its last synchronous step.
+
+        Args:
+            reply: the reply to the push of :meth:`make_push`.
+
+        Returns:
+            The header of the push.
+
+        """
+        self.begin_step(reply)
+        self._wait_for_device()
+        return self._make_hand_over(final=False, stop=False, request_stop=False)
+
     def _make_hand_over(self, final: bool, stop: bool, request_stop: bool) -> Push:
         """Make the push at the end of the synchronous beginning, or of the run within it.
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from lightning_async_localsgd.policies.pacing import SpeedAwareSteps
     from lightning_async_localsgd.policies.synchronous_beginning import SynchronousBeginning
     from lightning_async_localsgd.policies.worker_minimum import WorkerMinimum
-    from lightning_async_localsgd.protocol.messages import Hello, Push
+    from lightning_async_localsgd.protocol.messages import Push
     from lightning_async_localsgd.server.global_model import GlobalModel
     from lightning_async_localsgd.server.sessions import WorkerSession
 
@@ -129,12 +129,18 @@ class Beginning:
         if push.final or broken:
             self._members.pop(push.worker, None)
 
-    def join_again(self, hello: Hello) -> bool:
-        """Answer the hello of a member again that did not receive its first dispatch. Return whether it is one."""
-        session = self._live.get(hello.worker)
-        if session is None or session.id != hello.session or hello.reconnecting or not session.computing:
-            return False
-        return self.repeat(hello.worker, 0)
+    def join_again(self, worker: int, session: WorkerSession | None) -> bool:
+        """Answer the hello of a member again that did not receive its first dispatch.
+
+        Args:
+            worker: the worker's number.
+            session: the live session that has sent the hello; None if it is new, or reconnects.
+
+        Returns:
+            Whether the session is such a member.
+
+        """
+        return session is not None and session.computing and self.repeat(worker, 0)
 
     def leave(self, worker: int, session: str, now: float) -> None:
         """Note that a session was lost."""
@@ -191,12 +197,14 @@ class Beginning:
         due_at = self._due_at()
         return None if due_at is None or due_at == -math.inf else due_at
 
-    def dispatch(self, now: float, stopping: bool) -> dict[int, dict[str, Any]]:
+    def dispatch(self, now: float, stopping: bool, broadcast: str) -> dict[int, dict[str, Any]]:
         """Complete the step, and dispatch its members.
 
         Args:
             now: seconds.
             stopping: whether training ends, so that no further step begins.
+            broadcast: see :attr:`.Reply.broadcast`. It is the same when an answer comes again, because learning rates
+                follow it, and the optimizers of all members must take the step with the same ones.
 
         Returns:
             Fields of the members' replies. Empty if the beginning is over, so that all waiting workers are dispatched
@@ -217,7 +225,7 @@ class Beginning:
             return {}
         if self._phase is _Phase.HAND_OVER:
             # The worker that was to hand in the weights has left.
-            return self._dispatch({members[0]: 0}, now, averaged=False)
+            return self._dispatch({members[0]: 0}, now, False, broadcast)
         averaged = self._phase is _Phase.STEPS
         if averaged:
             self._model.version += self.averages.average()
@@ -232,10 +240,10 @@ class Beginning:
             shares = self._policy.shares(speeds, min(left, free))
             for worker, steps in shares.items():
                 self._budget.reserve(worker, steps, now)
-            return self._dispatch(shares, now, averaged)
+            return self._dispatch(shares, now, averaged, broadcast)
         if averaged:
             self._phase = _Phase.HAND_OVER
-            return self._dispatch(dict.fromkeys(members, 0), now, averaged)
+            return self._dispatch(dict.fromkeys(members, 0), now, averaged, broadcast)
         self._end()
         return {}
 
@@ -273,7 +281,9 @@ class Beginning:
     def _live_members(self) -> list[int]:
         return sorted(worker for worker, session in self._live.items() if self.is_member(worker, session.id))
 
-    def _dispatch(self, steps: Mapping[int, int], now: float, averaged: bool) -> dict[int, dict[str, Any]]:
+    def _dispatch(
+        self, steps: Mapping[int, int], now: float, averaged: bool, broadcast: str
+    ) -> dict[int, dict[str, Any]]:
         sender = min(steps) if self._phase is _Phase.HAND_OVER else None
         answers = {}
         for worker, number in steps.items():
@@ -284,6 +294,7 @@ class Beginning:
                 "averaged": averaged,
                 "absent": self.averages.absent if averaged else "",
                 "send_weights": worker == sender,
+                "broadcast": broadcast,
                 "progress": float(self._budget.done),
                 "progress_per_step": sum(steps.values()) / number if number > 0 else 1.0,
             }
@@ -294,6 +305,12 @@ class Beginning:
         self.on = False
         if self.completed > 0:
             _log.info("the synchronous beginning is over after %d step(s); asynchronous rounds begin", self.completed)
+        if not self._has_weights:
+            _log.error(
+                "no worker has handed in finite weights at the end of the synchronous beginning, so training goes on "
+                "from an earlier model: the last one that was validated or saved, or the initial one. Lower the "
+                "learning rate, or clip gradients"
+            )
         self._members = {}
         self._answers = {}
         self._lost_at = {}

@@ -139,7 +139,9 @@ class Coordinator:
 
         """
         self.observers.on_event(Event("join", now, {"hello": hello}))
-        if self.beginning.join_again(hello):
+        # If the worker was lost before its first dispatch arrived, its session is live again from now on.
+        session = None if hello.reconnecting else self.membership.find(hello.worker, hello.session, now)
+        if self.beginning.join_again(hello.worker, session):
             return None
         reason = self.membership.join(hello, now)
         # A worker that was waiting will resend its lost push, so it counts as computing.
@@ -189,7 +191,7 @@ class Coordinator:
         session.staleness = 0
         refused = self._check(push, gradient, session) or self._merge(push, gradient, result, session)
         self._record(push, refused, session, now)
-        reason = self._discipline.note(push.worker, refused, session)
+        reason = self._discipline.note(push.worker, refused, session, self.beginning.on)
         if reason is None:
             self._await_dispatch(push, session, now)
             self.membership.wake()
@@ -300,9 +302,7 @@ class Coordinator:
             return False
         if self.beginning.on:
             return self.beginning.is_due(now)
-        if self._window.group_is_due(now) or self._window.is_over(now):
-            return True
-        return not self.finished and self._all_rest()
+        return self._window.group_is_due(now) or self._window.is_over(now) or (not self.finished and self._all_rest())
 
     def dispatch(self, now: float) -> dict[int, Reply]:
         """Merge the group if it is due, and dispatch all workers that wait for no group with the same global model.
@@ -315,7 +315,7 @@ class Coordinator:
 
         """
         self._update_minimum(now)
-        members = self.beginning.dispatch(now, self.stopping) if self.beginning.on else {}
+        members = self.beginning.dispatch(now, self.stopping, self.broadcast) if self.beginning.on else {}
         if members:
             return self._answer(members, now, 0.0, members)
         if self._window.group_is_due(now):

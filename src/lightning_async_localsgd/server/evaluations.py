@@ -28,6 +28,9 @@ _log = logging.getLogger(__name__)
 _MAX_BUFFERS = 4
 """Models that may exist for the evaluator: the one that is validated, and those whose transfer was interrupted."""
 
+_ENDED = "training has ended"
+"""What an evaluator is told that sends something after the end."""
+
 
 @dataclass(frozen=True)
 class ValidationRequest:
@@ -91,6 +94,8 @@ class Evaluations:
         self._request: ValidationRequest | None = None
         self._position = self._shared = ""
         self._over = False
+        # Why the present session cannot validate.
+        self._unfit: str | None = None
 
     # ------------------------------------------------------------ the evaluator
 
@@ -102,10 +107,14 @@ class Evaluations:
 
     def join(self, hello: Hello, channel: ReplyChannel, model: GlobalModel) -> str | None:
         """Handle the evaluator's hello. Return why it is refused for good; None if it is not."""
+        if self._over:
+            return _ENDED
         if hello.session != self._session:
             if (reason := self.check_join()) is not None or hello.reconnecting:
                 return reason or "another evaluator has replaced this one"
-            self._session, self._sequence, self._ready = hello.session, 0, False
+            self._session, self._sequence, self._ready, self._unfit = hello.session, 0, False, None
+        if self._unfit is not None:
+            return self._unfit
         self._channel = channel
         self._set_live(True)
         self._waits = False
@@ -121,11 +130,14 @@ class Evaluations:
         """Handle the evaluator's report or result.
 
         Returns:
-            Why the run cannot go on with this evaluator; None if it can.
+            Why this evaluator cannot validate, which the caller has to act on; None if it can.
 
         """
         if push.session != self._session:
             channel.refuse("another evaluator has replaced this one")
+            return None
+        if self._over or self._unfit is not None:
+            channel.refuse(self._unfit or _ENDED)
             return None
         self._channel, self._waits = channel, True
         if push.sequence > self._sequence:
@@ -151,18 +163,23 @@ class Evaluations:
         if self._over:
             return
         _log.warning("the evaluator left the run (%s); rank 0 validates again", reason)
-        if (request := self._request) is not None:
-            self._request = None
-            self.results.put(ValidationResult(request.number, None))
+        self._report_loss()
+
+    def dismiss(self, reason: str) -> None:
+        """Refuse an evaluator that cannot validate. Training has begun, and goes on without the evaluator."""
+        _log.warning("%s. Training goes on, and rank 0 validates", reason)
+        self._unfit = reason
+        self.refuse(reason)
+        self._report_loss()
 
     def revive(self, session: str) -> None:
         """Handle a sign of life of an evaluator that was lost."""
-        if session == self._session and not self._live:
+        if session == self._session and not (self._live or self._over or self._unfit):
             self._set_live(True)
             _log.warning("the evaluator is back, and validates for rank 0")
 
     def refuse(self, reason: str) -> None:
-        """Refuse the evaluator for good, because the run ends with an error."""
+        """Refuse the evaluator for good."""
         channel, self._channel = self._channel, None
         self._set_live(False)
         if channel is not None:
@@ -204,13 +221,19 @@ class Evaluations:
             self._channel.dispatch(self._reply(model.version, stop=True), buffer)
             self._waits = False
         else:
-            self.refuse("training has ended")
+            self.refuse(_ENDED)
 
     # ----------------------------------------------------------------- internal
 
     def _set_live(self, live: bool) -> None:
         self._live = live
         self.present = live and self._ready and not self._over
+
+    def _report_loss(self) -> None:
+        """Report the validation that is out as lost."""
+        request, self._request = self._request, None
+        if request is not None:
+            self.results.put(ValidationResult(request.number, None))
 
     def _send(self) -> None:
         """Send the requested validation's model, if the evaluator waits for one."""

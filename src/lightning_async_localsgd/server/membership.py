@@ -228,22 +228,19 @@ class Membership:
         self._forget_late_joiners()
         return True
 
-    def quarantine(self, worker: int, strikes_text: str) -> str:
+    def quarantine(self, worker: int, strikes_text: str, advice: str) -> str:
         """Refuse a worker for the rest of the run, whatever its session.
 
         Args:
             worker: the worker's number.
             strikes_text: what the worker did.
+            advice: the probable cause, and what to do.
 
         Returns:
             The reason for the log and for the worker.
 
         """
-        reason = (
-            f"worker {worker} is quarantined for the rest of the run: {strikes_text}, though each round began with a "
-            "fresh global model; its optimizer's state is probably broken, or its machine is: lower the learning rate, "
-            "clip gradients, or look at the data that this worker got"
-        )
+        reason = f"worker {worker} is quarantined for the rest of the run: {strikes_text}, {advice}"
         _log.error("%s", reason)
         self.quarantined[worker] = reason
         self._sessions.end(worker)

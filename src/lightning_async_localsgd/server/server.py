@@ -67,7 +67,7 @@ class Server(ServerQueries):
         received_metrics: workers and the values that their modules logged, in order of arrival.
         lost_workers: the last workers that were lost before the end of training, each with time and reason.
         gave_up: why the run ends because a pause for lack of workers was too long; None if it does not.
-        misfit: why the run ends because its evaluator cannot validate; None if it does not.
+        misfit: why the run ends before training begins, because its evaluator cannot validate; None if it does not.
         evaluations: validations by the evaluator.
 
     """
@@ -385,9 +385,12 @@ class Server(ServerQueries):
             channel.refuse(self._ended)
             return
         if push.worker == EVALUATOR and not isinstance(channel, LocalReplyChannel):
-            self.misfit = self.evaluations.push(push, channel)
-            if self.misfit is not None:
-                self._refuse_all(self.misfit)
+            misfit = self.evaluations.push(push, channel)
+            if misfit is not None and self._coordinator.membership.started:
+                self.evaluations.dismiss(misfit)
+            elif misfit is not None:
+                self.misfit = misfit
+                self._refuse_all(misfit)
             return
         self._traffic.confirm(push)
         reason = self._coordinator.push(push, gradient, self._clock(), result)

@@ -205,8 +205,11 @@ def test_answer_that_was_lost_comes_again_with_the_same_mean(lost: str) -> None:
         assert replies[0].averaged
         assert coordinator.budget.done == 3
         return
+    coordinator.broadcast = "a learning rate"
     send(1, 1.1)
     first = send(2, 1.2)[0]
+    assert first.broadcast == "a learning rate"
+    coordinator.broadcast = "another one"
     workers.gradient(1, 1.5, 9.0)
     assert coordinator.join(hello(0, layout=LAYOUT, reconnecting=True), 1.6) is None
     again = send(0, 1.7)
@@ -226,9 +229,12 @@ def _gradient(worker: int, sequence: int, reply: Reply) -> Push:
     )  # fmt: skip
 
 
-def test_first_dispatch_that_was_lost_comes_again() -> None:
+@pytest.mark.parametrize("noticed", [False, True])
+def test_first_dispatch_that_was_lost_comes_again(noticed: bool) -> None:
     workers = Beginners()
     workers.gradient(1, 1.0)
+    if noticed:
+        assert workers.leave(0, 1.05) == {}
     assert workers.coordinator.join(hello(0, layout=LAYOUT), 1.1) is None
     again = workers.dispatch(1.1)
     assert set(again) == {0}
@@ -257,8 +263,22 @@ def test_invalid_gradients_are_left_out_and_their_workers_stay_in_step() -> None
             workers.gradient(1, float(number), float("nan"))
         for worker in (0, 2):
             workers.gradient(worker, float(number), 1.0)
-    assert 1 in workers.coordinator.membership.quarantined
+    assert "the same weights" in workers.coordinator.membership.quarantined[1]
     assert workers.replies[0].averaged
+
+
+def test_optimizer_of_worker_0_is_not_reset_in_the_beginning(caplog: pytest.LogCaptureFixture) -> None:
+    workers = Beginners(steps=50, total=600)
+    for number in range(1, 6):
+        for worker in range(3):
+            workers.gradient(worker, float(number), float("nan") if worker == 0 else 1.0)
+        assert workers.replies[0].averaged
+        assert not workers.replies[0].reset_optimizer, "the states of all optimizers have to stay equal"
+    [error] = [record.message for record in caplog.records if record.levelname == "ERROR"]
+    assert "worker 0: 5 of its last 5 pushes were refused" in error
+    assert "the same weights" in error
+    assert "reset" not in error
+    assert workers.coordinator.live == [0, 1, 2]
 
 
 def test_parameters_without_a_gradient_stay_without_one_only_if_no_worker_has_one() -> None:
@@ -298,6 +318,21 @@ def test_invalid_weights_are_refused_and_another_worker_is_asked() -> None:
     replies = workers.hand_over(1, 2.2, weights=5.0)
     assert set(replies) == {0, 1, 2}
     assert torch.equal(workers.theta, torch.full((LAYOUT.numel,), 5.0))
+
+
+def test_training_that_goes_on_without_finite_weights_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    workers = Beginners(steps=1)
+    workers.step(1.0)
+    for worker in (1, 2, 0):
+        workers.hand_over(worker, 2.0, weights=float("nan"))
+    workers.hand_over(1, 2.1, weights=float("nan"))
+    assert workers.replies[0].synchronous
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+    replies = workers.hand_over(2, 2.2, weights=float("nan"))
+    assert not any(reply.synchronous for reply in replies.values())
+    assert torch.equal(workers.theta, torch.zeros(LAYOUT.numel))
+    [error] = [record.message for record in caplog.records if record.levelname == "ERROR"]
+    assert "no worker has handed in finite weights at the end of the synchronous beginning" in error
 
 
 def test_stop_within_the_beginning_ends_with_the_last_weights() -> None:

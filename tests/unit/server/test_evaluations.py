@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 
 from lightning_async_localsgd.outer import DelayedNesterov
 from lightning_async_localsgd.protocol.buffers import PooledBuffer
+from lightning_async_localsgd.protocol.exchange import ExchangeError
 from lightning_async_localsgd.protocol.messages import EVALUATOR, Push, Reply
 from lightning_async_localsgd.protocol.ports import ReplyChannel
 from lightning_async_localsgd.server.evaluations import Evaluations, ValidationResult
 from lightning_async_localsgd.server.global_model import GlobalModel
 from tests.harness import LAYOUT, hello
+from tests.unit.server.serving import RecordingChannel, make_server
 
 
 class Channel(ReplyChannel):
@@ -149,7 +151,54 @@ def test_evaluator_that_waits_ends_with_training() -> None:
     run.evaluations.end(run.model)
     assert [reply.stop for reply in run.channel.replies] == [False, True]
     assert run.channel.refused == []
-    assert run.join("t") == "training is over"
+
+
+@pytest.mark.parametrize("reconnects", [False, True])
+def test_evaluator_that_is_validating_at_the_end_or_comes_back_is_told_the_end(reconnects: bool) -> None:
+    run = Evaluated()
+    run.request()
+    if reconnects:
+        run.evaluations.lose("s", "its connection broke")
+    run.evaluations.end(run.model)
+    assert run.channel.refused == ([] if reconnects else ["training has ended"])
+    assert run.join("s", reconnecting=True) == run.join("t") == "training has ended"
+    assert run.evaluations.check_join() == "training is over"
+    run.evaluations.push(push(2, text='{"number": 1}'), late := Channel())
+    assert late.refused == ["training has ended"]
+    assert not run.evaluations.present
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_evaluator_that_cannot_validate_ends_only_a_run_that_has_not_begun(
+    started: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = make_server(2, total=None, threaded=False)
+    workers, unfit = [RecordingChannel() for _ in range(2)], Channel()
+    for number in range(1 + started):
+        server.join(hello(number, layout=server.layout), workers[number])
+    server.join(hello(EVALUATOR, "s"), unfit)
+    for _ in range(2):  # The answer was lost.
+        server.push(push(1, stop=True, text="no validation data"), None, unfit)
+    assert unfit.refused == ["no validation data"] * 2
+    assert not server.evaluations.present
+    if not started:
+        assert workers[0].refusals == ["no validation data"]
+        with pytest.raises(ExchangeError, match=r"^no validation data$"):
+            server.raise_failure()
+        return
+    assert [channel.refusals for channel in workers] == [[], []]
+    server.raise_failure()
+    server.join(hello(EVALUATOR, "s", reconnecting=True), unfit)
+    server.revive(EVALUATOR, "s")
+    server.lost(EVALUATOR, "s", "it has ended")
+    assert unfit.refused == ["no validation data"] * 3
+    warnings = [record.message for record in caplog.records if record.name.endswith("evaluations")]
+    assert warnings == ["no validation data. Training goes on, and rank 0 validates"]
+    server.join(hello(EVALUATOR, "t"), fit := Channel())
+    server.push(push(1, "t"), None, fit)
+    assert fit.refused == []
+    assert server.evaluations.present
+    server.close()
 
 
 @given(st.lists(st.sampled_from(["request", "answer", "again", "lose", "revive", "replace"]), max_size=40))

@@ -54,14 +54,17 @@ class Process:
 class Run(RuleBasedStateMachine):
     """The events. Each acts on one of the workers' processes, or on the server."""
 
-    @initialize(total=st.sampled_from([8, 30, 100]), dynamic=st.booleans())
-    def begin(self, total: int, dynamic: bool) -> None:
+    @initialize(
+        total=st.sampled_from([8, 30, 100]), dynamic=st.booleans(), unreached=st.sets(st.integers(1, COHORT - 1))
+    )
+    def begin(self, total: int, dynamic: bool, unreached: set[int]) -> None:
+        """Begin a run. The first dispatch of some workers is lost."""
         self.now = 0.0
         self.total = total
         self.dynamic = dynamic
         self.names = (f"name{number}" for number in itertools.count())
         self.values = itertools.count(1)
-        self.open(self.build(), steps=0, weights=0.0)
+        self.open(self.build(), steps=0, weights=0.0, unreached=unreached)
         self.checkpoint: tuple[Any, ...] = (self.coordinator.state_dict(), 0, 0.0, [], 0)
 
     def build(self) -> Coordinator:
@@ -70,7 +73,10 @@ class Run(RuleBasedStateMachine):
             beginning=LENGTH, dynamic=self.dynamic, incarnation=next(self.names), guard=UpdateGuard(None),
         )  # fmt: skip
 
-    def open(self, coordinator: Coordinator, steps: int, weights: float, waiting: Any = (), counted: int = 0) -> None:
+    def open(
+        self, coordinator: Coordinator, steps: int, weights: float, waiting: Any = (), counted: int = 0,
+        unreached: Any = (),
+    ) -> None:  # fmt: skip
         """Start workers with the weights of a checkpoint."""
         self.coordinator = coordinator
         coordinator.observers.add([RecordingObserver(self.on_outcome)])
@@ -83,6 +89,7 @@ class Run(RuleBasedStateMachine):
         for process in self.processes:
             process.weights, process.means = weights, steps
             self.join(process)
+            process.connected = process.worker not in unreached
         self.flush()
 
     def on_outcome(self, outcome: PushOutcome) -> None:
@@ -134,6 +141,7 @@ class Run(RuleBasedStateMachine):
         awaited = 0 if process.reply is None else process.pending and process.pending[0].sequence
         if not process.connected or reply.sequence != awaited:
             return
+        assert process.reply is not None or not reply.averaged, "the answer to a hello has a mean instead of a model"
         process.reply, process.pending = reply, None
         if reply.averaged:
             process.means += 1

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_async_localsgd.lightning.checkpoints.run_folder import folder_of
+from lightning_async_localsgd.lightning.loop.beginning import pretrained_text
 from lightning_async_localsgd.lightning.trainer_access.strategy import strategy_of
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ def announce(trainer: pl.Trainer, settings: RuntimeSettings, workers: int, name:
     text = f"{name}: {_budget_text(settings.budget, workers, trainer)}."
     if settings.sync_warmup_steps > 0 and workers > 1:
         text += f" Until step {settings.sync_warmup_steps}, they average gradients (sync_warmup_steps)."
+    elif workers > 1 and (part := pretrained_text(trainer, settings)) is not None:
+        text += f" sync_warmup_steps='auto' is 0, because {part}; give a number if its weights are random."
     if folder is not None:
         text += f" The run saves itself in {folder} ({_interval_text(every)})."
     rank_zero_info(text)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from lightning_async_localsgd.policies.plan import RunBudget
+    from lightning_async_localsgd.runtime.settings import RuntimeSettings
     from lightning_async_localsgd.server.merge_policy import MergePolicy
 
 _LONGEST_WARMUP = 100_000
@@ -85,17 +86,36 @@ def beginning_length(
         return option
     if saved is not None:
         return int(saved["steps"])
-    is_fresh = not (trainer.ckpt_path or done or is_pretrained(trainer.lightning_module))
+    is_fresh = not (trainer.ckpt_path or done or pretrained_part(trainer.lightning_module))
     return automatic_length(warmup_steps(trainer), budget.steps_per_rank, is_fresh)
 
 
-def is_pretrained(module: nn.Module) -> bool:
-    """Return whether a part of the module says that its weights were loaded from somewhere.
+def pretrained_part(module: nn.Module) -> str | None:
+    """Return which part of the module says that its weights were loaded from somewhere, and how; None if none does.
 
-    Models of the library ``transformers`` do so after ``from_pretrained``.
+    Models of the library ``transformers`` do so after ``from_pretrained``, but also if they have random weights and the
+    configuration of a model that can be loaded.
     """
-    names = (getattr(part, "name_or_path", None) for part in module.modules())
-    return any(isinstance(name, str) and name for name in names)
+    for path, part in module.named_modules():
+        name = getattr(part, "name_or_path", None)
+        if isinstance(name, str) and name:
+            return f"{path or 'the module'} has name_or_path={name!r}"
+    return None
+
+
+def pretrained_text(trainer: pl.Trainer, settings: RuntimeSettings) -> str | None:
+    """Return :func:`pretrained_part` if the run has no synchronous beginning for that reason; None otherwise.
+
+    Args:
+        trainer: the trainer, with its optimizers and schedulers.
+        settings: settings of the run.
+
+    """
+    length = settings.sync_warmup_steps
+    if settings.merge.sync_warmup_steps != "auto" or length > 0 or trainer.ckpt_path or settings.steps_done:
+        return None
+    would_begin = automatic_length(warmup_steps(trainer), settings.budget.steps_per_rank, starts_fresh=True) > 0
+    return pretrained_part(trainer.lightning_module) if would_begin else None
 
 
 def warmup_steps(trainer: pl.Trainer) -> int:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import queue
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -201,6 +201,7 @@ class DelegatedValidations:
 
     def _act(self, out: _Validation, result: dict[str, Any]) -> None:
         """Do what Lightning does when a validation ends."""
+        self._bring_up_to_date()
         trainer, metrics = self._trainer, _tensors(result["metrics"])
         stopped_before = trainer.should_stop
         shown, logged, bar = shown_metrics(trainer)
@@ -216,9 +217,9 @@ class DelegatedValidations:
         named = {name: torch.tensor(value) for name, value in names.items() if name not in shown}
         shown.update(named)
         try:
-            for callback in callbacks_of(trainer):
-                if isinstance(callback, (Checkpoint, EarlyStopping)):
-                    with saving_as_in(callback, out.epoch):
+            with self._saving_as_in(out):
+                for callback in callbacks_of(trainer):
+                    if isinstance(callback, (Checkpoint, EarlyStopping)):
                         callback.on_validation_end(trainer, trainer.lightning_module)
             self._out = None
             self._run_waiting(out)
@@ -232,15 +233,24 @@ class DelegatedValidations:
         self._stops = trainer.should_stop and not stopped_before and can_stop_early(trainer)
         self._finish(result["metrics"])
 
+    def _bring_up_to_date(self) -> None:
+        """Bring the server's model up to date, which is saved in a checkpoint beside the validated model.
+
+        Without this, a run that resumes within its synchronous beginning would begin from old weights.
+        """
+        self._runtime.flush_round()
+
     def _validate_lost(self, run_here: Callable[[], Any]) -> None:
         """Validate here what a lost evaluator has not validated, at the step to which the validation belongs."""
         lost = self._lost
         if lost is None:
             return
+        self._bring_up_to_date()
         step = logged_step(self._trainer)
         set_logged_step(self._trainer, lost.logged_step)
         try:
-            run_here()
+            with self._saving_as_in(lost):
+                run_here()
         finally:
             set_logged_step(self._trainer, step)
             self._lost = None
@@ -249,11 +259,17 @@ class DelegatedValidations:
 
     def _run_waiting(self, validation: _Validation) -> None:
         waiting, self._waiting = self._waiting, {}
+        with self._saving_as_in(validation):
+            for action in waiting.values():
+                action()
+
+    @contextmanager
+    def _saving_as_in(self, validation: _Validation) -> Iterator[None]:
+        """Let callbacks save the model of a validation, whatever they have saved since."""
         with ExitStack() as stack:
             for callback in callbacks_of(self._trainer):
                 stack.enter_context(saving_as_in(callback, validation.epoch))
-            for action in waiting.values():
-                action()
+            yield
 
     def _log(self, values: dict[str, float], step: int | None, out: _Validation) -> None:
         if step is None:

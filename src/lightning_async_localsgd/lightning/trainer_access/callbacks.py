@@ -53,19 +53,22 @@ def set_steps_between_checkpoints(callback: ModelCheckpoint, steps: int) -> None
 
 @contextmanager
 def saving_as_in(callback: Callback, epoch: int) -> Iterator[None]:
-    """Let a ``ModelCheckpoint`` with ``every_n_epochs`` act as in another epoch, for the duration of a ``with`` block.
+    """Let a ``ModelCheckpoint`` act on a model of another epoch and step, for the duration of a ``with`` block.
 
-    The callback saves if ``trainer.current_epoch + 1`` modulo its interval is 0. Other callbacks are not changed.
+    With ``every_n_epochs`` the callback saves if ``trainer.current_epoch + 1`` modulo its interval is 0. It saves only
+    once at a ``trainer.global_step``, but the other model is another one, whether or not this step's was or will be
+    saved. Other callbacks are not changed.
     """
     if not isinstance(callback, ModelCheckpoint):
         yield
         return
-    interval = callback._every_n_epochs
+    interval, step = callback._every_n_epochs, callback._last_global_step_saved
     callback._every_n_epochs = _FixedInterval(interval, epoch + 1)
+    callback._last_global_step_saved = -1
     try:
         yield
     finally:
-        callback._every_n_epochs = interval
+        callback._every_n_epochs, callback._last_global_step_saved = interval, step
 
 
 class _FixedInterval(int):

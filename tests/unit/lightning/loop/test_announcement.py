@@ -12,6 +12,15 @@ from lightning_async_localsgd import AsyncLocalSGDStrategy
 from lightning_async_localsgd import SimulatedAsyncLocalSGDStrategy as Simulated
 from tests.unit.lightning.simulated.support import SPEEDS, NoSchedule, StopAt, fit, loader
 
+
+class Pretrained(NoSchedule):
+    """A module whose network says that it was loaded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net.name_or_path = "gpt2"
+
+
 RUNS: list[tuple[Any, dict[str, Any], str]] = [
     (
         lambda: Simulated(SPEEDS, local_steps=5),
@@ -23,6 +32,17 @@ RUNS: list[tuple[Any, dict[str, Any], str]] = [
         lambda: Simulated(SPEEDS, local_steps=5, checkpoint_every=None, sync_warmup_steps="auto"),
         {"max_steps": 40, "module": NoSchedule},
         "(max_steps=40, 40 per worker on average). Until step 4, they average gradients (sync_warmup_steps).\n",
+    ),
+    (
+        lambda: Simulated(SPEEDS, local_steps=5, checkpoint_every=None, sync_warmup_steps="auto"),
+        {"max_steps": 40, "module": Pretrained},
+        "(max_steps=40, 40 per worker on average). sync_warmup_steps='auto' is 0, because net has "
+        "name_or_path='gpt2'; give a number if its weights are random.\n",
+    ),
+    (
+        lambda: Simulated(SPEEDS, local_steps=5, checkpoint_every=None),
+        {"max_steps": 40, "module": Pretrained},
+        "(max_steps=40, 40 per worker on average).\n",
     ),
     (
         lambda: Simulated(SPEEDS, local_steps=5, checkpoint_every=7),

@@ -13,7 +13,7 @@ import torch
 from torch.optim import lr_scheduler
 
 from lightning_async_localsgd import SimulatedAsyncLocalSGDStrategy as Simulated
-from lightning_async_localsgd.lightning.loop.beginning import is_pretrained, warmup_steps
+from lightning_async_localsgd.lightning.loop.beginning import pretrained_part, warmup_steps
 from tests.lightning_models import Regression, cosine, inverse_time, loader, network, quiet_trainer
 
 
@@ -53,11 +53,12 @@ def test_warmup_of_schedulers(make: Callable[[Any], Any], wanted: int) -> None:
 
 def test_weights_that_were_loaded_are_noticed() -> None:
     module = torch.nn.Sequential(torch.nn.Linear(1, 1))
-    assert not is_pretrained(module)
+    assert pretrained_part(module) is None
     module[0].name_or_path = ""
-    assert not is_pretrained(module)
+    assert pretrained_part(module) is None
     module[0].name_or_path = "gpt2"
-    assert is_pretrained(module)
+    assert pretrained_part(module) == "0 has name_or_path='gpt2'"
+    assert pretrained_part(module[0]) == "the module has name_or_path='gpt2'"
 
 
 def length(tmp_path: Path, module: Regression, steps: int, **options: Any) -> tuple[int, Any]:

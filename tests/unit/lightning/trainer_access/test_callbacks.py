@@ -112,3 +112,19 @@ def test_checkpoint_is_saved_as_in_another_epoch(tmp_path: Path, epoch: int, sav
     callback, _ = at(on_train_epoch_end=save)
     fit(callback, saved, enable_checkpointing=True)
     assert bool(list(tmp_path.glob("*.ckpt"))) == saves
+
+
+def test_checkpoint_of_another_step_is_saved_beside_that_of_the_same_step(tmp_path: Path) -> None:
+    saved = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_epochs=1, save_on_train_epoch_end=False)
+
+    def save(trainer: L.Trainer) -> None:
+        for _ in range(2):
+            saved.on_validation_end(trainer, trainer.lightning_module)
+        with callbacks.saving_as_in(saved, 0):
+            for _ in range(2):
+                saved.on_validation_end(trainer, trainer.lightning_module)
+        saved.on_validation_end(trainer, trainer.lightning_module)
+
+    callback, results = at(on_train_epoch_end=save, on_save_checkpoint=lambda trainer: trainer.global_step)
+    fit(callback, saved, enable_checkpointing=True)
+    assert results["on_save_checkpoint"] == [4, 4]

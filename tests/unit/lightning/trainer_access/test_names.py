@@ -37,7 +37,9 @@ OVERRIDDEN = {
 """Private names of Lightning's classes that our subclasses and mixins override, or read through ``self``."""
 
 NAMES = {
-    "callbacks.ModelCheckpoint()": {"_every_n_epochs", "_every_n_train_steps", "_find_last_checkpoints"},
+    "callbacks.ModelCheckpoint()": {
+        "_every_n_epochs", "_every_n_train_steps", "_find_last_checkpoints", "_last_global_step_saved",
+    },
     "callbacks.StochasticWeightAveraging(0.1)": {"_model_contains_batch_norm"},
     "callbacks.EMAWeightAveraging()": {"_average_model"},
     "demos.boring_classes.BoringModel()": {"_trainer"},
