@@ -43,7 +43,10 @@ class Model(Regression):
             return
         strategy = self.trainer.strategy
         delegated, results = strategy.controller._delegated, strategy.runtime.server.evaluations.results
-        deadline = time.monotonic() + 60.0
+        deadline = time.monotonic() + 120.0
+        while self.options.get("awaits_evaluator") and not strategy.runtime.server.evaluations.present:
+            assert time.monotonic() < deadline, "no evaluator has joined"
+            time.sleep(0.005)
         while (
             delegated._out is not None
             and self.trainer.global_step >= delegated._out.step + 8

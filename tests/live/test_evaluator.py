@@ -62,6 +62,7 @@ def test_evaluator_joins_by_hand_and_early_stopping_follows_it(started: Jobs, tm
         "trainer": {**BY_STEPS, "max_steps": 3000},
         "strategy": {},
         "exchange": {"port": port},
+        "awaits_evaluator": True,
         "stops_on": "worse",
         "patience": 3,
     }
@@ -81,7 +82,7 @@ def test_evaluator_joins_by_hand_and_early_stopping_follows_it(started: Jobs, tm
     # Four results without an improvement end training, and no model is validated after that.
     lines = [json.loads(line) for line in (tmp_path / "validations.jsonl").read_text().splitlines()]
     assert len(rank_0["losses"]) == len(lines)
-    assert [seen["pid"] == rank_0["pid"] for seen in lines[-3:]] == [False] * 3
+    assert [seen["pid"] == rank_0["pid"] for seen in lines] == [False] * 4
 
 
 def test_evaluator_without_data_ends_the_run_on_all_ranks(started: Jobs, tmp_path: Path) -> None:
