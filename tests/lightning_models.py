@@ -237,6 +237,12 @@ def line_loader(samples: int) -> DataLoader[Any]:
 # ----------------------------------------------------------------------------------------------------------- trainers
 
 
+def close_ddp_group() -> None:
+    """Close the process group that DDP leaves open. At the end of a process, the group's threads sometimes abort it."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def quiet_trainer(strategy: Any = "async_localsgd", **options: Any) -> L.Trainer:
     """Return a trainer on one CPU device that shows and logs nothing, and saves what its callbacks save."""
     callbacks = options.get("callbacks") or []

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.core.hooks import CheckpointHooks, DataHooks, ModelHooks
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 
-from tests.lightning_models import quiet_trainer
+from tests.lightning_models import close_ddp_group, quiet_trainer
 
 OF_MODULES = {
     *("training_step", "validation_step", "test_step", "predict_step", "backward", "optimizer_step"),
@@ -74,6 +74,4 @@ def main(out: Path, strategy: str) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(Path(sys.argv[1]), sys.argv[2])
-    if torch.distributed.is_initialized():
-        # DDP leaves its process group open. At the end of the process, its threads sometimes abort.
-        torch.distributed.destroy_process_group()
+    close_ddp_group()

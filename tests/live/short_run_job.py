@@ -10,8 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-import torch
-
+from tests.lightning_models import close_ddp_group
 from tests.short_tasks import TASKS
 
 
@@ -19,8 +18,7 @@ def main(out: str, strategy: str, ranks: str, task: str, seed: str) -> None:
     losses = TASKS[task].fit(int(seed), strategy=strategy, devices=int(ranks))
     if os.environ.get("LOCAL_RANK", "0") == "0":
         Path(out).write_text(json.dumps(losses))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()  # Lightning leaves DDP's to the end of Python, which may abort it.
+    close_ddp_group()
 
 
 if __name__ == "__main__":
