@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import multiprocessing.util
 import os
 import signal
 from pathlib import Path
@@ -27,6 +27,12 @@ KILLED = "is killed by signal: Terminated"
 def torch_reports_deaths(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let torch install its signal handler again, because Lightning removes it after each fit."""
     monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)
+
+
+@pytest.fixture(autouse=True)
+def processes_leave_no_sockets() -> None:
+    """Own the folder of the processes' sockets. A process that is killed removes no folder of its own."""
+    multiprocessing.util.get_temp_dir()
 
 
 def kill_loader_processes() -> None:
