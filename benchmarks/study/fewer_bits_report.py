@@ -43,7 +43,8 @@ def _row(results: Results, cell: Cell) -> list[str]:
     runs = results.runs_of(cell)
     if not runs:
         return [*name, *[MISSING] * 6]
-    blocked = statistics.fmean(run["exchange_share"] + run["waiting_share"] for run in runs)
+    # The first runs with a free exchange do not have the share, which is 0.
+    blocked = statistics.fmean(run.get("exchange_share", 0.0) + run["waiting_share"] for run in runs)
     return [
         *name,
         mean_and_std([math.exp(run["final_loss"]) for run in runs]),
