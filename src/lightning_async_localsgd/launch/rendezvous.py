@@ -229,6 +229,10 @@ class Rendezvous:
         self._wait_for(key)
         return pickle.loads(b"".join(self._store.get(f"{key}/{n}") for n in range(int(self._store.get(key)))))
 
+    def gather(self, obj: Any) -> list[Any]:
+        """Return the objects of all ranks, in order, on every rank. For small objects only."""
+        return [self.broadcast(obj, source) for source in range(self.world_size)]
+
     def post(self, name: str, text: str) -> None:
         """Leave a note for rank 0. May be called at any time, and does not wait."""
         self._store.set(f"notes({name})/{self.rank}", text)

@@ -11,6 +11,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from lightning_async_localsgd.protocol.rejections import Rejection, inactive_session, quarantined
+from lightning_async_localsgd.protocol.traits import WorkerTraits
 from lightning_async_localsgd.server.sessions import SessionTable, WorkerSession
 
 if TYPE_CHECKING:
@@ -180,6 +181,7 @@ class Membership:
             )
             if reason is None:
                 self._enter(worker, session_id, now)
+                self._stats.record_traits(worker, WorkerTraits.of(hello))
             return reason
         if hello.reconnecting:
             session.expect_push_again()

@@ -363,6 +363,7 @@ class Server(ServerQueries):
             return
         older = self._coordinator.session_of(hello.worker)
         reason = self._traffic.check(hello, len(set(self._coordinator.live) - {hello.worker}))
+        reason = reason or self._coordinator.beginning.check_dtypes(hello)
         reason = reason or self._coordinator.join(hello, self._clock())
         if reason is not None:
             channel.refuse(reason)
