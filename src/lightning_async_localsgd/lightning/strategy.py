@@ -21,6 +21,7 @@ from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_async_localsgd.launch.children import report_failure
 from lightning_async_localsgd.launch.evaluator_process import EvaluatorProcess
 from lightning_async_localsgd.launch.joining import Invitation, begin_call, enter, invitation, takes_part, token_of
 from lightning_async_localsgd.launch.rank_environment import rank_environment
@@ -425,6 +426,8 @@ class AsyncLocalSGDStrategy(_StrategyBase):
         if self._rendezvous is not None and self.is_global_zero and isinstance(exception, Exception) and not follows:
             # Before the other ranks say that they end, too. Python prints the traceback when they have ended.
             _log.error("rank 0 ended with %s: %s", type(exception).__name__, exception)
+        if self._grant is not None and self._grant.evaluates:
+            report_failure(f"{type(exception).__name__}: {exception}")
         super().on_exception(exception)
 
     @override
