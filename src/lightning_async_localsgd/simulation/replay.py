@@ -358,10 +358,10 @@ class ReplaySimulator(Simulator):
             self._server.revive(content["worker"], content["session"])
         elif event.kind == "recall":
             self._server.recall()
-        elif event.kind == "pause":
-            self._server.pause(content["worker"])
-        elif event.kind == "resume":
-            self._server.resume(content["worker"])
+        elif event.kind == "interrupt":
+            self._server.interrupt(content["worker"])
+        elif event.kind == "continue":
+            self._server.continue_round(content["worker"])
         elif event.kind == "replan":
             self._server.replan(content["total"], content["upper_bound"])
         elif event.kind == "stop":

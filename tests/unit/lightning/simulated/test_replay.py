@@ -45,8 +45,8 @@ def test_replay_gives_the_same_weights_and_reports_differences(tmp_path: Path) -
         ("", "first event is not the beginning"),
         ("no log\n", "line 1 cannot be read"),
         ('{"kind":"begin","seconds":0,"content":{"format":99}}\n', "of format 99"),
-        ('{"kind":"pause","seconds":0,"content":{"worker":0}}\n', "first event is not the beginning"),
-        ('{"kind":"begin","seconds":0,"content":{"format":2}}\n' * 2, "more than one run"),
+        ('{"kind":"interrupt","seconds":0,"content":{"worker":0}}\n', "first event is not the beginning"),
+        ('{"kind":"begin","seconds":0,"content":{"format":3}}\n' * 2, "more than one run"),
     ],
 )
 def test_invalid_event_log_is_refused(tmp_path: Path, text: str, words: str) -> None:
