@@ -127,6 +127,7 @@ class Hello(Message):
         precision: precision of training.
         software: version of torch, such as ``"torch 2.9.0"``.
         system: operating system and machine.
+        shuffle: hash of the order in which the worker shuffles.
 
     """
 
@@ -142,6 +143,7 @@ class Hello(Message):
     precision: str = ""
     software: str = ""
     system: str = ""
+    shuffle: str = ""
 
 
 @dataclass(frozen=True)

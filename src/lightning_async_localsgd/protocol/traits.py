@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +14,9 @@ if TYPE_CHECKING:
     from collections.abc import Collection
 
     from lightning_async_localsgd.protocol.messages import Hello
+
+TRAITS = ("device", "precision", "software", "system")
+"""Names of the traits that a table of workers shows, in the order of its columns."""
 
 _MAX_LETTERS = 40
 """Longest value that is kept of what a worker says, because tables show it."""
@@ -26,6 +31,7 @@ class WorkerTraits:
         precision: precision of training, as in ``Trainer(precision=...)``.
         software: version of torch, such as ``"torch 2.9.0"``.
         system: operating system and machine, such as ``"Linux x86_64"``.
+        shuffle: hash of the order in which this version of torch shuffles, see :func:`shuffle_digest`.
 
     Example::
 
@@ -38,6 +44,7 @@ class WorkerTraits:
     precision: str = ""
     software: str = ""
     system: str = ""
+    shuffle: str = ""
 
     @classmethod
     def of_this_process(cls, device: torch.device, precision: str) -> WorkerTraits:
@@ -50,20 +57,26 @@ class WorkerTraits:
         """
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         system = f"macOS {platform.mac_ver()[0]}" if platform.system() == "Darwin" else platform.system()
-        return cls(name, precision, f"torch {torch.__version__}", f"{system} {platform.machine()}")
+        return cls(name, precision, f"torch {torch.__version__}", f"{system} {platform.machine()}", shuffle_digest())
 
     @classmethod
     def of(cls, hello: Hello) -> WorkerTraits:
         """Return what a worker says about itself. What cannot be shown in a table is left out."""
-        return cls(*(_printable(getattr(hello, name)) for name in TRAITS))
+        return cls(*(_printable(getattr(hello, name)) for name in (*TRAITS, "shuffle")))
 
     def as_dict(self) -> dict[str, str]:
-        """Return the values by name."""
-        return asdict(self)
+        """Return the values of :data:`TRAITS` by name."""
+        return {name: getattr(self, name) for name in TRAITS}
 
 
-TRAITS = tuple(field.name for field in fields(WorkerTraits))
-"""Names of the traits, in the order of a table's columns."""
+@cache
+def shuffle_digest() -> str:
+    """Return a hash of the order in which torch shuffles with a given seed.
+
+    Each worker computes the order of the training data. With unequal orders, samples would be used twice or never.
+    """
+    order = torch.randperm(4096, generator=torch.Generator().manual_seed(0))
+    return hashlib.sha256(order.numpy().tobytes()).hexdigest()[:16]
 
 
 def differing_traits(traits: Collection[WorkerTraits]) -> list[str]:

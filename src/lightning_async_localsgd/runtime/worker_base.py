@@ -161,6 +161,7 @@ class WorkerBase:
             precision=traits.precision,
             software=traits.software,
             system=traits.system,
+            shuffle=traits.shuffle,
         )
 
     @property

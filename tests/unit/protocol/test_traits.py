@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 
 import torch
@@ -15,7 +16,7 @@ def test_traits_of_this_process_go_through_a_hello_to_the_server() -> None:
     assert (traits.device, traits.precision) == ("cpu", "bf16-mixed")
     assert traits.software == f"torch {torch.__version__}"
     assert platform.machine() in traits.system
-    hello = Hello(PROTOCOL_VERSION, 1, "s", "f", **traits.as_dict())
+    hello = Hello(PROTOCOL_VERSION, 1, "s", "f", **dataclasses.asdict(traits))
     assert WorkerTraits.of(Hello.decode(hello.encode())) == traits
 
 
