@@ -1,6 +1,6 @@
-"""Ranks of unequal precision: ``python mixed_job.py OUT JSON``. Each process writes ``OUT/rank_<n>.json``.
+"""Ranks of unequal precision or devices: ``python mixed_job.py OUT JSON``. Each process writes ``OUT/rank_<n>.json``.
 
-The precision of a process is that of its ``LOCAL_RANK`` in the option ``precision``.
+The options ``precision`` and ``accelerator`` have a value for each ``LOCAL_RANK``.
 """
 
 from __future__ import annotations
@@ -66,14 +66,16 @@ class Model(Regression):
 def run(out: Path, options: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     L.seed_everything(0)
-    precision = options["precision"][int(os.environ.get("LOCAL_RANK", "0"))]
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    precision = options["precision"][local_rank]
+    accelerator = options["accelerator"][local_rank] if "accelerator" in options else "cpu"
     strategy = AsyncLocalSGDStrategy(
         local_steps=5, exchange=ExchangeOptions(**options.get("exchange", {})), **options.get("strategy", {})
     )
     saved = ModelCheckpoint(out / "saved", save_last=True, every_n_train_steps=20)
     trainer = quiet_trainer(
         strategy, devices=options.get("devices", len(options["precision"])), precision=precision,
-        logger=CSVLogger(out, "", ""), callbacks=[saved], default_root_dir=out, max_epochs=-1,
+        accelerator=accelerator, logger=CSVLogger(out, "", ""), callbacks=[saved], default_root_dir=out, max_epochs=-1,
         max_steps=options.get("max_steps", 60), val_check_interval=30, check_val_every_n_epoch=None,
         num_sanity_val_steps=1, **options.get("trainer", {}),
     )  # fmt: skip
