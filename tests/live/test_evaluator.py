@@ -164,4 +164,5 @@ def test_evaluator_with_another_model_ends_the_run_on_all_ranks(started: Jobs, t
     )
     assert len(re.findall(ended + re.escape(reason), text)) >= 2, "both ranks"
     assert "parameter 0: 'net.0.weight' float32 [3, 8] here, 'net.0.weight' float32 [16, 8] there" in text
+    assert "the evaluator ends: the model of the evaluator differs" in text
     assert "2147483647" not in text
