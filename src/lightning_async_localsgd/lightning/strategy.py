@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
@@ -22,12 +21,11 @@ from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_async_localsgd.launch.children import ended_ranks
+from lightning_async_localsgd.launch.children import report_failure
 from lightning_async_localsgd.launch.evaluator_process import EvaluatorProcess
 from lightning_async_localsgd.launch.joining import Invitation, begin_call, enter, invitation, takes_part, token_of
-from lightning_async_localsgd.launch.lost_ranks import raise_if_rank_missing
 from lightning_async_localsgd.launch.rank_environment import rank_environment
-from lightning_async_localsgd.launch.rendezvous import Rendezvous, open_group_of_one
+from lightning_async_localsgd.launch.stage_group import StageGroup
 from lightning_async_localsgd.launch.uncaught import print_in_one_line
 from lightning_async_localsgd.lightning.checkpoints.contents import CHECKPOINT_KEY
 from lightning_async_localsgd.lightning.checkpoints.optimizer_states import resume_optimizers
@@ -35,6 +33,7 @@ from lightning_async_localsgd.lightning.data.training_data import TrainingData
 from lightning_async_localsgd.lightning.evaluator import check_can_evaluate, evaluate
 from lightning_async_localsgd.lightning.fit_state import FitState
 from lightning_async_localsgd.lightning.launchers.host_ranks import JoiningEnvironment, adopt_ranks
+from lightning_async_localsgd.lightning.launchers.meeting import meet_ranks
 from lightning_async_localsgd.lightning.launchers.process_launcher import AsyncProcessLauncher
 from lightning_async_localsgd.lightning.launchers.script_launcher import AsyncScriptLauncher
 from lightning_async_localsgd.lightning.loop.controller import FitController
@@ -49,11 +48,13 @@ from lightning_async_localsgd.lightning.option_checks import (
 from lightning_async_localsgd.lightning.registration import register_names
 from lightning_async_localsgd.lightning.strategy_base import _StrategyBase
 from lightning_async_localsgd.lightning.trainer_access.launchers import script_command
-from lightning_async_localsgd.lightning.trainer_access.loop import raise_if_sigterm, run_validations_in
+from lightning_async_localsgd.lightning.trainer_access.loop import run_validations_in
 from lightning_async_localsgd.lightning.trainer_access.strategy import sync_module_states, trainer_of
+from lightning_async_localsgd.lightning.waiting import WaitCheck
 from lightning_async_localsgd.outer import OuterOptimizer
 from lightning_async_localsgd.protocol.checks import check_bool
 from lightning_async_localsgd.protocol.options import ExchangeOptions
+from lightning_async_localsgd.protocol.traits import WorkerTraits
 from lightning_async_localsgd.runtime.live import LiveRuntime
 from lightning_async_localsgd.server.merge_policy import MergeOptions
 from lightning_async_localsgd.staleness import Staleness
@@ -64,8 +65,10 @@ if TYPE_CHECKING:
 
     import lightning.pytorch as pl
     from lightning.pytorch.strategies.strategy import TBroadcast
+    from torch import Tensor
 
     from lightning_async_localsgd.launch.joining import JoinGrant
+    from lightning_async_localsgd.launch.rendezvous import Rendezvous
     from lightning_async_localsgd.policies.plan import RunBudget
     from lightning_async_localsgd.runtime.settings import RuntimeSettings
 
@@ -198,7 +201,7 @@ class AsyncLocalSGDStrategy(_StrategyBase):
         self.evaluator = evaluator
         self._rendezvous: Rendezvous | None = None
         self._grant: JoinGrant | None = None
-        self._owns_group = False
+        self._group = StageGroup(process_group_backend)
         self._environment = ExitStack()
         self._ranks: int | None = None
 
@@ -286,7 +289,7 @@ class AsyncLocalSGDStrategy(_StrategyBase):
         self.set_world_ranks()
         trainer = self._trainer
         self._show_ranks(trainer, fitting)
-        self._rendezvous = self._meet(run)
+        self._rendezvous = meet_ranks(self, self._grant, run, self.exchange.start_timeout, self.expected_workers)
         if self._grant is not None:
             trainer.num_sanity_val_steps = 0  # The sanity check comes before training.
         if not fitting:
@@ -314,36 +317,13 @@ class AsyncLocalSGDStrategy(_StrategyBase):
             # In fit, a rank that validates does so on all data.
             self._environment.callback(run_validations_in(trainer, partial(rank_environment, 0, 1, 0, 1)))
 
-    def _meet(self, run: int) -> Rendezvous | None:
-        """Meet the other ranks. A single rank and a late joiner meet no rank."""
-        if self.world_size == 1 or (self._grant is not None and self._grant.late_joiner):
-            return None
-        reset_seed()  # All ranks must build the same model and agree on permutations.
-        environment = self.cluster_environment
-        assert environment is not None
-        return Rendezvous(
-            environment.main_address,
-            environment.main_port,
-            self.global_rank,
-            self.world_size,
-            self.exchange.start_timeout,
-            raise_if_rank_missing,
-            ended_ranks,
-            call=run,
-            rejoins=self._grant is not None,
-            expected_workers=self.expected_workers,
-        )
-
     def _open_group(self) -> None:
         """Open the process group of ``validate``, ``test`` and ``predict``, as DDP does."""
-        self._process_group_backend = self._get_process_group_backend()
-        device = self.root_device
-        options: dict[str, Any] = {"device_id": None if device.type == "cpu" else device}
-        if self._rendezvous is None:
-            self._owns_group = open_group_of_one(self._process_group_backend, self._timeout, **options)
-        else:
-            self._rendezvous.barrier("process group")
-            self._rendezvous.open_group(self._process_group_backend, self._timeout, **options)
+        self._process_group_backend = self._group.chosen
+        usual, precision = self._get_process_group_backend(), str(self.precision_plugin.precision)
+        self._process_group_backend = self._group.open(
+            self._rendezvous, self.root_device, usual, precision, self._timeout
+        )
 
     @override
     def _make_training_data(self, fit: FitState) -> TrainingData:
@@ -361,15 +341,13 @@ class AsyncLocalSGDStrategy(_StrategyBase):
             check_can_evaluate(trainer)
         if self._fit is None and self._rendezvous is not None:
             assert self.model is not None
-            sync_module_states(self.model)
+            (self._group.sync_weights if self._group.mixed else sync_module_states)(self.model)
 
     @override
     def _close_stage(self) -> None:
         self._environment.close()
         self._ranks = None
-        if self._owns_group:
-            torch.distributed.destroy_process_group()
-            self._owns_group = False
+        self._group.close()
         if self._rendezvous is not None:
             self._rendezvous.close_group()
             if not (self._failed and self.is_global_zero):
@@ -396,9 +374,12 @@ class AsyncLocalSGDStrategy(_StrategyBase):
             evaluator = EvaluatorProcess(*script_command())
             self._environment.callback(evaluator.end)
             settings = replace(settings, evaluator=evaluator)
-        settings = replace(settings, check_signals=partial(raise_if_sigterm, self._trainer))
+        traits = WorkerTraits.of_this_process(self.root_device, str(self.precision_plugin.precision))
+        check_wait = WaitCheck(self._trainer, needs_ranks=fit.grant is None)
+        settings = replace(settings, check_wait=check_wait, traits=traits)
         module, place = self.lightning_module, (self.global_rank, self._initial_workers, self.world_size)
-        runtime = LiveRuntime(settings, module, self._rendezvous, *place, restored, raise_if_rank_missing, fit.grant)
+        runtime = LiveRuntime(settings, module, self._rendezvous, *place, restored, fit.grant)
+        check_wait.begin_training()
         if runtime.join_address is not None:
             rank_zero_info(f"Workers may join this run at {runtime.join_address} with its token.")
         data_state = restored.get("training_data") if restored is not None and runtime.single_process else None
@@ -441,10 +422,12 @@ class AsyncLocalSGDStrategy(_StrategyBase):
 
     @override
     def on_exception(self, exception: BaseException) -> None:
-        follows = print_in_one_line(exception, self.global_rank)
+        follows = print_in_one_line(exception, self.global_rank, None if self._grant is None else self._grant.name)
         if self._rendezvous is not None and self.is_global_zero and isinstance(exception, Exception) and not follows:
             # Before the other ranks say that they end, too. Python prints the traceback when they have ended.
             _log.error("rank 0 ended with %s: %s", type(exception).__name__, exception)
+        if self._grant is not None and self._grant.evaluates:
+            report_failure(f"{type(exception).__name__}: {exception}")
         super().on_exception(exception)
 
     @override
@@ -455,6 +438,16 @@ class AsyncLocalSGDStrategy(_StrategyBase):
                 load_callback_states(self._trainer, states)
 
     # -------------------------------------------------------------- collectives
+
+    @override
+    def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
+        gather = super().all_gather
+        return self._group.run(lambda each: gather(each, group, sync_grads), tensor)  # type: ignore[no-any-return]
+
+    @override
+    def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
+        reduce = super().reduce
+        return self._group.run(lambda each: reduce(each, group, reduce_op), tensor)
 
     @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:
