@@ -6,6 +6,7 @@ lists the kinds and their fields. The event file, the answers to ``watch`` and t
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import time
@@ -61,6 +62,10 @@ class Journal(RunObserver):
         self._update()
         return self._state
 
+    def status(self, now: float) -> str:
+        """Return the state of the run at a time of the server's clock as a JSON object, for processes that watch it."""
+        return json.dumps({**self.state.as_dict(now), "time": time.time(), "package": package_version()})
+
     def _update(self) -> None:
         new, self._new = self._new, []
         for line in new:
@@ -107,7 +112,7 @@ class Journal(RunObserver):
             "seconds": seconds,
             "format": FORMAT,
             "time": time.time(),
-            "package": _package_version(),
+            "package": package_version(),
             "host": platform.node(),
             "process": os.getpid(),
             **{name: content[name] for name in names},
@@ -126,7 +131,8 @@ def run_facts(run_name: str, layout: Layout, traffic: Traffic, virtual: bool) ->
     }
 
 
-def _package_version() -> str:
+def package_version() -> str:
+    """Return the version of this package."""
     try:
         return version("lightning-async-localsgd")
     except PackageNotFoundError:  # A checkout that is on the path, and not installed.

@@ -201,6 +201,10 @@ class Server(ServerQueries):
         """See :class:`.ServerPort`. The owner thread calls ``answer``."""
         self._loop.submit(lambda: answer(self._on_join_request(worker)))
 
+    def request_status(self, answer: Callable[[str], None]) -> None:
+        """See :class:`.ServerPort`. The owner thread calls ``answer``."""
+        self._loop.submit(lambda: answer(self._journal.status(self._clock())))
+
     # ------------------------------------------------------------ state of the run
 
     @property
