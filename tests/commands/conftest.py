@@ -6,7 +6,7 @@ import json
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from subprocess import Popen
 from typing import Any
@@ -92,6 +92,7 @@ class LiveRun:
 
 
 @pytest.fixture
-def live_run(started: Jobs, tmp_path: Path) -> Callable[..., LiveRun]:
-    """Return a function that starts a training."""
-    return lambda **options: LiveRun(started, tmp_path, **options)
+def live_run(started: Jobs, tmp_path: Path) -> Iterator[Callable[..., LiveRun]]:
+    """Return a function that starts a training, which ends at the latest with the test."""
+    yield lambda **options: LiveRun(started, tmp_path, **options)
+    (tmp_path / "stop").touch()

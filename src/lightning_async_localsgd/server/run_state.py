@@ -94,6 +94,9 @@ class WorkerState:
 class RunState:
     """The state of a run. A run whose rank 0 was restarted is one run; another fit in the same file begins anew.
 
+    Args:
+        max_faults: number of the latest faults that are kept; None for all.
+
     Attributes:
         run: the line that began the run; None before.
         workers: the workers by number.
@@ -102,7 +105,8 @@ class RunState:
 
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_faults: int | None = _MAX_FAULTS) -> None:
+        self._max_faults = max_faults
         self._reset({})
 
     def _reset(self, run: Mapping[str, Any]) -> None:
@@ -111,7 +115,7 @@ class RunState:
         self.ended = False
         self.summary: dict[str, Any] | None = None
         self.refusals: Counter[str] = Counter()
-        self.faults: deque[dict[str, Any]] = deque(maxlen=_MAX_FAULTS)
+        self.faults: deque[dict[str, Any]] = deque(maxlen=self._max_faults)
         self.values: dict[str, float | None] = {}
         self.validation: dict[str, float | None] = {}
         self.losses: deque[tuple[float, float]] = deque(maxlen=_LOSSES)
