@@ -9,11 +9,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from lightning_async_localsgd.commands import doctor, plan, watch
+from lightning_async_localsgd.commands import doctor, plan, report, watch
 from lightning_async_localsgd.commands.errors import FAILED, OK, CommandError
 from lightning_async_localsgd.server.journal import package_version
 
-COMMANDS = (watch, plan, doctor)
+COMMANDS = (watch, report, plan, doctor)
 
 _EPILOG = """exit codes: 0 the command has done what it was asked to do; 1 it could not; 2 the command line is wrong;
 3 doctor has found a problem. `run` ends with the exit code of the script."""
