@@ -90,7 +90,7 @@ def worker_rows(state: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return [
         (
             "former" if worker["worker"] == FORMER else str(worker["worker"]),
-            f"{worker['state']} {duration(worker['state_seconds'])}",
+            _activity(worker),
             number(worker["steps_per_second"]),
             str(worker["local_steps"]),
             f"{worker['staleness']} ({worker['mean_staleness']:.1f})",
@@ -139,6 +139,13 @@ def fault_lines(state: Mapping[str, Any], count: int = 5) -> list[str]:
         + str(fault["text"])
         for fault in state["faults"][-count:]
     ]
+
+
+def _activity(worker: Mapping[str, Any]) -> str:
+    """Return what a worker does, and for how long it has done so."""
+    if worker["state"] == "finished":
+        return "finished"
+    return f"{worker['state']} {duration(worker['state_seconds'])}"
 
 
 def _condition(state: Mapping[str, Any]) -> str:

@@ -354,8 +354,15 @@ class RunState:
             "exchange_seconds": worker.exchange_seconds,
             "total_exchange_seconds": worker.total_exchange_seconds,
             "wait_seconds": worker.wait_seconds,
-            "bytes": worker.pushes * run.get("push_bytes", 0) + worker.dispatches * run.get("model_bytes", 0),
+            "bytes": _bytes_of(worker, run),
             "refused": worker.refused,
             "sessions": worker.sessions,
             "losses": worker.losses,
         }
+
+
+def _bytes_of(worker: WorkerState, run: Mapping[str, Any]) -> int:
+    """Return the bytes of a worker's pushes and models, in their usual sizes."""
+    if worker.number == 0 and not run.get("virtual"):
+        return 0  # It is in the server's own process.
+    return int(worker.pushes * run.get("push_bytes", 0) + worker.dispatches * run.get("model_bytes", 0))
