@@ -21,9 +21,8 @@ from lightning_async_localsgd.lightning.lost_workers import lost_text
 from lightning_async_localsgd.lightning.trainer_access.callbacks import callbacks_of
 from lightning_async_localsgd.lightning.trainer_access.metrics import logs_this_step
 from lightning_async_localsgd.protocol.checks import check_bool
-from lightning_async_localsgd.server.event_file import EVENT_FILE
 from lightning_async_localsgd.server.events import Event, fingerprint
-from lightning_async_localsgd.server.line_file import LineFile
+from lightning_async_localsgd.server.line_file import EVENT_FILE, LineFile
 from lightning_async_localsgd.server.observers import RunObserver
 from lightning_async_localsgd.server.run_stats import FORMER
 

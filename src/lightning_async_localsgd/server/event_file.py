@@ -7,14 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_async_localsgd.server.journal import FORMAT
-from lightning_async_localsgd.server.line_file import FIRST_KIND, older_file
+from lightning_async_localsgd.server.line_file import EVENT_FILE, FIRST_KIND, older_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from os import PathLike
-
-EVENT_FILE = "async_localsgd_events.jsonl"
-"""Name of the event file in a trainer's log directory."""
 
 
 class NoEventFileError(ValueError):

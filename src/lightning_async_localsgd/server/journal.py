@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import override
 
 from lightning_async_localsgd.server.observers import RunObserver
-from lightning_async_localsgd.server.run_state import RunState
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from lightning_async_localsgd.protocol.layout import Layout
     from lightning_async_localsgd.server.events import Event
+    from lightning_async_localsgd.server.run_state import RunState
     from lightning_async_localsgd.server.run_stats import PushOutcome
     from lightning_async_localsgd.server.traffic import Traffic
 
@@ -43,7 +43,7 @@ class Journal(RunObserver):
     """
 
     def __init__(self, emit: Callable[[dict[str, Any]], None], facts: Mapping[str, Any]) -> None:
-        self._state = RunState()
+        self._state: RunState | None = None
         self._new: list[dict[str, Any]] = []
         self._emit = emit
         self._facts = facts
@@ -59,17 +59,22 @@ class Journal(RunObserver):
     @property
     def state(self) -> RunState:
         """State of the run according to the lines."""
-        self._update()
-        return self._state
+        return self._update()
 
     def status(self, now: float) -> str:
         """Return the state of the run at a time of the server's clock as a JSON object, for processes that watch it."""
         return json.dumps({**self.state.as_dict(now), "time": time.time(), "package": package_version()})
 
-    def _update(self) -> None:
+    def _update(self) -> RunState:
+        if self._state is None:
+            # Only the server needs it, so the other ranks do not import it.
+            from lightning_async_localsgd.server.run_state import RunState
+
+            self._state = RunState()
         new, self._new = self._new, []
         for line in new:
             self._state.add(line)
+        return self._state
 
     @override
     def on_event(self, event: Event) -> None:

@@ -33,6 +33,9 @@ BATCH_SECONDS = 0.2
 _CLOSING_SECONDS = 30.0
 """Seconds that :meth:`LineFile.close` waits for the disk."""
 
+EVENT_FILE = "async_localsgd_events.jsonl"
+"""Name of the event file in a trainer's log directory."""
+
 FIRST_KIND = "run"
 """Kind of the lines that begin a run. A rotated file begins with the last of them."""
 

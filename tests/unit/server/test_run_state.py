@@ -11,7 +11,8 @@ import pytest
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_async_localsgd import Arrival, AsyncLocalSGDCallback, Death, SimulatedAsyncLocalSGDStrategy
-from lightning_async_localsgd.server.event_file import EVENT_FILE, find_event_file, read_lines, read_pushes
+from lightning_async_localsgd.server.event_file import find_event_file, read_lines, read_pushes
+from lightning_async_localsgd.server.line_file import EVENT_FILE
 from lightning_async_localsgd.server.run_state import RunState
 from tests.unit.lightning.simulated.support import fit, loader
 
