@@ -23,8 +23,8 @@ Metrics:
   the first to the last local step of each of its processes, except while it is frozen. Everything counts against
   goodput: rounds lost with a killed worker, refused pushes, waiting, and the CPU time that restarts take from the other
   workers. ``raw`` counts all seconds, including those in which workers were dead or frozen;
-* exactly-once delivery: pushes that were acknowledged to a worker but are not in the server's ledger, and pushes that
-  the ledger contains as merged twice;
+* exactly-once delivery: pushes that were acknowledged to a worker but are not in the server's event file, and pushes
+  that it contains as merged twice;
 * whether all ranks end with the same weights, bit by bit;
 * the number of stops after which the interrupted round was still merged.
 """

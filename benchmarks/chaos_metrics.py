@@ -17,6 +17,7 @@ from chaos_runs import Event, Lives, number_of_kills
 from step_notes import Life, read_notes
 
 from lightning_async_localsgd.protocol.messages import ALREADY_APPLIED
+from lightning_async_localsgd.server.event_file import read_pushes
 
 REQUIRED_GOODPUT = 0.95
 MAX_STALL_SECONDS = 0.1
@@ -25,7 +26,7 @@ MAX_REJOIN_SECONDS = 30.0
 
 def read_ledger(directory: Path) -> list[dict[str, Any]]:
     """Read the server's decision on each push."""
-    return [json.loads(line) for line in (directory / "ledger.jsonl").read_text().splitlines()]
+    return read_pushes(directory / "events.jsonl")
 
 
 def measure_events(events: list[Event], lives: Lives, ledger: list[dict[str, Any]]) -> None:

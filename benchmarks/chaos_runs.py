@@ -1,6 +1,6 @@
 """The two runs that ``benchmarks/chaos.py`` compares: one without faults, one with killed and frozen workers.
 
-Both runs train ``chaos_job.py`` in processes of its own and leave notes, the push ledger and logs in a directory.
+Both runs train ``chaos_job.py`` in processes of its own and leave notes, the event file and logs in a directory.
 """
 
 from __future__ import annotations

@@ -42,6 +42,7 @@ from benchmarks.study.markdown import markdown_table
 from benchmarks.study.report import replace_section
 from lightning_async_localsgd.protocol.codecs import codec_of
 from lightning_async_localsgd.protocol.layout import Layout
+from lightning_async_localsgd.server.event_file import read_pushes
 from lightning_async_localsgd.simulation.devices import Link
 from tests.proxy import Proxy
 
@@ -72,7 +73,7 @@ def bytes_a_round(parameters: int, mode: dict[str, Any]) -> tuple[int, int]:
 
 
 def speed_of(pushes: Iterable[dict[str, Any]], ranks: int, seconds_per_step: float) -> float:
-    """Return the speed of the ranks above 0 between their first and their last whole round in a ledger."""
+    """Return the speed of the ranks above 0 between their first and their last whole round."""
     speeds = []
     pushes = list(pushes)
     for rank in range(1, ranks):
@@ -89,16 +90,12 @@ def blocked_share(adopted: Sequence[Sequence[float]]) -> float:
     return (last[1] - first[1]) / (last[0] - first[0])
 
 
-def read_ledger(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def measure(directory: Path, options: dict[str, Any], mode: str) -> dict[str, Any]:
     """Compute the figures of one way of exchanging from the files of its two runs."""
     ranks, seconds = options["ranks"], options["seconds_per_step"]
     notes = [json.loads((directory / f"live-{mode}-{rank}.json").read_text()) for rank in range(1, ranks)]
     speed, predicted = (
-        speed_of(read_ledger(directory / f"{way}-{mode}.jsonl"), ranks, seconds) for way in ("live", "simulated")
+        speed_of(read_pushes(directory / f"{way}-{mode}.jsonl"), ranks, seconds) for way in ("live", "simulated")
     )
     up, down = bytes_a_round(options["parameters"], MODES[mode])
     link = Link(options["delay"], options["bytes_per_second"])
@@ -195,7 +192,9 @@ def table(records: Iterable[dict[str, Any]]) -> str:
 def latest(path: Path) -> list[dict[str, Any]]:
     """Return the last measurement of each kind in a file, the largest models and the slowest links first."""
     fields = ("parameters", "ranks", "seconds_per_step", "local_steps", "delay", "megabits", "mode")
-    found = {tuple(record[name] for name in fields): record for record in read_ledger(path)}
+    found = {
+        tuple(record[name] for name in fields): record for record in map(json.loads, path.read_text().splitlines())
+    }
     order = list(MODES)
     return sorted(
         found.values(),

@@ -128,7 +128,7 @@ def train(options: dict[str, Any], mode: dict[str, Any], path: Path, live: bool)
         "checkpoint_every": None,
     }
     last = BlockedTime(path, ranks - 1, options["rounds"] + 2)
-    callbacks: list[pl.Callback] = [last, AsyncLocalSGDCallback(table=False, ledger=path)]
+    callbacks: list[pl.Callback] = [last, AsyncLocalSGDCallback(table=False, events=path, max_event_megabytes=None)]
     strategy: Any
     if live:
         exchange = ExchangeOptions(transport="tcp", port=options["port"], encrypt=False, **mode)

@@ -48,7 +48,7 @@ def train(cell: Cell, seed: int, context: RunContext, time_scale: float = TIME_S
                 EmulatedDevices([seconds * time_scale for seconds in cell.seconds_per_step]),
                 clock,
                 curve,
-                AsyncLocalSGDCallback(table=False, ledger=folder / "ledger.jsonl"),
+                AsyncLocalSGDCallback(table=False, events=folder / "events.jsonl", max_event_megabytes=None),
             ],
             **{**running.trainer_options(), "devices": cell.workers},
         )

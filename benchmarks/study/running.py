@@ -34,6 +34,7 @@ from benchmarks.study.model import LanguageModel
 from benchmarks.study.text import Corpus, Windows
 from benchmarks.study.variants import follow_progress
 from lightning_async_localsgd import AsyncLocalSGDCallback, SimulatedAsyncLocalSGDStrategy
+from lightning_async_localsgd.server.event_file import read_pushes
 
 LENGTH = 32
 BATCH = 4
@@ -308,7 +309,7 @@ def _train_simulated(
         **strategy_options(cell),
     )
     logger = MemoryLogger(folder, (COSINE,))
-    callback = AsyncLocalSGDCallback(table=False, ledger=folder / "ledger.jsonl")
+    callback = AsyncLocalSGDCallback(table=False, events=folder / "events.jsonl", max_event_megabytes=None)
     trainer = pl.Trainer(
         strategy=strategy,
         max_steps=cell.steps,
@@ -321,7 +322,11 @@ def _train_simulated(
     curve.begin(module, lambda: (strategy.runtime and strategy.runtime.virtual_seconds) or 0.0)
     trainer.fit(module, text.make_loader(corpus.mixture, BATCH) if cell.iid else None, curve.loader)
     cosine = [[step * cell.workers, round(value, 4)] for step, value in logger.logged[COSINE]]
-    return {**read_run_files(cell, folder), "cosine": cosine, "timeline": _timeline(cell, _read_ledger(folder))}
+    return {
+        **read_run_files(cell, folder),
+        "cosine": cosine,
+        "timeline": _timeline(cell, read_pushes(folder / "events.jsonl")),
+    }
 
 
 def _train_single(
@@ -364,12 +369,12 @@ def read_run_files(cell: Cell, folder: Path, time_scale: float = 1.0) -> dict[st
 
     Args:
         cell: the cell that was run.
-        folder: contains the summary and the ledger.
+        folder: contains the summary and the event file.
         time_scale: seconds in these files per second of the devices.
 
     """
     summary = json.loads((folder / "async_localsgd_summary.json").read_text())
-    staleness = [push["staleness"] for push in _read_ledger(folder) if push["refused"] is None]
+    staleness = [push["staleness"] for push in read_pushes(folder / "events.jsonl") if push["refused"] is None]
     waited, exchanged = (
         sum(worker[name] for worker in summary["workers"]) / (cell.workers * summary["seconds"])
         for name in ("wait_seconds", "exchange_seconds")
@@ -388,10 +393,6 @@ def read_run_files(cell: Cell, folder: Path, time_scale: float = 1.0) -> dict[st
         "bytes": summary["bytes_sent"] + summary["bytes_received"],
         "steps_by_worker": [worker["steps"] for worker in summary["workers"]],
     }
-
-
-def _read_ledger(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
 
 
 def _timeline(cell: Cell, pushes: list[dict[str, Any]]) -> list[list[float]]:

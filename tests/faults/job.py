@@ -28,10 +28,14 @@ from lightning_async_localsgd import (
 )
 from lightning_async_localsgd.faults import Fault, FaultInjection, FaultKind
 from lightning_async_localsgd.lightning.fault_injection import life_number
+from lightning_async_localsgd.server import line_file
 from tests.lightning_models import Pace, Regression, digest, loader, quiet_trainer, regression_data
 
 NOISE = 0.3
 """Standard deviation of the noise in the targets. The loss cannot fall below its square."""
+
+# The tests kill rank 0, and look for every push that was answered before.
+line_file.BATCH_SECONDS = 0.0
 
 LEAST_STEPS = 600
 """Minimum number of local steps of all ranks together, so that the losses of runs can be compared."""
@@ -118,7 +122,7 @@ def run(out: Path, options: dict[str, Any]) -> None:
     callbacks: list[L.Callback] = [
         StepNotes(out),
         RunEnd(out, seconds, options.get("until", {}), bool(options.get("held"))),
-        AsyncLocalSGDCallback(ledger=out / "ledger.jsonl"),
+        AsyncLocalSGDCallback(events=out / "events.jsonl", max_event_megabytes=None),
     ]
     faults = [Fault(**{**fault, "kind": FaultKind[fault["kind"]]}) for fault in options.get("faults", [])]
     if faults:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.step_notes import Life, read_notes
+from lightning_async_localsgd.server.event_file import read_pushes
 
 ALREADY_APPLIED = "already applied"
 
@@ -45,7 +46,7 @@ class Run:
 
     @cached_property
     def ledger(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.out / "ledger.jsonl").read_text().splitlines()]
+        return read_pushes(self.out / "events.jsonl")
 
     @cached_property
     def ranks(self) -> dict[int, dict[str, Any]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from lightning_async_localsgd.server.event_file import read_pushes
 from tests.faults.conftest import command
 from tests.faults.runs import Run
 from tests.processes import Jobs
@@ -42,5 +43,5 @@ def test_too_long_a_pause_ends_the_run_with_an_error_and_a_checkpoint(started: J
     [checkpoint] = out.glob("async_localsgd/*/rounds=*.ckpt")
     assert f'trainer.fit(ckpt_path="last") resumes from {checkpoint}' in text
     # Every round that was answered is in the checkpoint. Rank 0's last round waits for its answer.
-    ledger = [json.loads(entry) for entry in (out / "ledger.jsonl").read_text().splitlines()]
+    ledger = read_pushes(out / "events.jsonl")
     assert f"rounds={len(ledger):06d}" in checkpoint.name

@@ -223,9 +223,9 @@ def reporters(out: Path) -> dict[str, Any]:
     """Train with two reporting callbacks, neither of which comes first."""
     given = [
         Validated(),
-        AsyncLocalSGDCallback(ledger=out / "ledger.jsonl", table=False),
+        AsyncLocalSGDCallback(events=out / "events.jsonl", table=False),
         Accumulated(),
-        AsyncLocalSGDCallback(events=out / "events.jsonl"),
+        AsyncLocalSGDCallback(recording=out / "recording.jsonl"),
     ]
     run = trainer(out, *given, max_steps=24, val_check_interval=4, logger=CSVLogger(out), log_every_n_steps=4)
     noted = fit(run, Paced())

@@ -18,6 +18,7 @@ from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_async_localsgd.lightning.callback import format_table
+from lightning_async_localsgd.server.event_file import read_pushes
 from tests.lightning_contract import callbacks_job
 from tests.lightning_models import quiet_trainer
 from tests.processes import Outcome, jobs
@@ -70,8 +71,8 @@ def test_several_reporting_callbacks_all_report(outcome: Outcome) -> None:
     assert first["validated"] == [4, 8, 12, 16, 20, 24]
     assert first["order_kept"]
     folder = outcome.out / "reporters"
-    pushes = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
-    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    pushes = read_pushes(folder / "events.jsonl")
+    events = [json.loads(line) for line in (folder / "recording.jsonl").read_text().splitlines()]
     assert sum(push["steps"] for push in pushes) == 48
     assert (events[0]["kind"], events[-1]["kind"]) == ("begin", "end")
     assert sum(event["kind"] == "push" for event in events) == len(pushes)
@@ -122,6 +123,7 @@ def test_each_logger_writes_one_directory(outcome: Outcome) -> None:
     written = files(folder)
     assert {name for name in written if name.startswith("csv")} == {
         "csv/version_0/metrics.csv", "csv/version_0/async_localsgd_summary.json",
+        "csv/version_0/async_localsgd_events.jsonl",
     }  # fmt: skip
     board = [name for name in written if name.startswith("board/version_0/events")]
     assert len(board) == 1

@@ -100,7 +100,7 @@ def main(out: Path, options: dict[str, Any]) -> None:
         **{"checkpoint_every": None, **options["strategy"]},
     )
     notes = Notes()
-    callbacks: list[L.Callback] = [notes, AsyncLocalSGDCallback(ledger=out / "ledger.jsonl")]
+    callbacks: list[L.Callback] = [notes, AsyncLocalSGDCallback(events=out / "events.jsonl", max_event_megabytes=None)]
     if "faults" in options:
         callbacks.append(
             FaultInjection([Fault(**{**fault, "kind": FaultKind[fault["kind"]]}) for fault in options["faults"]])

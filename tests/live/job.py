@@ -24,6 +24,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_async_localsgd import AsyncLocalSGDCallback, AsyncLocalSGDStrategy, DelayedNesterov, ExchangeOptions
 from lightning_async_localsgd.faults import Fault, FaultInjection, FaultKind
+from lightning_async_localsgd.server import line_file
 from tests.lightning_models import (
     WEIGHTS_ONLY,
     Pace,
@@ -35,6 +36,9 @@ from tests.lightning_models import (
     one_cycle,
     quiet_trainer,
 )
+
+# The tests kill rank 0, and look for every push that was answered before.
+line_file.BATCH_SECONDS = 0.0
 
 SECONDS = (0.02, 0.03, 0.06, 0.16)
 """Minimum seconds of a local step, by rank. A step of the slowest takes eight times as long as one of the fastest."""
@@ -167,7 +171,11 @@ def run(out: Path, options: dict[str, Any]) -> None:
         exchange=ExchangeOptions(**{"start_timeout": 60.0, **options.get("exchange", {})}),
         **policies,
     )
-    callbacks = [Fate(options), checkpoint, AsyncLocalSGDCallback(ledger=out / "ledger.jsonl", per_worker=True)]
+    callbacks = [
+        Fate(options),
+        checkpoint,
+        AsyncLocalSGDCallback(events=out / "events.jsonl", max_event_megabytes=None, per_worker=True),
+    ]
     if "faults" in options:
         faults = [Fault(**{**fault, "kind": FaultKind[fault["kind"]]}) for fault in options["faults"]]
         callbacks.append(FaultInjection(faults))

@@ -78,7 +78,7 @@ def main(out: Path, options: dict[str, Any]) -> None:
         devices=RANKS,
         max_steps=ROUNDS * LOCAL_STEPS,
         use_distributed_sampler=False,
-        callbacks=[AsyncLocalSGDCallback(ledger=out / "ledger.jsonl")],
+        callbacks=[AsyncLocalSGDCallback(events=out / "events.jsonl", max_event_megabytes=None)],
         default_root_dir=out,
     )
     rank = trainer.global_rank

@@ -41,7 +41,7 @@ def main(kind: str, out: Path, options: dict[str, Any]) -> None:
     if kind == "live":
         given = {name: policies.pop(name) for name in ("overlap", "upload", "download") if name in policies}
         strategy = AsyncLocalSGDStrategy(exchange=ExchangeOptions(**given), **policies)
-        callbacks = [EmulatedDevices([0.01, 0.015, 0.04]), AsyncLocalSGDCallback(table=False, events=events)]
+        callbacks = [EmulatedDevices([0.01, 0.015, 0.04]), AsyncLocalSGDCallback(table=False, recording=events)]
     else:
         strategy = SimulatedAsyncLocalSGDStrategy(replay=events, **policies)
         callbacks = [AsyncLocalSGDCallback(table=False)]

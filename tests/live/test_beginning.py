@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_async_localsgd.server.event_file import read_pushes
 from tests.lightning_models import cosine, digest
 from tests.live import beginning_job
 from tests.live.beginning_job import BATCH, CLIP, RANKS, loss_of, sample, seeded_network
@@ -91,12 +92,12 @@ def test_first_steps_equal_synchronous_training_in_spite_of_broken_connections(s
     assert not ranks[0]["states"][STEPS]["synchronous"]
     assert digest(ranks[0]["final"]) == digest(ranks[1]["final"])
     assert {rank["global_step"] for rank in ranks} == {total}
-    done = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
+    done = read_pushes(tmp_path / "events.jsonl")
     assert sum(line["steps"] for line in done if line["refused"] is None) == RANKS * total
 
 
 def ledger(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "ledger.jsonl").read_text().splitlines()]
+    return read_pushes(out / "events.jsonl")
 
 
 @pytest.mark.slow

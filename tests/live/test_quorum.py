@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_async_localsgd.server.event_file import read_pushes
 from tests.lightning_models import inverse_time
 from tests.live import quorum_job
 from tests.live.conftest import Outcome
@@ -50,7 +51,7 @@ def diloco() -> dict[str, Tensor]:
 
 
 def ledger(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "ledger.jsonl").read_text().splitlines()]
+    return read_pushes(out / "events.jsonl")
 
 
 def test_quorum_of_all_workers_equals_synchronous_diloco_bit_for_bit(started: Jobs, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from lightning_async_localsgd.server.event_file import read_pushes
 from tests.live.conftest import JOB, Outcome
 from tests.processes import Jobs
 
@@ -20,7 +21,7 @@ ENDLESS = {"max_steps": 1_000_000}
 
 
 def ledger(outcome: Outcome) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (outcome.out / "ledger.jsonl").read_text().splitlines()]
+    return read_pushes(outcome.out / "events.jsonl")
 
 
 def assert_each_round_counts_once(outcome: Outcome) -> None:

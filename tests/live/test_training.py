@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_async_localsgd.server.event_file import read_pushes
 from tests.lightning_models import loader, quiet_trainer
 from tests.live.conftest import Outcome, run_all
 from tests.live.job import Model
@@ -101,8 +101,8 @@ def test_four_unequal_ranks_train_one_model(job: Job) -> None:
     assert len({rank["rates"][-1] for rank in ranks}) == 1
     assert ranks[0]["rates"][-1] < 1e-4 < 0.009 < max(ranks[3]["rates"])
 
-    # All threads have ended, except that of the ledger, which is closed at teardown, after the notes were made.
-    left = {name for rank in ranks for name in rank["threads"]} - {"async_localsgd-ledger"}
+    # All threads have ended, except that of the event file, which is closed at teardown, after the notes were made.
+    left = {name for rank in ranks for name in rank["threads"]} - {"async_localsgd-events"}
     assert not any(name.startswith("async_localsgd") for name in left)
 
     columns = logged(outcome)
@@ -138,7 +138,7 @@ def test_run_with_options_meets_the_budget_with_one_model(forked: Outcomes, name
     assert_all_hold_the_same_final_model(outcome, 2)
     assert_budget_met(outcome, 2 * options.get("trainer", {"max_steps": 60})["max_steps"])
     if options.get("strategy", {}).get("dynamic_local_steps") is False:
-        pushes = [json.loads(line) for line in (outcome.out / "ledger.jsonl").read_text().splitlines()]
+        pushes = read_pushes(outcome.out / "events.jsonl")
         for worker in (0, 1):  # Rounds before a validation, and the last ones, may be shorter.
             assert next(push["steps"] for push in pushes if push["worker"] == worker) == 10
 

@@ -179,7 +179,7 @@ def test_trainer_gets_the_simulated_strategy_of_its_package(lightning: Any, pack
 def test_error_for_a_callback_of_the_other_package_names_the_right_import() -> None:
     module = importlib.import_module("pytorch_lightning.demos.boring_classes").BoringModel()
     trainer = pytorch_lightning.Trainer(
-        strategy="async_localsgd", callbacks=[ours.AsyncLocalSGDCallback(ledger="never.jsonl")], **QUIET
+        strategy="async_localsgd", callbacks=[ours.AsyncLocalSGDCallback(events="never.jsonl")], **QUIET
     )
     right = r"import lightning_async_localsgd\.pytorch_lightning\.AsyncLocalSGDCallback"
     with pytest.raises(ValueError, match=right):

@@ -83,6 +83,7 @@ class FakeServer:
         self.lost_sessions: list[tuple[int, str, str]] = []
         self.revived: list[tuple[int, str]] = []
         self.join_requests: list[int] = []
+        self.status, self.status_requests = '{"progress": 3}', 0
         self.lease_requests: list[LeaseRequest] = []
         self.answering = threading.Event()
         self.answering.set()
@@ -149,6 +150,10 @@ class FakeServer:
         number = worker if worker >= 0 else 100 + len(self.join_requests)
         info = JoinInfo(2, 7, 1, "the-run", "hash", incarnation=self.incarnation, worker=number, refused=self.refusal)
         self._events.put(lambda: answer(info))
+
+    def request_status(self, answer: Callable[[str], None]) -> None:
+        self.status_requests += 1
+        self._events.put(lambda: answer(self.status))
 
     def lost(self, worker: int, session: str, reason: str) -> None:
         self.lost_sessions.append((worker, session, reason))

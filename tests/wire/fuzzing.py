@@ -27,6 +27,7 @@ from lightning_async_localsgd.protocol.messages import (
     Message,
     Push,
     Reply,
+    StatusRequest,
 )
 from lightning_async_localsgd.server.server import Server
 from lightning_async_localsgd.wire import frames
@@ -135,6 +136,7 @@ _MESSAGES: dict[bytes, type[Message]] = {
     frames.PING: frames.Ping,
     frames.LEASE_REQUEST: LeaseRequest,
     frames.JOIN_REQUEST: JoinRequest,
+    frames.STATUS_REQUEST: StatusRequest,
 }
 _KINDS = (*_MESSAGES, frames.DATA, frames.CREDIT, frames.BYE)
 _NUMBERS = [-1, 0, 1, 2, 3, 2**31, 2**32, 2**53 - 1, 2**53, 2**64 - 1, 10**400, -(2**53)]
@@ -191,7 +193,7 @@ class RandomPeer:
         if chance.random() < 0.05:
             return chance.randint(1, 3), [chance.randbytes(chance.randint(0, 80))]
         kind = chance.choice(_KINDS)
-        connection = 2 if kind in (frames.PING, frames.LEASE_REQUEST, frames.JOIN_REQUEST) else 1
+        connection = 2 if kind in (frames.PING, frames.LEASE_REQUEST, frames.JOIN_REQUEST, frames.STATUS_REQUEST) else 1
         if chance.random() < 0.05:
             connection = chance.randint(1, 3)
         if kind in _MESSAGES:

@@ -31,6 +31,7 @@ from lightning_async_localsgd.protocol.messages import (
     MessageError,
     Push,
     Reply,
+    StatusRequest,
 )
 from lightning_async_localsgd.wire import WireServer, frames
 from lightning_async_localsgd.wire.auth import password
@@ -78,7 +79,7 @@ def unaffected(caplog: pytest.LogCaptureFixture, fake: FakeServer, server: WireS
 
 
 @pytest.mark.parametrize(
-    "form", [Hello, Push, Reply, LeaseRequest, Lease, JoinRequest, JoinInfo, frames.Ping, frames.Pong]
+    "form", [Hello, Push, Reply, LeaseRequest, Lease, JoinRequest, JoinInfo, StatusRequest, frames.Ping, frames.Pong]
 )
 @searching(150)
 @given(data=st.data())

@@ -37,18 +37,19 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m lightning_async_localsgd") -> int:
     """Run the command line.
 
     Args:
         arguments: arguments of the command; None uses those of this process.
+        prog: the command's name in messages.
 
     Returns:
         The exit code.
 
     """
     parser = argparse.ArgumentParser(
-        prog="python -m lightning_async_localsgd",
+        prog=prog,
         description="Run a training script. If its first process is killed, restart it from the newest checkpoint of "
         "the run.",
         allow_abbrev=False,

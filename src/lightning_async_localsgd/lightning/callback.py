@@ -1,16 +1,19 @@
-"""Reports of an asynchronous run: metrics, a ledger of pushes, a log of events, and a summary."""
+"""Reports of an asynchronous run: metrics, an event file, a recording for replays, and a summary."""
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import statistics
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
@@ -20,7 +23,7 @@ from lightning_async_localsgd.lightning.trainer_access.metrics import logs_this_
 from lightning_async_localsgd.protocol.checks import check_bool
 from lightning_async_localsgd.protocol.traits import TRAITS, WorkerTraits, differing_traits
 from lightning_async_localsgd.server.events import Event, fingerprint
-from lightning_async_localsgd.server.ledger import Ledger
+from lightning_async_localsgd.server.line_file import EVENT_FILE, LineFile
 from lightning_async_localsgd.server.observers import RunObserver
 from lightning_async_localsgd.server.run_stats import FORMER
 
@@ -28,7 +31,7 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
 
     from lightning_async_localsgd.runtime.base import Runtime
-    from lightning_async_localsgd.server.run_stats import PushOutcome, RunSnapshot
+    from lightning_async_localsgd.server.run_stats import RunSnapshot
 
 _log = logging.getLogger(__name__)
 
@@ -63,15 +66,20 @@ class AsyncLocalSGDCallback(Callback):
 
     Args:
         table: whether the table is printed at the end.
-        ledger: file to which rank 0 appends a line of JSON for every push that was applied or refused, with the fields
-            of :class:`.PushOutcome`. The file and its folder are created if necessary. ``None`` writes no ledger.
-        events: file to which rank 0 writes all events of the server as lines of JSON, with the fields of
-            :class:`.Event`. :class:`.SimulatedAsyncLocalSGDStrategy` can replay the file. ``None`` writes no events.
+        events: file to which rank 0 appends a line of JSON for everything that happens in the run: each push, each
+            dispatch, workers that join or are lost, losses and validations. ``watch`` and ``report`` read it. The file
+            and its folder are created if necessary. ``"auto"`` is ``async_localsgd_events.jsonl`` in the trainer's log
+            directory, if there is one. ``None`` writes no events.
+        max_event_megabytes: megabytes (10^6 bytes) that the event file may need, >= 1. When it has half of them, it is
+            moved to ``<name>.old.jsonl``, whose predecessor is dropped. ``None`` is no limit.
+        recording: file to which rank 0 writes all that the server's decisions depend on, with the fields of
+            :class:`.Event`. :class:`.SimulatedAsyncLocalSGDStrategy` can replay the file. ``None`` records nothing.
         per_worker: whether each worker's own values are logged, beside the means over workers. If there are several
             such callbacks, one that asks for the values is enough.
 
     Raises:
-        ValueError: ``ledger`` or ``events`` is not the path of a file, or both are the same file.
+        ValueError: ``events`` or ``recording`` is not the path of a file, both are the same file, or
+            ``max_event_megabytes`` is outside its range.
 
     Example::
 
@@ -85,43 +93,56 @@ class AsyncLocalSGDCallback(Callback):
     def __init__(
         self,
         table: bool = True,
-        ledger: str | PathLike[str] | None = None,
-        events: str | PathLike[str] | None = None,
+        events: str | PathLike[str] | None = "auto",
+        max_event_megabytes: float | None = 256,
+        recording: str | PathLike[str] | None = None,
         per_worker: bool = False,
     ) -> None:
-        if ledger is not None and (not str(ledger) or Path(ledger).is_dir()):
-            raise ValueError(f"ledger={str(ledger)!r} must be the path of a file, or None for no ledger")
         if events is not None and (not str(events) or Path(events).is_dir()):
-            raise ValueError(f"events={str(events)!r} must be the path of a file, or None for no log of events")
-        if ledger is not None and events is not None and Path(ledger).absolute() == Path(events).absolute():
-            raise ValueError(f"ledger and events are both {str(ledger)!r}; use two files")
+            raise ValueError(f"events={str(events)!r} must be 'auto', the path of a file, or None for no events")
+        if recording is not None and (not str(recording) or Path(recording).is_dir()):
+            raise ValueError(f"recording={str(recording)!r} must be the path of a file, or None for no recording")
+        if events and recording and Path(events).absolute() == Path(recording).absolute():
+            raise ValueError(f"events and recording are both {str(events)!r}; use two files")
+        if max_event_megabytes is not None and not 1 <= max_event_megabytes < math.inf:
+            raise ValueError(f"max_event_megabytes={max_event_megabytes!r} must be a number >= 1, or None for no limit")
         self.table = check_bool("table", table)
         self.per_worker = check_bool("per_worker", per_worker)
-        self.ledger = None if ledger is None else Path(ledger)
-        self.events = None if events is None else Path(events)
+        self.events = events if events is None or events == "auto" else Path(events)
+        self.max_event_megabytes = max_event_megabytes
+        self.recording = None if recording is None else Path(recording)
         self._recorder: _Recorder | None = None
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # The strategy starts the server after this hook, so an observer that is added here sees all events.
-        if trainer.is_global_zero and (self.ledger is not None or self.events is not None):
-            add_observer = getattr(trainer.strategy, "add_observer", None)
-            if add_observer is not None:
-                self._recorder = _Recorder(self.ledger, self.events)
-                add_observer(self._recorder)
+        add_observer = getattr(trainer.strategy, "add_observer", None)
+        if trainer.is_global_zero and add_observer is not None:
+            recorder = _Recorder(self._event_file(trainer), self.recording)
+            if recorder.records:
+                self._recorder = recorder
+                add_observer(recorder)
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # With many workers there are many values, so log only in steps that reach the loggers.
-        if not trainer.loggers or not logs_this_step(trainer):
-            return
         runtime = _runtime_of(trainer)
-        if runtime is not None and runtime.server is not None and self._is_first(trainer):
+        if runtime is None or runtime.server is None or not logs_this_step(trainer) or not self._is_first(trainer):
+            return
+        write_values(trainer, runtime, "metrics", outputs)
+        if trainer.loggers:
             per_worker = any(callback.per_worker for callback in _own_callbacks(trainer))
             for name, value in run_metrics(runtime, per_worker).items():
                 pl_module.log(name, value, on_step=True, on_epoch=False, batch_size=1)
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        runtime = _runtime_of(trainer)
+        if runtime is None or runtime.server is None or trainer.sanity_checking or not self._is_first(trainer):
+            return
+        write_values(trainer, runtime, "validation")
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -132,6 +153,7 @@ class AsyncLocalSGDCallback(Callback):
             self._recorder.write_end(runtime)
         summary = run_summary(runtime)
         if self._is_first(trainer):
+            runtime.server.write_line("end", {**_run_fields(runtime), "summary": summary})
             # Without a logger the log directory is the working directory, where nothing is written without being asked.
             if trainer.loggers and trainer.log_dir is not None:
                 path = Path(trainer.log_dir) / SUMMARY_FILE
@@ -156,6 +178,20 @@ class AsyncLocalSGDCallback(Callback):
         """Return whether this is the first such callback, so that common reports are made once."""
         return next((own for own in _own_callbacks(trainer) if own.table or not with_table), None) is self
 
+    def _event_file(self, trainer: pl.Trainer) -> LineFile | None:
+        """Open the event file; None if there is none. Without being asked, training goes on without it."""
+        limit = None if self.max_event_megabytes is None else int(1e6 * self.max_event_megabytes)
+        if isinstance(self.events, Path):
+            return LineFile(self.events, max_bytes=limit)
+        folder = None if self.events is None or not self._is_first(trainer) else _log_folder(trainer)
+        if folder is None:
+            return None
+        try:
+            return LineFile(folder / EVENT_FILE, max_bytes=limit)
+        except OSError as error:
+            rank_zero_warn(f"no events are written to {folder / EVENT_FILE}: {error}")
+            return None
+
     def _close_files(self) -> None:
         if self._recorder is not None:
             self._recorder.close()
@@ -163,53 +199,103 @@ class AsyncLocalSGDCallback(Callback):
 
 
 class _Recorder(RunObserver):
-    """Write a run's pushes and events to files.
+    """Write a run's events to files.
 
     Args:
-        ledger: file for pushes, or None.
-        events: file for events, or None.
-
-    Raises:
-        OSError: A file cannot be written.
+        events: event file, or None.
+        recording: file for a replay, or None.
 
     """
 
-    def __init__(self, ledger: Path | None, events: Path | None) -> None:
-        self._ledger = None if ledger is None else Ledger(ledger)
+    def __init__(self, events: LineFile | None, recording: Path | None) -> None:
+        self._events = events
         try:
-            self._events = None if events is None else Ledger(events, "event log", "events")
+            self._recording = None if recording is None else LineFile(recording, "recording")
         except OSError:
-            if self._ledger is not None:
-                self._ledger.close()
+            if events is not None:
+                events.close()
             raise
 
+    @property
+    def records(self) -> bool:
+        """Whether there is a file."""
+        return self._events is not None or self._recording is not None
+
     @override
-    def on_push(self, outcome: PushOutcome) -> None:
-        if self._ledger is not None:
-            self._ledger.write(outcome)
+    def on_line(self, line: dict[str, Any]) -> None:
+        if self._events is not None:
+            self._events.write(line)
 
     @override
     def on_event(self, event: Event) -> None:
-        if self._events is not None:
-            self._events.write(event)
+        if self._recording is not None:
+            self._recording.write(event)
 
     def write_end(self, runtime: Runtime) -> None:
         """Write the last event of a run, which a replay compares with its own result."""
-        if self._events is not None:
+        if self._recording is not None:
             assert runtime.server is not None
             theta = torch.empty(runtime.binding.layout.numel, dtype=torch.float32)
             version = runtime.server.copy_model(theta)
-            self._events.write(Event("end", None, {"version": version, "theta": fingerprint(theta)}))
+            self._recording.write(Event("end", None, {"version": version, "theta": fingerprint(theta)}))
 
     def close(self) -> None:
         """Close the files after everything is written."""
-        for file in (self._ledger, self._events):
+        for file in (self._events, self._recording):
             if file is not None:
                 file.close()
 
 
 def _own_callbacks(trainer: pl.Trainer) -> list[AsyncLocalSGDCallback]:
     return [callback for callback in callbacks_of(trainer) if isinstance(callback, AsyncLocalSGDCallback)]
+
+
+def _log_folder(trainer: pl.Trainer) -> Path | None:
+    """Return ``trainer.log_dir`` on rank 0, without the broadcast of the trainer's property; None without a logger."""
+    logger = next(iter(trainer.loggers), None)
+    own = isinstance(logger, (TensorBoardLogger, CSVLogger))
+    folder = None if logger is None else logger.log_dir if own else logger.save_dir
+    return None if not folder or "://" in str(folder) else Path(folder)
+
+
+def write_values(trainer: pl.Trainer, runtime: Runtime, kind: str, outputs: Any = None) -> None:
+    """Add a line with what the module has logged, and with its loss, to the event file.
+
+    Args:
+        trainer: the trainer.
+        runtime: rank 0's part in the run.
+        kind: kind of the line.
+        outputs: what the training step has returned.
+
+    """
+    values = {name: value for name, value in trainer.callback_metrics.items() if not name.startswith("async/")}
+    if kind == "validation":
+        values = {name: value for name, value in values.items() if "val" in name} or values
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+    if isinstance(loss, torch.Tensor) and loss.numel() == 1:
+        values = {"loss": loss.detach(), **values}
+    fields = {"values": {name: _finite(float(value)) for name, value in values.items()}}
+    assert runtime.server is not None
+    runtime.server.write_line(kind, {"global_step": trainer.global_step, **fields, **_run_fields(runtime)})
+
+
+def _run_fields(runtime: Runtime) -> dict[str, Any]:
+    """Return what lines of rank 0 say of the run."""
+    assert runtime.server is not None
+    view: RunSnapshot = runtime.server.snapshot
+    return {
+        "progress": view.progress,
+        "total": view.total,
+        "quarantined": sorted(view.quarantined),
+        "paused": view.paused,
+        "bytes_sent": runtime.bytes_sent,
+        "bytes_received": runtime.bytes_received,
+    }
+
+
+def _finite(value: float) -> float | None:
+    """Return the value, or None if JSON has no number for it."""
+    return value if math.isfinite(value) else None
 
 
 def _runtime_of(trainer: pl.Trainer) -> Runtime | None:

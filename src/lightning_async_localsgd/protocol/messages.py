@@ -367,6 +367,20 @@ class JoinRequest(Message):
 
 
 @dataclass(frozen=True)
+class StatusRequest(Message):
+    """A process that knows the token asks for the state of the run. It changes nothing.
+
+    Args:
+        protocol: the sender's :data:`PROTOCOL_VERSION`.
+        nonce: random, new in each request. The server proves on it that it knows the token.
+
+    """
+
+    protocol: int
+    nonce: str
+
+
+@dataclass(frozen=True)
 class JoinInfo(Message):
     """Answers a :class:`JoinRequest` with what the initial workers have agreed on.
 

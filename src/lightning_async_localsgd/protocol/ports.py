@@ -121,6 +121,14 @@ class ServerPort(Protocol):
 
         """
 
+    def request_status(self, answer: Callable[[str], None]) -> None:
+        """Handle a request for the state of the run, from a process that knows the token.
+
+        Args:
+            answer: to be called once with a JSON object, from any thread.
+
+        """
+
     def lost(self, worker: int, session: str, reason: str) -> None:
         """Handle the loss of a session: it has no connection, said goodbye, was silent too long, or broke the protocol.
 

@@ -139,13 +139,15 @@ class SimulatedAsyncLocalSGDStrategy(_StrategyBase):
 class AsyncLocalSGDCallback(Callback):
     table: bool
     per_worker: bool
-    ledger: Path | None
-    events: Path | None
+    events: Path | str | PathLike[str] | None
+    max_event_megabytes: float | None
+    recording: Path | None
     def __init__(
         self,
         table: bool = True,
-        ledger: str | PathLike[str] | None = None,
-        events: str | PathLike[str] | None = None,
+        events: str | PathLike[str] | None = "auto",
+        max_event_megabytes: float | None = 256,
+        recording: str | PathLike[str] | None = None,
         per_worker: bool = False,
     ) -> None: ...
 

@@ -34,7 +34,7 @@ from lightning_async_localsgd.server.observers import ObserverList
 from lightning_async_localsgd.server.progress import ProgressEstimate
 from lightning_async_localsgd.server.recalls import HOST, Recalls
 from lightning_async_localsgd.server.replies import ReplyMaker
-from lightning_async_localsgd.server.run_stats import PushOutcome, RunSnapshot, RunStats, WorkerTotals
+from lightning_async_localsgd.server.run_stats import RunSnapshot, RunStats, WorkerTotals
 from lightning_async_localsgd.server.step_grants import StepGrants
 from lightning_async_localsgd.server.waiting import DispatchWindow
 
@@ -466,7 +466,7 @@ class Coordinator:
         """Count a decided push, and notify the observers of its outcome."""
         if rejection is not None and (not again or rejection is rejections.REPEATED):
             self._stats.record_rejection(push, rejection)
-        self.observers.on_push(PushOutcome.of(push, rejection, self.model.version, staleness, now))
+        self.observers.on_push(self._stats.outcome(push, rejection, self.model.version, staleness, now))
 
     # ------------------------------------------------------- parts of a dispatch
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import queue
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
@@ -35,6 +35,9 @@ class RunObserver:
     def on_metrics(self, worker: int, text: str) -> None:
         """Handle the values that a worker's module logged in a round, see :attr:`.Push.metrics`."""
 
+    def on_line(self, line: dict[str, Any]) -> None:
+        """Handle a line of the event file, see :mod:`.journal`. It must not be changed."""
+
 
 class ObserverList(RunObserver):
     """Passes everything on to several observers, in the order in which they were added."""
@@ -60,6 +63,11 @@ class ObserverList(RunObserver):
     def on_metrics(self, worker: int, text: str) -> None:
         for observer in self._observers:
             observer.on_metrics(worker, text)
+
+    @override
+    def on_line(self, line: dict[str, Any]) -> None:
+        for observer in self._observers:
+            observer.on_line(line)
 
 
 class MetricsQueue(RunObserver):

@@ -152,6 +152,14 @@ class PushOutcome:
         staleness: versions between base and merge; 0 if the push was refused.
         refused: why the push was not merged, in one line; None if it was.
         seconds: time on the server's clock, which has an arbitrary zero.
+        refusal: :attr:`.Rejection.kind` of the refusal; None if there was none.
+        samples: samples in the push.
+        timed_steps: number of steps that ``compute_seconds`` covers.
+        compute_seconds: seconds of computing for ``timed_steps`` steps.
+        exchange_seconds: seconds that the worker stood still for its previous exchange, without waiting.
+        wait_seconds: with overlap, seconds that the worker stood still because an answer was late.
+        update_norm: L2 norm of the pseudo-gradient; None if the push was not merged when it arrived.
+        momentum_cosine: cosine between the pseudo-gradient and the outer momentum; None if there is none.
 
     """
 
@@ -165,9 +173,25 @@ class PushOutcome:
     staleness: int
     refused: str | None
     seconds: float
+    refusal: str | None = None
+    samples: int = 0
+    timed_steps: int = 0
+    compute_seconds: float = 0.0
+    exchange_seconds: float = 0.0
+    wait_seconds: float = 0.0
+    update_norm: float | None = None
+    momentum_cosine: float | None = None
 
     @classmethod
-    def of(cls, push: Push, rejection: Rejection | None, version: int, staleness: int, now: float) -> PushOutcome:
+    def of(
+        cls,
+        push: Push,
+        rejection: Rejection | None,
+        version: int,
+        staleness: int,
+        now: float,
+        norm: PushNorm | None = None,
+    ) -> PushOutcome:
         """Return the outcome of ``push`` at the time ``now``."""
         return cls(
             worker=push.worker,
@@ -180,6 +204,14 @@ class PushOutcome:
             staleness=staleness,
             refused=None if rejection is None else rejection.text,
             seconds=now,
+            refusal=None if rejection is None else rejection.kind,
+            samples=push.samples,
+            timed_steps=push.timed_steps,
+            compute_seconds=push.compute_seconds,
+            exchange_seconds=push.exchange_seconds,
+            wait_seconds=push.wait_seconds,
+            update_norm=None if norm is None else norm.norm,
+            momentum_cosine=None if norm is None else norm.momentum_cosine,
         )
 
 
@@ -200,6 +232,7 @@ class RunStats:
         self.views: dict[int, WorkerView] = {}
         self.traits: Mapping[int, WorkerTraits] = {}
         self._latest: PushNorm | None = None
+        self._latest_push: Push | None = None
         self._recent: list[int] = []
 
     def of(self, worker: int) -> WorkerTotals:
@@ -208,7 +241,7 @@ class RunStats:
 
     def record_merge(self, push: Push, norm: PushNorm, staleness: int, live: int) -> None:
         """Count a push that was merged, or is held, while ``live`` workers were live."""
-        self._latest = norm
+        self._latest, self._latest_push = norm, push
         totals = self.of(push.worker)
         totals.rounds += 1
         totals.steps += push.steps
@@ -234,6 +267,11 @@ class RunStats:
     def record_traits(self, worker: int, traits: WorkerTraits) -> None:
         """Note what a worker that has joined computes with. A restarted worker may be on another machine."""
         self.traits = {**self.traits, worker: traits}
+
+    def outcome(self, push: Push, rejection: Rejection | None, version: int, staleness: int, now: float) -> PushOutcome:
+        """Return the outcome of a push, with its norm if it is the latest merged one."""
+        norm = self._latest if rejection is None and push is self._latest_push else None
+        return PushOutcome.of(push, rejection, version, staleness, now, norm)
 
     def forget_view(self, worker: int) -> None:
         """Forget the latest values of a worker that is not live any more."""

@@ -22,6 +22,7 @@ from lightning_async_localsgd.server.begin_event import begin_event
 from lightning_async_localsgd.server.coordinator import Coordinator
 from lightning_async_localsgd.server.evaluations import Evaluations, ValidationRequest
 from lightning_async_localsgd.server.event_loop import EventLoop, nothing
+from lightning_async_localsgd.server.journal import Journal, run_facts
 from lightning_async_localsgd.server.observers import MetricsQueue
 from lightning_async_localsgd.server.queries import ServerQueries
 from lightning_async_localsgd.server.shared_values import SharedValues
@@ -92,7 +93,9 @@ class Server(ServerQueries):
         self.received_metrics = metrics.received
         self.lost_workers: deque[tuple[int, float, str]] = deque(maxlen=_MAX_LOST_WORKERS)
         self._coordinator = coordinator
-        coordinator.observers.add([metrics, *observers])
+        facts = run_facts(self.join_info.run_name, self.layout, self._traffic, virtual=clock is not time.monotonic)
+        self._journal = Journal(coordinator.observers.on_line, facts)
+        coordinator.observers.add([self._journal, metrics, *observers])
         coordinator.observers.on_event(begin_event(coordinator, clock()))
         self.gave_up: str | None = None
         self.misfit: str | None = None
@@ -198,6 +201,10 @@ class Server(ServerQueries):
         """See :class:`.ServerPort`. The owner thread calls ``answer``."""
         self._loop.submit(lambda: answer(self._on_join_request(worker)))
 
+    def request_status(self, answer: Callable[[str], None]) -> None:
+        """See :class:`.ServerPort`. The owner thread calls ``answer``."""
+        self._loop.submit(lambda: answer(self._journal.status(self._clock())))
+
     # ------------------------------------------------------------ state of the run
 
     @property
@@ -272,6 +279,10 @@ class Server(ServerQueries):
     def add_observer(self, observer: RunObserver) -> None:
         """Add an observer of everything that happens from now on."""
         self._loop.submit(lambda: self._coordinator.observers.add([observer]))
+
+    def write_line(self, kind: str, fields: Mapping[str, Any]) -> None:
+        """Add a line of rank 0's own to the event file, with the present time."""
+        self._loop.submit(lambda: self._journal.write({"kind": kind, "seconds": self._clock(), **fields}))
 
     def broadcast(self, text: str) -> None:
         """Send a text to all workers, in every reply from now on, see :attr:`.Reply.broadcast`."""

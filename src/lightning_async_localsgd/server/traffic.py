@@ -106,6 +106,16 @@ class Traffic:
         if reason is not None:
             raise ValueError(reason)
 
+    @property
+    def push_bytes(self) -> int:
+        """Bytes of a push of a round, without its header."""
+        return 4 * self._layout.numel if self._up is None else self._up.nbytes
+
+    @property
+    def model_bytes(self) -> int:
+        """Bytes of a model that a worker is usually sent, without its header."""
+        return 4 * self._layout.numel if self._down is None else self._down.nbytes
+
     # ---------------------------------------------------------------------- pushes
 
     def check(self, hello: Hello, others: int) -> str | None:

@@ -62,7 +62,8 @@ class Recording:
         self.path = str(path)
         if not Path(path).is_file():
             raise ValueError(
-                f"replay={self.path!r} is not a file; train a run with AsyncLocalSGDCallback(events=...) to write one"
+                f"replay={self.path!r} is not a file; train a run with AsyncLocalSGDCallback(recording=...) to write "
+                "one"
             )
         self.events = read_events(path)
         begin = self.events[0].content

@@ -1,4 +1,4 @@
-"""The server's handling of messages without bulk data: pings, lease requests and join requests.
+"""The server's handling of messages without bulk data: pings and requests.
 
 Runs in the thread of the :class:`.Hub`, which passes these messages on.
 """
@@ -13,12 +13,14 @@ from lightning_async_localsgd.protocol.messages import (
     Lease,
     LeaseRequest,
     MessageError,
+    StatusRequest,
     worker_name,
 )
 from lightning_async_localsgd.wire import frames
 from lightning_async_localsgd.wire.auth import proof
 from lightning_async_localsgd.wire.frames import Ping, Pong
 from lightning_async_localsgd.wire.join_info import with_proof
+from lightning_async_localsgd.wire.status import pack_status
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -35,7 +37,7 @@ _MAX_NONCE_LENGTH = 64
 
 
 class ControlMessages:
-    """Answers pings, lease requests and join requests.
+    """Answers pings, and requests for leases, for joining and for the state of the run.
 
     Args:
         server: answers the requests.
@@ -59,6 +61,7 @@ class ControlMessages:
         self._pings: dict[ConnectionKey, Ping] = {}
         self._open_lease_requests: dict[ConnectionKey, int] = {}
         self._open_join_requests: set[ConnectionKey] = set()
+        self._open_status_requests: set[ConnectionKey] = set()
         self._recalled_sent: Mapping[int, int] = {}
 
     def on_ping(self, header: bytes) -> tuple[Ping, bytes]:
@@ -108,11 +111,29 @@ class ControlMessages:
 
         self._server.request_join_info(request.worker, answer)
 
+    def on_status_request(self, key: ConnectionKey, header: bytes) -> None:
+        """Handle a request for the state of the run."""
+        refused = frames.protocol_mismatch(header[1:], "this process")
+        if refused is not None:
+            self._send(key, frames.REFUSE + refused.encode(), b"")
+            return
+        request = StatusRequest.decode(header[1:])
+        _check_nonce(request.nonce)
+        if key in self._open_status_requests:
+            raise MessageError("more than one unanswered status request")
+        self._open_status_requests.add(key)
+
+        def answer(text: str) -> None:
+            self._post(lambda: self._send_status(key, pack_status(text, self._token, request.nonce)))
+
+        self._server.request_status(answer)
+
     def on_closed(self, key: ConnectionKey) -> None:
         """Forget a connection that has ended."""
         self._pings.pop(key, None)
         self._open_lease_requests.pop(key, None)
         self._open_join_requests.discard(key)
+        self._open_status_requests.discard(key)
 
     def send_recalls(self) -> None:
         """Send a pong to every worker whose recall has changed. Rounds may be too short to wait for the next ping."""
@@ -134,6 +155,10 @@ class ControlMessages:
             self._open_lease_requests[key] -= 1
         # If the connection is gone, the worker requests the lease again.
         self._send(key, frames.LEASE + lease.encode())
+
+    def _send_status(self, key: ConnectionKey, header: bytes) -> None:
+        self._open_status_requests.discard(key)
+        self._send(key, header)
 
     def _send_join_info(self, key: ConnectionKey, info: JoinInfo) -> None:
         self._open_join_requests.discard(key)

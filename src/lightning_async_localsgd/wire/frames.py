@@ -2,28 +2,30 @@
 
 The first byte of every message's first frame is the message's kind:
 
-=============  =====================================  =====================================================
-kind           rest of the first frame                further frames
-=============  =====================================  =====================================================
-HELLO          :class:`.Hello` as JSON                nonce on which the server proves that it knows the token
-WELCOME        :class:`Welcome` as JSON               none
-REFUSE         the reason, UTF-8                      the server's layout description (zlib, JSON), or empty
-PUSH           :class:`.Push` as JSON                 none
-SHARE          :class:`.Share` as JSON                none
-GO             transfer (the push's sequence)         none
-DATA           transfer, offset in bytes              the bytes
-REPLY          transfer (the server's own count)      :class:`.Reply` as JSON
-MODEL          transfer, offset in bytes              the bytes
-CREDIT         transfer, frames received so far       none
-PING           :class:`Ping` as JSON                  none
-PONG           :class:`Pong` as JSON                  none
-LEASE_REQUEST  :class:`.LeaseRequest` as JSON         none
-LEASE          :class:`.Lease` as JSON                none
-JOIN_REQUEST   :class:`.JoinRequest` as JSON          none
-JOIN_INFO      :class:`.JoinInfo` as JSON             none
-UNKNOWN        nothing                                none
-BYE            the reason, UTF-8, or empty            none
-=============  =====================================  =====================================================
+==============  =====================================  =====================================================
+kind            rest of the first frame                further frames
+==============  =====================================  =====================================================
+HELLO           :class:`.Hello` as JSON                nonce on which the server proves that it knows the token
+WELCOME         :class:`Welcome` as JSON               none
+REFUSE          the reason, UTF-8                      the server's layout description (zlib, JSON), or empty
+PUSH            :class:`.Push` as JSON                 none
+SHARE           :class:`.Share` as JSON                none
+GO              transfer (the push's sequence)         none
+DATA            transfer, offset in bytes              the bytes
+REPLY           transfer (the server's own count)      :class:`.Reply` as JSON
+MODEL           transfer, offset in bytes              the bytes
+CREDIT          transfer, frames received so far       none
+PING            :class:`Ping` as JSON                  none
+PONG            :class:`Pong` as JSON                  none
+LEASE_REQUEST   :class:`.LeaseRequest` as JSON         none
+LEASE           :class:`.Lease` as JSON                none
+JOIN_REQUEST    :class:`.JoinRequest` as JSON          none
+JOIN_INFO       :class:`.JoinInfo` as JSON             none
+STATUS_REQUEST  :class:`.StatusRequest` as JSON        none
+STATUS          proof (see :mod:`.status`), JSON       none
+UNKNOWN         nothing                                none
+BYE             the reason, UTF-8, or empty            none
+==============  =====================================  =====================================================
 
 The bytes of a DATA after a PUSH, and of a MODEL, are fp32 values, or a packed vector as :class:`.Codec` makes it. The
 HELLO says how pushes travel, and each REPLY how its model does.
@@ -36,7 +38,7 @@ Downloads (REPLY, MODEL, CREDIT): the server sends at most :data:`WINDOW` frames
 CREDIT, and so never waits for a slow worker.
 
 PING and LEASE_REQUEST use a connection of their own, so that they never wait for bulk data. JOIN_REQUEST comes from a
-process that is no worker yet, also over a connection of its own.
+process that is no worker yet, and STATUS_REQUEST from one that only watches, also over connections of their own.
 """
 
 from __future__ import annotations
@@ -98,6 +100,8 @@ LEASE_REQUEST = b"K"
 LEASE = b"L"
 JOIN_REQUEST = b"O"
 JOIN_INFO = b"F"
+STATUS_REQUEST = b"Q"
+STATUS = b"T"
 UNKNOWN = b"U"
 BYE = b"X"
 

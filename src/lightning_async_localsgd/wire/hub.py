@@ -94,6 +94,9 @@ class Hub:
             elif kind == frames.JOIN_REQUEST:
                 listener.mark_authenticated(source_of(frame))
                 self._control.on_join_request(key, header)
+            elif kind == frames.STATUS_REQUEST:
+                listener.mark_authenticated(source_of(frame))
+                self._control.on_status_request(key, header)
             elif kind == frames.HELLO:
                 self._on_hello(key, source_of(frame), header)
             else:

@@ -334,10 +334,15 @@ def test_observers_see_the_outcome_of_every_push() -> None:
     coordinator.leave(1, "s1", 3.0, "test")
     coordinator.join(hello(1, "newer"), 3.0)
     coordinator.push(push, NAN, 3.5)
-    assert recorder.pushes[0] == PushOutcome(0, "s0", 1, "this", 0, 1, 10, 0, None, 1.5)
-    assert recorder.pushes[1] == PushOutcome(
-        1, "s1", 1, "this", 0, 1, 10, 0, f"{NOT_FINITE} in parameter 'weight'", 2.5
+    merged, refused, _ = recorder.pushes
+    assert merged.update_norm is not None
+    assert refused.update_norm is None
+    given = {"timed_steps": push.timed_steps, "compute_seconds": push.compute_seconds, "samples": push.samples}
+    assert dataclasses.replace(merged, update_norm=None) == PushOutcome(
+        0, "s0", 1, "this", 0, 1, 10, 0, None, 1.5, **given
     )
+    reason = f"{NOT_FINITE} in parameter 'weight'"
+    assert refused == PushOutcome(1, "s1", 1, "this", 0, 1, 10, 0, reason, 2.5, "not_finite", **given)
     assert [push.seconds for push in recorder.pushes] == [1.5, 2.5, 3.5]
     assert "is not active" in (recorder.pushes[2].refused or "")
 

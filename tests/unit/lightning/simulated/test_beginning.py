@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_async_localsgd import Arrival, AsyncLocalSGDCallback, Death, Link
 from lightning_async_localsgd import SimulatedAsyncLocalSGDStrategy as Simulated
+from lightning_async_localsgd.server.event_file import read_pushes
 from lightning_async_localsgd.server.events import read_events
 from tests.lightning_models import Regression, ScheduleFree, cosine, digest, loader, network, quiet_trainer
 
@@ -147,7 +147,7 @@ def test_first_steps_equal_synchronous_training(accumulate: int, tmp_path: Path)
 
 
 def test_unequal_workers_contribute_in_proportion_and_do_not_wait(tmp_path: Path) -> None:
-    notes, report = Steps(), AsyncLocalSGDCallback(table=False, events=tmp_path / "events.jsonl")
+    notes, report = Steps(), AsyncLocalSGDCallback(table=False, recording=tmp_path / "events.jsonl")
     strategy = Simulated([1.0, 2.0, 4.0], exchange_seconds=Link(0.25), sync_warmup_steps=6, local_steps=3)
     trainer = quiet_trainer(strategy, max_steps=12, callbacks=[notes, report], default_root_dir=tmp_path)
     module = Regression(seeded_network(batch_norm=True), torch.optim.AdamW, 1e-2, cosine)
@@ -185,22 +185,22 @@ def test_every_sample_is_used_whatever_happens_in_the_beginning(
     for steps in (5, 1000):
         events = tmp_path / f"{steps}.jsonl"
         strategy = Simulated([0.1, 0.17, 0.3], sync_warmup_steps=steps, local_steps=3, schedule=schedule)
-        ledger = tmp_path / f"{steps}.ledger"
-        report = AsyncLocalSGDCallback(table=False, events=events, ledger=ledger)
+        recording = tmp_path / f"{steps}.recording"
+        report = AsyncLocalSGDCallback(table=False, events=events, recording=recording)
         trainer = quiet_trainer(strategy, callbacks=[report], default_root_dir=tmp_path, **options)
         module = Regression(seeded_network(batch_norm=True), torch.optim.AdamW, 1e-2, cosine)
         trainer.fit(module, loader(296, batch_size=4), loader(16, shuffle=False))
         if "max_epochs" not in options:
             assert trainer.global_step == options["max_steps"]
         else:
-            lines = [json.loads(line) for line in ledger.read_text().splitlines()]
+            lines = read_pushes(events)
             merged = {(line["session"], line["sequence"]) for line in lines if line["refused"] is None}
-            pushes = [event.content["push"] for event in read_events(events) if event.kind == "push"]
+            pushes = [event.content["push"] for event in read_events(recording) if event.kind == "push"]
             samples = sum(push.samples for push in pushes if (push.session, push.sequence) in merged)
             assert samples == options["max_epochs"] * 296
         assert all(torch.isfinite(value).all() for value in module.state_dict().values())
         replayed = Regression(seeded_network(batch_norm=True), torch.optim.AdamW, 1e-2, cosine)
-        replay = Simulated(replay=events, sync_warmup_steps=steps, local_steps=3)
+        replay = Simulated(replay=recording, sync_warmup_steps=steps, local_steps=3)
         trainer = quiet_trainer(replay, default_root_dir=tmp_path, **options)
         trainer.fit(replayed, loader(296, batch_size=4), loader(16, shuffle=False))
         assert weights_of(replayed) == weights_of(module), options

@@ -19,11 +19,11 @@ from lightning_async_localsgd import SimulatedAsyncLocalSGDStrategy as Simulated
 from tests.unit.lightning.simulated.support import SPEEDS, Model, fit, loader
 
 
-def test_event_log_needs_its_own_file(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"events=.* must be the path of a file"):
-        AsyncLocalSGDCallback(events=tmp_path)
-    with pytest.raises(ValueError, match="ledger and events are both"):
-        AsyncLocalSGDCallback(ledger=tmp_path / "a", events=tmp_path / "a")
+def test_recording_needs_its_own_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"recording=.* must be the path of a file"):
+        AsyncLocalSGDCallback(recording=tmp_path)
+    with pytest.raises(ValueError, match="events and recording are both"):
+        AsyncLocalSGDCallback(events=tmp_path / "a", recording=tmp_path / "a")
 
 
 def test_replay_cannot_be_combined_with_times(tmp_path: Path) -> None:

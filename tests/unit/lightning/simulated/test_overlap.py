@@ -35,7 +35,7 @@ def pushes_in(events: Path) -> list[dict[str, Any]]:
 def test_workers_do_not_stand_still_while_a_push_is_in_flight(tmp_path: Path) -> None:
     seconds, events = {}, tmp_path / "events.jsonl"
     for overlap in (False, True):
-        recorder = RunRecorder(events=events if overlap else None)
+        recorder = RunRecorder(recording=events if overlap else None)
         strategy = Simulated([1.0, 1.0], 0.75, local_steps=4, grace=0.0, overlap=overlap)
         fit(strategy, max_steps=40, callbacks=[recorder])
         seconds[overlap] = recorder.seconds
@@ -52,7 +52,7 @@ def test_workers_do_not_stand_still_while_a_push_is_in_flight(tmp_path: Path) ->
 def test_slow_worker_of_unknown_speed_does_not_take_a_round_of_the_fastest_one(tmp_path: Path) -> None:
     events = tmp_path / "events.jsonl"
     strategy = Simulated([1.0, 10.0], 0.5, local_steps=20, grace=0.0, overlap=True)
-    fit(strategy, max_steps=100, callbacks=[RunRecorder(events=events)])
+    fit(strategy, max_steps=100, callbacks=[RunRecorder(recording=events)])
     steps = [push["steps"] for push in pushes_in(events) if push["worker"] == 1]
     # It may take 20 steps in its first flight, because nothing is known of it. That must not make its round longer.
     assert max(steps) <= 3
@@ -60,7 +60,7 @@ def test_slow_worker_of_unknown_speed_does_not_take_a_round_of_the_fastest_one(t
 
 
 def test_round_that_ends_before_the_answer_waits_for_it(tmp_path: Path) -> None:
-    recorder = RunRecorder(events=tmp_path / "events.jsonl")
+    recorder = RunRecorder(recording=tmp_path / "events.jsonl")
     strategy = Simulated([1.0, 1.0], 2.25, local_steps=2, grace=0.0, overlap=True)
     fit(strategy, max_steps=40, callbacks=[recorder])
     pushes = pushes_in(tmp_path / "events.jsonl")
@@ -88,7 +88,7 @@ def test_each_sample_is_trained_on_once_an_epoch() -> None:
 def test_answer_that_arrives_at_once_is_adopted_at_once(tmp_path: Path) -> None:
     events = tmp_path / "events.jsonl"
     strategy = Simulated(SPEEDS, local_steps=4, grace=0.0, overlap=True)
-    fit(strategy, callbacks=[RunRecorder(events=events)])
+    fit(strategy, callbacks=[RunRecorder(recording=events)])
     assert {push["overlap_steps"] for push in pushes_in(events)} == {0}
 
 
@@ -121,7 +121,7 @@ def test_same_run_again_has_the_same_result_to_the_last_bit_and_can_be_replayed(
     events = tmp_path / "events.jsonl"
     options: dict[str, Any] = {"local_steps": 3, "overlap": True}
     schedule = [Death(0, 1.0, back_at=2.0), Arrival(1.5, 0.2)]
-    first, _ = fit(Simulated(SPEEDS, 0.3, schedule, **options), callbacks=[RunRecorder(events=events)])
+    first, _ = fit(Simulated(SPEEDS, 0.3, schedule, **options), callbacks=[RunRecorder(recording=events)])
     second, _ = fit(Simulated(SPEEDS, 0.3, schedule, **options))
     replayed, _ = fit(Simulated(replay=events, **options))
     assert same_weights(first, second)

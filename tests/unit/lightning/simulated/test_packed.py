@@ -59,7 +59,9 @@ def test_bytes_and_seconds_are_those_of_the_packed_pushes_and_models() -> None:
 def test_packed_run_is_replayed_bit_for_bit(tmp_path: Path, overlap: bool) -> None:
     options: dict[str, Any] = {"local_steps": 4, "upload": "int4", "download": "int8", "overlap": overlap}
     events = tmp_path / "events.jsonl"
-    recorded, _ = fit(Simulated(SPEEDS, 0.2, **options), callbacks=[AsyncLocalSGDCallback(table=False, events=events)])
+    recorded, _ = fit(
+        Simulated(SPEEDS, 0.2, **options), callbacks=[AsyncLocalSGDCallback(table=False, recording=events)]
+    )
     again, _ = fit(Simulated(SPEEDS, 0.2, **options))
     replayed, _ = fit(Simulated(replay=events, **options))
     assert same_weights(recorded, again)
@@ -68,7 +70,7 @@ def test_packed_run_is_replayed_bit_for_bit(tmp_path: Path, overlap: bool) -> No
 
 def test_replay_needs_the_options_of_the_logged_run(tmp_path: Path) -> None:
     events = tmp_path / "events.jsonl"
-    fit(Simulated(SPEEDS, upload="int8"), callbacks=[AsyncLocalSGDCallback(table=False, events=events)])
+    fit(Simulated(SPEEDS, upload="int8"), callbacks=[AsyncLocalSGDCallback(table=False, recording=events)])
     with pytest.raises(ValueError, match=r"a run with upload='int8', but this strategy has upload='fp32'"):
         fit(Simulated(replay=events))
 

@@ -18,7 +18,7 @@ from tests.unit.lightning.simulated.support import SPEEDS, RunRecorder, StopAt, 
 def test_replay_gives_the_same_weights_and_reports_differences(tmp_path: Path) -> None:
     events = tmp_path / "events.jsonl"
     schedule = [Death(0, 1.0, back_at=2.0), Arrival(1.5, 0.2)]
-    first, _ = fit(Simulated(SPEEDS, schedule=schedule, local_steps=5), callbacks=[RunRecorder(events=events)])
+    first, _ = fit(Simulated(SPEEDS, schedule=schedule, local_steps=5), callbacks=[RunRecorder(recording=events)])
     recorder = RunRecorder()
     again, _ = fit(Simulated(replay=events, local_steps=5), callbacks=[recorder])
     assert same_weights(first, again)
@@ -58,7 +58,7 @@ def test_invalid_event_log_is_refused(tmp_path: Path, text: str, words: str) -> 
 
 def test_run_with_workers_that_had_joined_before_it_began_is_replayed(tmp_path: Path) -> None:
     events = tmp_path / "events.jsonl"
-    first, _ = fit(Simulated(SPEEDS, local_steps=5), callbacks=[RunRecorder(events=events)])
+    first, _ = fit(Simulated(SPEEDS, local_steps=5), callbacks=[RunRecorder(recording=events)])
     begin, *others = events.read_text().splitlines(keepends=True)
     assert '"ranks":3' in begin
     # As if one rank had waited for two workers that join.

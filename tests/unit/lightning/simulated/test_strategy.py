@@ -28,6 +28,7 @@ from lightning_async_localsgd import (
 )
 from lightning_async_localsgd import SimulatedAsyncLocalSGDStrategy as Simulated
 from lightning_async_localsgd.outer import Buffer, MomentumRestart
+from lightning_async_localsgd.server.event_file import read_pushes
 from tests.lightning_models import Regression, ScheduleFree, network, same_weights
 from tests.unit.lightning.simulated.support import (
     SPEEDS,
@@ -53,14 +54,14 @@ def test_same_seed_gives_same_weights() -> None:
 
 
 def test_order_of_pushes_depends_only_on_the_seed(tmp_path: Path) -> None:
-    path = tmp_path / "ledger.jsonl"
+    path = tmp_path / "events.jsonl"
     speeds = [StepSeconds(seconds, jitter=0.4) for seconds in SPEEDS]
     schedule = [Slowdown(0, 2.0, 3.0, 2.5), Death(1, 1.7, back_at=2.9), Arrival(2.2, StepSeconds(0.15, 0.2), 0.0)]
     strategy = Simulated(
         speeds, Link(0.01, 1e6), schedule, seed=11, local_steps=6, merge=MergeOptions(max_update_norm=None)
     )
-    fit(strategy, module=NoSchedule, callbacks=[AsyncLocalSGDCallback(table=False, ledger=path)])
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    fit(strategy, module=NoSchedule, callbacks=[AsyncLocalSGDCallback(table=False, events=path)])
+    lines = read_pushes(path)
     # Sums and quotients of rounded times are the same on all platforms.
     order = [f"{line['worker']} {line['steps']} {line['seconds']:.9f}" for line in lines]
     assert order[:6] == [

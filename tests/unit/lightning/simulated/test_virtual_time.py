@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from lightning_async_localsgd import (
     Link,
 )
 from lightning_async_localsgd import SimulatedAsyncLocalSGDStrategy as Simulated
+from lightning_async_localsgd.server.event_file import read_pushes
 from tests.lightning_models import same_weights
 from tests.unit.lightning.simulated.support import (
     SPEEDS,
@@ -43,7 +43,7 @@ def test_virtual_seconds_are_the_sum_of_steps_and_transfers() -> None:
 
 def test_stop_within_a_round_ends_virtual_time_after_the_last_computed_step(tmp_path: Path) -> None:
     for link, seconds in ((0.0, 7.0), (0.25, 8.0)):
-        recorder, events = RunRecorder(events=tmp_path / f"{link}.jsonl"), tmp_path / f"{link}.jsonl"
+        recorder, events = RunRecorder(recording=tmp_path / f"{link}.jsonl"), tmp_path / f"{link}.jsonl"
         fit(Simulated([1.0, 1.0], link, local_steps=5), max_steps=1000, callbacks=[recorder, StopAt(6)])
         assert [recorder.totals[n].steps for n in range(2)] == [7, 5]
         # Both workers take five steps, and worker 0 takes two of its next five. A round uses the link twice.
@@ -53,7 +53,7 @@ def test_stop_within_a_round_ends_virtual_time_after_the_last_computed_step(tmp_
 
 def test_end_of_data_within_a_round_ends_virtual_time_after_the_last_computed_step(tmp_path: Path) -> None:
     speeds, events = [1.0, 1.3, 3.0], tmp_path / "events.jsonl"
-    recorder = RunRecorder(events=events)
+    recorder = RunRecorder(recording=events)
     module, _ = fit(
         Simulated(speeds, local_steps=20, grace=0.0), max_epochs=2, max_steps=-1, data=loader(100), callbacks=[recorder]
     )
@@ -74,7 +74,7 @@ def test_stop_in_an_overlong_round_keeps_the_order_of_events(tmp_path: Path) -> 
             if runtime is not None and runtime.worker.number == 0 and runtime.virtual_seconds >= 4.0:
                 trainer.should_stop = runtime.worker.clock.now > 12.0
 
-    recorder, events = RunRecorder(events=tmp_path / "events.jsonl"), tmp_path / "events.jsonl"
+    recorder, events = RunRecorder(recording=tmp_path / "events.jsonl"), tmp_path / "events.jsonl"
     plugin = SkippingPrecision(lambda runtime: runtime.worker.number == 0 and 4.0 <= runtime.worker.clock.now < 12.0)
     fit(Simulated([1.0, 1.0], local_steps=4, grace=0.0), max_steps=1000, callbacks=[recorder, Late()], plugins=[plugin])
     assert_events_in_order(events)
@@ -106,9 +106,9 @@ def test_push_lost_in_transit_is_not_counted() -> None:
 def test_worker_with_unknown_speed_is_recalled_after_its_latency(tmp_path: Path) -> None:
     for latency, steps, seconds in ((0.0, 3, 1.05), (0.3, 3, 1.65), (0.4, 3, 1.85)):
         path = tmp_path / f"{latency}.jsonl"
-        recorder = RunRecorder(ledger=path)
+        recorder = RunRecorder(events=path)
         fit(Simulated([0.1, 0.35], exchange_seconds=[0.0, latency], local_steps=10, grace=0.0), callbacks=[recorder])
-        pushes = [json.loads(line) for line in path.read_text().splitlines()]
+        pushes = read_pushes(path)
         first = next(push for push in pushes if push["worker"] == 1)
         # The fast worker pushes after 1 s. The slow worker learns this a latency later, and also began a latency later.
         assert (first["steps"], pytest.approx(first["seconds"])) == (steps, seconds)

@@ -32,7 +32,7 @@ class Summary(L.Callback):
 def test_pause_lasts_until_the_worker_is_back_and_is_replayed(tmp_path: Path) -> None:
     events, summary = tmp_path / "events.jsonl", Summary()
     strategy = Simulated([1.0, 1.0], schedule=[Death(1, 12.0, back_at=40.0)], min_workers=2, **FIXED)
-    recorder = RunRecorder(events=events)
+    recorder = RunRecorder(recording=events)
     first, _ = fit(strategy, max_steps=20, callbacks=[recorder, summary])
     assert summary.paused == (1, 28.0)
     assert recorder.totals[0].wait_seconds >= 25.0, "from 15 s, when its round ends, to 40 s"

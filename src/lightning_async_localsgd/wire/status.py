@@ -1,0 +1,142 @@
+"""Asks the server of a running training for the state of the run. This changes nothing in the run.
+
+The rules are those of joining: the process must know the token, and the server proves that it knows the token, too.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import secrets
+import time
+from typing import TYPE_CHECKING, Any
+
+import zmq
+from typing_extensions import Self
+
+from lightning_async_localsgd.protocol.exchange import ExchangeError
+from lightning_async_localsgd.protocol.messages import PROTOCOL_VERSION, MessageError, StatusRequest
+from lightning_async_localsgd.wire import frames
+from lightning_async_localsgd.wire.auth import Endpoints, proof
+from lightning_async_localsgd.wire.connection import Connection, ConnectionLost, dial_with_retries
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+_PROOF_BYTES = 64
+
+
+def pack_status(text: str, token: str, nonce: str) -> bytes:
+    """Return the message with a state and the proof that its sender knows the token."""
+    return frames.STATUS + proof(token, nonce.encode(), text).encode() + text.encode()
+
+
+def unpack_status(header: bytes, token: str, nonce: str) -> dict[str, Any] | None:
+    """Return the state in a message of :func:`pack_status`; None if its sender does not know the token.
+
+    Raises:
+        MessageError: It is no such message.
+
+    """
+    claimed, text = header[1 : 1 + _PROOF_BYTES], header[1 + _PROOF_BYTES :].decode(errors="replace")
+    if not hmac.compare_digest(claimed, proof(token, nonce.encode(), text).encode()):
+        return None
+    try:
+        state = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise MessageError(f"the state is not JSON: {error}") from None
+    if not isinstance(state, dict):
+        raise MessageError("the state is no JSON object")
+    return state
+
+
+class StatusClient:
+    """A connection to a server over which its state is asked for. Use it as a context manager.
+
+    Args:
+        address: address of the server.
+        token: the run's secret.
+        encrypted: whether the server's traffic at that address is encrypted.
+        timeout: seconds for connecting, and for each answer.
+
+    Raises:
+        ExchangeError: The server cannot be reached, does not accept the token, or speaks another protocol.
+
+    """
+
+    def __init__(self, address: str, token: str, *, encrypted: bool, timeout: float) -> None:
+        self._address, self._token, self._timeout = address, token, timeout
+        self._encrypted = encrypted
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        endpoints = Endpoints.from_token(address, "", token, encrypted)
+        try:
+            self._connection = dial_with_retries(
+                lambda seconds: Connection(self._context, endpoints, timeout, seconds),
+                timeout, timeout, time.sleep, address,
+            )  # fmt: skip
+        except ConnectionLost as lost:
+            self._context.term()
+            raise self._unreachable(lost) from lost
+        except BaseException:
+            self._context.term()
+            raise
+
+    def request(self) -> dict[str, Any]:
+        """Return the state of the run, see :meth:`.RunState.as_dict`.
+
+        Raises:
+            ExchangeError: The server has ended, does not answer, or does not know the token itself.
+
+        """
+        try:
+            return self._request(time.monotonic() + self._timeout)
+        except ConnectionLost as lost:
+            raise self._unreachable(lost) from lost
+        except MessageError as error:
+            raise ExchangeError(f"the program that listens at {self._address} broke the protocol: {error}") from error
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._connection.close()
+        self._context.term()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _request(self, until: float) -> dict[str, Any]:
+        nonce, connection = secrets.token_hex(frames.NONCE_BYTES), self._connection
+        if not connection.send(frames.STATUS_REQUEST + StatusRequest(PROTOCOL_VERSION, nonce).encode()):
+            raise ConnectionLost("the connection accepts no message")
+        while (left := until - time.monotonic()) > 0:
+            if not connection.wait(left):
+                continue
+            header = connection.receive()
+            connection.skip_rest()
+            if header[:1] == frames.REFUSE:
+                raise ExchangeError(f"the server at {self._address} refused: {header[1:].decode(errors='replace')}")
+            if header[:1] == frames.UNKNOWN:
+                raise ExchangeError(
+                    f"the server at {self._address} does not answer questions about its state: install the same "
+                    "version of lightning-async-localsgd on both machines"
+                )
+            if header[:1] != frames.STATUS:
+                raise MessageError(f"unexpected message of kind {header[:1]!r}")
+            state = unpack_status(header, self._token, nonce)
+            if state is None:
+                raise ExchangeError(
+                    f"the program that listens at {self._address} is not the run's server: it does not know the token"
+                )
+            return state
+        raise ConnectionLost("the server accepted the connection, but does not answer")
+
+    def _unreachable(self, lost: ConnectionLost) -> ExchangeError:
+        return ExchangeError(
+            f"the server at {self._address} could not be reached within {self._timeout:g} s: {lost}; check that the "
+            "run is not over, that its port can be reached from here, that the server uses "
+            f"{'encryption' if self._encrypted else 'no encryption'} at that address, and that the token is the same"
+        )
