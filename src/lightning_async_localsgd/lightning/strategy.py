@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
@@ -22,13 +21,12 @@ from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_async_localsgd.launch.children import ended_ranks
 from lightning_async_localsgd.launch.evaluator_process import EvaluatorProcess
 from lightning_async_localsgd.launch.joining import Invitation, begin_call, enter, invitation, takes_part, token_of
 from lightning_async_localsgd.launch.lost_ranks import raise_if_rank_missing
 from lightning_async_localsgd.launch.rank_environment import rank_environment
-from lightning_async_localsgd.launch.rendezvous import Rendezvous, open_group_of_one
 from lightning_async_localsgd.launch.uncaught import print_in_one_line
+from lightning_async_localsgd.lightning.batch_search import search_for
 from lightning_async_localsgd.lightning.checkpoints.contents import CHECKPOINT_KEY
 from lightning_async_localsgd.lightning.checkpoints.optimizer_states import resume_optimizers
 from lightning_async_localsgd.lightning.data.training_data import TrainingData
@@ -40,18 +38,21 @@ from lightning_async_localsgd.lightning.launchers.script_launcher import AsyncSc
 from lightning_async_localsgd.lightning.loop.controller import FitController
 from lightning_async_localsgd.lightning.loop.rank_zero_callbacks import callback_states, load_callback_states
 from lightning_async_localsgd.lightning.lost_workers import agree_after_training, raise_if_lost
+from lightning_async_localsgd.lightning.meeting import meet, open_group
 from lightning_async_localsgd.lightning.option_checks import (
     check_no_process_group,
     check_plugins,
     check_processes,
     check_workers,
 )
+from lightning_async_localsgd.lightning.own_batches import settle_batches
 from lightning_async_localsgd.lightning.registration import register_names
 from lightning_async_localsgd.lightning.strategy_base import _StrategyBase
 from lightning_async_localsgd.lightning.trainer_access.launchers import script_command
 from lightning_async_localsgd.lightning.trainer_access.loop import raise_if_sigterm, run_validations_in
 from lightning_async_localsgd.lightning.trainer_access.strategy import sync_module_states, trainer_of
 from lightning_async_localsgd.outer import OuterOptimizer
+from lightning_async_localsgd.policies.worker_batches import BatchSizes
 from lightning_async_localsgd.protocol.checks import check_bool
 from lightning_async_localsgd.protocol.options import ExchangeOptions
 from lightning_async_localsgd.runtime.live import LiveRuntime
@@ -66,7 +67,9 @@ if TYPE_CHECKING:
     from lightning.pytorch.strategies.strategy import TBroadcast
 
     from lightning_async_localsgd.launch.joining import JoinGrant
+    from lightning_async_localsgd.launch.rendezvous import Rendezvous
     from lightning_async_localsgd.policies.plan import RunBudget
+    from lightning_async_localsgd.policies.worker_batches import WorkerBatches
     from lightning_async_localsgd.runtime.settings import RuntimeSettings
 
 _log = logging.getLogger(__name__)
@@ -112,6 +115,9 @@ class AsyncLocalSGDStrategy(_StrategyBase):
         min_workers: fewest live workers with which training goes on. With fewer it is paused: no worker begins a new
             round, and nothing is lost. A pause longer than ``exchange.pause_timeout`` ends the run with an error and
             a checkpoint. 1 never pauses training.
+        batch_size: batch sizes of workers that differ from the data loader's, by rank: ``{0: 64, 1: (16, 4)}``, where
+            ``(16, 4)`` accumulates 4 batches of 16; a function of the bytes of a device's memory that returns a size;
+            or ``"auto"``, the largest that fits. Progress then counts samples.
         evaluator: whether one more process on the host of rank 0 validates the global model, so that rank 0 goes on
             training meanwhile.
         checkpoint_every: how often rank 0 writes a checkpoint into the run's directory, and each worker its inner
@@ -159,6 +165,7 @@ class AsyncLocalSGDStrategy(_StrategyBase):
         fail_on_lost_workers: bool = False,
         expected_workers: int | None = None,
         min_workers: int = 1,
+        batch_size: BatchSizes | None = None,
         evaluator: bool = False,
         checkpoint_every: int | timedelta | None = timedelta(minutes=10),
         accelerator: Accelerator | None = None,
@@ -182,6 +189,7 @@ class AsyncLocalSGDStrategy(_StrategyBase):
             exchange,
             checkpoint_every,
             min_workers,
+            batch_size,
             accelerator=accelerator,
             parallel_devices=parallel_devices,
             cluster_environment=cluster_environment,
@@ -218,6 +226,8 @@ class AsyncLocalSGDStrategy(_StrategyBase):
             others_may_join = self._token() is not None and self.exchange.transport != "ipc"
             check_workers(self.expected_workers, self.min_workers, self.world_size, others_may_join)
             self.merge_policy.check_workers(self._initial_workers, others_may_join, self.outer_optimizer, self.grace)
+            if self.batches is not None:
+                self.batches.check_workers(self._initial_workers, others_may_join)
         if self._start_method == "popen" or joins_late:
             self._launcher = AsyncScriptLauncher(
                 self.cluster_environment, self.num_processes, self.num_nodes, self.max_restarts, check_hosts
@@ -290,7 +300,10 @@ class AsyncLocalSGDStrategy(_StrategyBase):
         if self._grant is not None:
             trainer.num_sanity_val_steps = 0  # The sanity check comes before training.
         if not fitting:
-            self._open_group()
+            self._process_group_backend = self._get_process_group_backend()
+            self._owns_group = open_group(
+                self._process_group_backend, self._timeout, self.root_device, self._rendezvous
+            )
             return None
         if self.world_size > 1:
             check_no_process_group()
@@ -300,7 +313,7 @@ class AsyncLocalSGDStrategy(_StrategyBase):
         if self._grant is not None:
             shared = self._grant.info.seed, self._grant.info.run_name
         seed, self.run_name = shared
-        return FitState(fit_number, seed, self._grant)
+        return FitState(fit_number, seed, self._grant, workers=self._initial_workers)
 
     def _show_ranks(self, trainer: pl.Trainer, fitting: bool) -> None:
         """Let data libraries know this rank, until the stage is closed."""
@@ -318,38 +331,14 @@ class AsyncLocalSGDStrategy(_StrategyBase):
         """Meet the other ranks. A single rank and a late joiner meet no rank."""
         if self.world_size == 1 or (self._grant is not None and self._grant.late_joiner):
             return None
-        reset_seed()  # All ranks must build the same model and agree on permutations.
-        environment = self.cluster_environment
-        assert environment is not None
-        return Rendezvous(
-            environment.main_address,
-            environment.main_port,
-            self.global_rank,
-            self.world_size,
-            self.exchange.start_timeout,
-            raise_if_rank_missing,
-            ended_ranks,
-            call=run,
-            rejoins=self._grant is not None,
-            expected_workers=self.expected_workers,
-        )
-
-    def _open_group(self) -> None:
-        """Open the process group of ``validate``, ``test`` and ``predict``, as DDP does."""
-        self._process_group_backend = self._get_process_group_backend()
-        device = self.root_device
-        options: dict[str, Any] = {"device_id": None if device.type == "cpu" else device}
-        if self._rendezvous is None:
-            self._owns_group = open_group_of_one(self._process_group_backend, self._timeout, **options)
-        else:
-            self._rendezvous.barrier("process group")
-            self._rendezvous.open_group(self._process_group_backend, self._timeout, **options)
+        return meet(self, run, rejoins=self._grant is not None)
 
     @override
     def _make_training_data(self, fit: FitState) -> TrainingData:
         single = self.world_size == 1 and self._token() is None and not self.evaluator
+        leased, by_samples = fit.uses_distributed_sampler, self.batches is not None
         data = TrainingData(
-            self._trainer, self._initial_workers, fit.seed, fit.uses_distributed_sampler, self._rendezvous, single
+            self._trainer, self._initial_workers, fit.seed, leased, self._rendezvous, single, by_samples
         )
         self._environment.callback(data.close)
         return data
@@ -362,6 +351,15 @@ class AsyncLocalSGDStrategy(_StrategyBase):
         if self._fit is None and self._rendezvous is not None:
             assert self.model is not None
             sync_module_states(self.model)
+
+    @override
+    def before_fit(self) -> None:
+        if self._fit is not None and self.batches is not None and self.batches.is_auto:
+            search_for(self, self._trainer, self._fit)
+
+    @override
+    def _settle_batches(self, batches: WorkerBatches, fit: FitState) -> None:
+        settle_batches(batches, self._trainer, fit, self.root_device, self._rendezvous)
 
     @override
     def _close_stage(self) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 _M = TypeVar("_M", bound="Message")
 
-PROTOCOL_VERSION = 10
+PROTOCOL_VERSION = 11
 """Raised whenever a peer of the previous version would misread a message."""
 
 ALREADY_APPLIED = "already applied"
@@ -23,6 +23,9 @@ ALREADY_APPLIED = "already applied"
 
 NOT_FINITE = "holds NaN or infinite values"
 """Why a push of a worker that has diverged is refused."""
+
+DOES_NOT_FIT = "does not fit into the memory"
+"""Part of the reason for which a worker ends whose own batches are too large. Without it, the run cannot be meant."""
 
 EVALUATOR = 2**31 - 1
 """Number of the evaluator in messages. The evaluator is no worker: it validates the global model for rank 0."""
@@ -110,6 +113,7 @@ class Hello(Message):
             unanswered. The worker sends that push again next, and needs no model before.
         upload: how the parameters of the worker's pushes travel, see :attr:`.ExchangeOptions.upload`.
         download: how it expects the parameters of models to travel, see :attr:`.ExchangeOptions.download`.
+        step_samples: samples in a local step of the worker, if workers have batch sizes of their own; otherwise 0.
 
     """
 
@@ -120,6 +124,7 @@ class Hello(Message):
     reconnecting: bool = False
     upload: str = "fp32"
     download: str = "fp32"
+    step_samples: int = 0
 
 
 @dataclass(frozen=True)
@@ -205,8 +210,9 @@ class Reply(Message):
         staleness: versions between the base of the answered push and its merge; 0 for a hello.
         local_steps: optimizer steps to take in the next round; 0 if ``stop``. If ``synchronous``, local steps' worth of
             batches whose gradients the worker accumulates and hands in; 0 at the end of the synchronous beginning.
-        progress: local steps of all workers together that the server expects to be done by now.
-        progress_per_step: by how much ``progress`` grows while this worker takes one step (>= 1).
+        progress: local steps of all workers together that the server expects to be done by now. If workers have batch
+            sizes of their own, these are samples.
+        progress_per_step: by how much ``progress`` grows while this worker takes one step, at least by that step.
         wait_seconds: seconds between the push's arrival and this dispatch (dispatch window, quorum, end of the budget).
         stop: training is over. The model that follows is the final one.
         refused: why the push was not applied, in one line; None if it was applied.
@@ -291,6 +297,7 @@ class LeaseRequest(Message):
         epoch: the epoch that the worker is in.
         allow_later_epoch: accept items of the epoch that is being leased now, even if it is later.
         ordered: the order matters (the data is not shuffled), so lease items in order, from the first to the last.
+        own_unit: items are samples, and other workers may request them in units of other sizes.
 
     """
 
@@ -303,6 +310,7 @@ class LeaseRequest(Message):
     epoch: int
     allow_later_epoch: bool
     ordered: bool = False
+    own_unit: bool = False
 
 
 @dataclass(frozen=True)
@@ -358,6 +366,7 @@ class JoinInfo(Message):
         proof: proves that the server knows the token.
         worker: number of the worker that joins; -1 if there is none.
         refused: why the run cannot be joined, in one line; None if it can.
+        batch_size: description of the workers' batch sizes, if they have sizes of their own; otherwise "".
 
     """
 
@@ -372,3 +381,4 @@ class JoinInfo(Message):
     proof: str = ""
     worker: int = -1
     refused: str | None = None
+    batch_size: str = ""

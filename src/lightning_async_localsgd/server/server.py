@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from typing_extensions import override
 
 from lightning_async_localsgd.protocol.exchange import ExchangeError, TooFewWorkersError
-from lightning_async_localsgd.protocol.messages import EVALUATOR, JoinInfo, Lease
+from lightning_async_localsgd.protocol.messages import DOES_NOT_FIT, EVALUATOR, JoinInfo, Lease
 from lightning_async_localsgd.protocol.ports import LocalReplyChannel
 from lightning_async_localsgd.server.begin_event import begin_event
 from lightning_async_localsgd.server.coordinator import Coordinator
@@ -423,6 +423,9 @@ class Server(ServerQueries):
             self._traffic.forget(worker)
             if not self._coordinator.finished:
                 self.lost_workers.append((worker, self._clock(), reason))
+                if DOES_NOT_FIT in reason and self._coordinator.membership.never_pushed(worker):
+                    self.misfit = reason.removeprefix("it ended with ")
+                    self._refuse_all(self.misfit)
 
     def _on_revive(self, worker: int, session: str) -> None:
         if worker == EVALUATOR:
