@@ -68,6 +68,8 @@ class WorkerBatches:
                         "(its global rank), an integer >= 0"
                     )
                 _parts(f"batch_size[{worker}]", size)
+            # Configuration files have lists. Hosts compare the option as a text.
+            given = {worker: tuple(size) if isinstance(size, list) else size for worker, size in given.items()}
         elif given != "auto" and not callable(given):
             raise ValueError(
                 f"batch_size={given!r} must have sizes by worker such as {{0: 64, 1: 32}}, or be a function of the "

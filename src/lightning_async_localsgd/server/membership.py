@@ -10,6 +10,7 @@ import logging
 import math
 from typing import TYPE_CHECKING, Any
 
+from lightning_async_localsgd.protocol.messages import DOES_NOT_FIT
 from lightning_async_localsgd.protocol.rejections import Rejection, inactive_session, quarantined
 from lightning_async_localsgd.server.sessions import SessionTable, WorkerSession
 
@@ -113,9 +114,10 @@ class Membership:
         """Workers that left and whose sessions may come back."""
         return self._sessions.departed
 
-    def never_pushed(self, worker: int) -> bool:
-        """Return whether nothing that a worker of the beginning has pushed was merged."""
-        return worker < self.expected and self._stats.of(worker).rounds == 0
+    def is_unfit(self, worker: int, reason: str) -> bool:
+        """Return whether a worker of the beginning has left because not even its first batches fit into its memory."""
+        never_pushed = worker < self.expected and self._stats.of(worker).rounds == 0
+        return self.sizes.counts_samples and never_pushed and DOES_NOT_FIT in reason
 
     @property
     def bases(self) -> tuple[list[int], list[int]]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from typing_extensions import override
 
 from lightning_async_localsgd.protocol.exchange import ExchangeError, TooFewWorkersError
-from lightning_async_localsgd.protocol.messages import DOES_NOT_FIT, EVALUATOR, JoinInfo, Lease
+from lightning_async_localsgd.protocol.messages import EVALUATOR, JoinInfo, Lease
 from lightning_async_localsgd.protocol.ports import LocalReplyChannel
 from lightning_async_localsgd.server.begin_event import begin_event
 from lightning_async_localsgd.server.coordinator import Coordinator
@@ -67,7 +67,8 @@ class Server(ServerQueries):
         received_metrics: workers and the values that their modules logged, in order of arrival.
         lost_workers: the last workers that were lost before the end of training, each with time and reason.
         gave_up: why the run ends because a pause for lack of workers was too long; None if it does not.
-        misfit: why the run ends before training begins, because its evaluator cannot validate; None if it does not.
+        misfit: why the run ends at its beginning, because its evaluator cannot validate, or a worker's first batches do
+            not fit into its memory; None if it does not.
         evaluations: validations by the evaluator.
 
     """
@@ -311,7 +312,7 @@ class Server(ServerQueries):
         Raises:
             RuntimeError: The server has failed or is closed.
             TooFewWorkersError: A pause for lack of workers was too long.
-            ExchangeError: The evaluator cannot validate.
+            ExchangeError: The evaluator cannot validate, or the first batches of a worker do not fit into its memory.
 
         """
         self._loop.raise_failure()
@@ -423,7 +424,7 @@ class Server(ServerQueries):
             self._traffic.forget(worker)
             if not self._coordinator.finished:
                 self.lost_workers.append((worker, self._clock(), reason))
-                if DOES_NOT_FIT in reason and self._coordinator.membership.never_pushed(worker):
+                if self._coordinator.membership.is_unfit(worker, reason):
                     self.misfit = reason.removeprefix("it ended with ")
                     self._refuse_all(self.misfit)
 

@@ -28,7 +28,9 @@ def test_sizes_by_worker() -> None:
 
 
 def test_configuration_files_have_lists_instead_of_tuples() -> None:
-    assert WorkerBatches({1: [16, 4]}).of(1, REFERENCE, 0) == (16, 4)  # type: ignore[dict-item]
+    batches = WorkerBatches({1: [16, 4]})  # type: ignore[dict-item]
+    assert batches.of(1, REFERENCE, 0) == (16, 4)
+    assert str(batches) == str(WorkerBatches({1: (16, 4)})), "hosts may be told in another form"
 
 
 def test_sizes_by_memory() -> None:

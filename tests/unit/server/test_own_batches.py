@@ -11,9 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_async_localsgd.outer import Nesterov, TorchOptimizer
+from lightning_async_localsgd.protocol.buffers import BufferPool
+from lightning_async_localsgd.protocol.exchange import ExchangeError
+from lightning_async_localsgd.protocol.messages import DOES_NOT_FIT
 from lightning_async_localsgd.server.coordinator import Coordinator
 from lightning_async_localsgd.server.merge_policy import MergeOptions, MergePolicy
+from lightning_async_localsgd.server.server import Server
 from tests.harness import Workers, hello, make_coordinator
+from tests.unit.server.serving import RecordingChannel
 
 REFERENCE = 32
 
@@ -214,11 +219,31 @@ def test_worker_whose_step_changes_is_counted_with_the_new_one() -> None:
     assert workers.coordinator.membership.sizes.of(1) == 8
 
 
-def test_only_a_worker_that_never_pushed_can_say_that_its_batches_do_not_fit() -> None:
+def test_worker_whose_first_batches_do_not_fit_ends_the_run() -> None:
+    workers = make([64, 16], total=None)
+    server = Server(workers.coordinator, BufferPool(workers.layout.numel), threaded=False)
+    channels = [RecordingChannel(), RecordingChannel()]
+    for worker, channel in enumerate(channels):
+        server.join(hello(worker, layout=workers.layout, step_samples=workers.sizes[worker]), channel)
+    assert [len(channel.replies) for channel in channels] == [1, 1]
+    text = f"a batch of 16 samples of worker 1 {DOES_NOT_FIT} of cuda:0 on host b"
+    server.lost(1, "s1", f"it ended with {text}")
+    with pytest.raises(ExchangeError, match=text):
+        server.raise_failure()
+    late = RecordingChannel()
+    server.join(hello(1, "again", workers.layout, step_samples=16), late)
+    assert late.refusals == [text]
+
+
+def test_later_and_for_others_it_is_a_lost_worker() -> None:
     workers = make([64, 16], total=None)
     workers.join_all(2)
     membership = workers.coordinator.membership
-    assert membership.never_pushed(1)
+    assert membership.is_unfit(1, f"it {DOES_NOT_FIT}")
+    assert not membership.is_unfit(1, "it ended with an error")
+    assert not membership.is_unfit(2, f"it {DOES_NOT_FIT}"), "a late joiner"
     workers.work(1, 1.0)
-    assert not membership.never_pushed(1)
-    assert not membership.never_pushed(2), "a late joiner does not end the run"
+    assert not membership.is_unfit(1, f"it {DOES_NOT_FIT}")
+    plain = make_coordinator(1)
+    plain.join(hello(0), 0.0)
+    assert not plain.membership.is_unfit(0, f"it {DOES_NOT_FIT}"), "without the option, the text is the user's own"

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_async_localsgd.lightning.data.batch_sizes import OwnAccumulation
-from lightning_async_localsgd.lightning.trainer_access.batch_size import find_batch_size, resuming_later
+from lightning_async_localsgd.lightning.trainer_access import batch_size
 from tests.lightning_models import Regression, loader, quiet_trainer
 
 
@@ -44,8 +44,8 @@ class Search(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         before = torch.rand(1, generator=torch.Generator().manual_seed(1)), torch.get_rng_state()
         weights = [parameter.clone() for parameter in pl_module.parameters()]
-        with resuming_later(trainer):
-            self.found = find_batch_size(trainer, "batch_size")
+        with batch_size.resuming_later(trainer):
+            self.found = batch_size.find_batch_size(trainer, "batch_size")
         self.path = trainer.ckpt_path
         assert torch.equal(torch.get_rng_state(), before[1])
         assert all(torch.equal(one, other) for one, other in zip(weights, pl_module.parameters(), strict=True))

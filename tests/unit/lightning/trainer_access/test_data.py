@@ -151,5 +151,5 @@ def test_loader_of_a_hook_can_be_asked_for_again() -> None:
 
     for given in (None, loader(3)):
         callback = Asks()
-        trainer_with(callbacks=[callback], max_steps=1).fit(Model(), given)
+        trainer_with(callback, max_steps=1).fit(Model(), given)
         assert callback.is_hook == (given is None)
