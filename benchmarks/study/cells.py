@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from benchmarks.study.variants import GrowingMomentum
 from lightning_async_localsgd import MergeOptions
 from lightning_async_localsgd.outer import (
     SGD,
@@ -20,6 +21,7 @@ from lightning_async_localsgd.outer import (
     OuterOptimizer,
 )
 from lightning_async_localsgd.protocol.options import Download, Upload
+from lightning_async_localsgd.server.merge_policy import Weights
 from lightning_async_localsgd.staleness import (
     DelayCompensation,
     ExponentialCosine,
@@ -81,6 +83,7 @@ METHODS: dict[str, str] = {
     "polythres": "async Nesterov, PolyThres",
     "delay": "async Nesterov, delay compensation",
     "dn": "DN",
+    "dn_growing": "DN, growing momentum",
     "mla": "MLA",
     "heloco_mla": "HeLoCo + MLA",
     "heloco_dn": "HeLoCo + DN",
@@ -121,6 +124,9 @@ class Cell:
         download: how the parameters of models travel.
         overlap: whether workers go on training while their pushes are in flight.
         link_seconds: seconds that a push and a model need together in fp32, because of a link's bandwidth.
+        weights: how the pushes of the defaults are weighed.
+        sync_warmup_steps: steps per worker with which the defaults begin synchronously.
+        early_local_steps: H in the first half of the run; None is ``local_steps``.
 
     """
 
@@ -149,6 +155,9 @@ class Cell:
     download: Download = "fp32"
     overlap: bool = False
     link_seconds: float = 0.0
+    weights: Weights = "equal"
+    sync_warmup_steps: int = 0
+    early_local_steps: int | None = None
 
     @property
     def seconds_per_step(self) -> tuple[float, ...]:
@@ -225,6 +234,8 @@ def outer_optimizer(cell: Cell) -> OuterOptimizer:
             return HeLoCo(LookAhead(cell.lr, MOMENTUM))
         case "heloco_dn":
             return HeLoCo(DelayedNesterov(cell.lr, MOMENTUM))
+        case "dn_growing":
+            return GrowingMomentum(cell.lr, MOMENTUM)
         case "dn" | "cosine_dn":
             return DelayedNesterov(cell.lr, MOMENTUM, cell.period or "auto", cell.activation)
         case "nesterov_half":
@@ -260,7 +271,11 @@ def strategy_options(cell: Cell) -> dict[str, Any]:
     """Return the options that the simulated and the live strategy have in common."""
     quorum = strategy_quorum(cell)
     if cell.method == "default":
-        changed: dict[str, Any] = {} if cell.moments else {"merge": MergeOptions(second_moments=False)}
+        changed: dict[str, Any] = {}
+        if not cell.moments or cell.weights != "equal":
+            changed["merge"] = MergeOptions(weights=cell.weights, second_moments="auto" if cell.moments else False)
+        if cell.sync_warmup_steps:
+            changed["sync_warmup_steps"] = cell.sync_warmup_steps
         if cell.grace != "auto":
             changed["grace"] = cell.grace
         return {"local_steps": cell.local_steps, "checkpoint_every": None, **changed}

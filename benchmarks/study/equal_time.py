@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from benchmarks.study.bandwidth import packed_share
 from benchmarks.study.cells import Cell, strategy_options
 from benchmarks.study.results import TUNING_SEED, NotTunedError, Results
+from benchmarks.study.variants import follow_progress
 from lightning_async_localsgd import SimulatedAsyncLocalSGDStrategy
 
 SECONDS = 1000.0
@@ -56,15 +57,15 @@ def gains(base: Cell) -> list[Cell]:
 
 def methods(base: Cell) -> list[Cell]:
     """Return all methods with rounds of a length."""
-    sync = replace(base, method="sync", grace=0.0, lr=0.7)
+    sync = [replace(base, method="sync", grace=0.0, lr=lr) for lr in (0.2, 0.7)]
     return [
         replace(base, method="default", moments=True),
         *gains(base),
-        *(replace(base, method="dn", lr=lr) for lr in (0.2, 0.7)),
-        *(replace(base, method="mla", lr=lr) for lr in (0.07, 0.2)),
-        *(replace(base, method="nesterov_half", lr=lr) for lr in (0.1, 0.3)),
-        replace(sync, dynamic=False),
-        sync,
+        *(replace(base, method="dn", lr=lr) for lr in (0.07, 0.2, 0.7)),
+        *(replace(base, method="mla", lr=lr) for lr in (0.07, 0.2, 0.7)),
+        *(replace(base, method="nesterov_half", lr=lr) for lr in (0.1, 0.3, 1.0)),
+        *(replace(cell, dynamic=False) for cell in sync),
+        *sync,
     ]
 
 
@@ -112,8 +113,9 @@ def variation(name: str) -> list[Cell]:
         *gains(replace(_ASYNC, local_steps=1, **VARIATIONS[name])),  # type: ignore[arg-type]
         gains(replace(long, **VARIATIONS[name]))[1],  # type: ignore[arg-type]
     ]
-    others = [ALONE, DEFAULTS, replace(_BASE, local_steps=20), replace(long, method="dn", lr=0.7)]
-    others += [replace(long, method="sync", grace=0.0, lr=0.7)]
+    others = [ALONE, DEFAULTS, replace(_BASE, local_steps=20)]
+    others += [replace(long, method="dn", lr=lr) for lr in (0.2, 0.7)]
+    others += [replace(long, method="sync", grace=0.0, lr=lr) for lr in (0.2, 0.7)]
     cells = [replace(cell, **VARIATIONS[name]) for cell in others] + base  # type: ignore[arg-type]
     return [replace(cell, warm_steps=0) for cell in cells]
 
@@ -130,6 +132,12 @@ TRIALS: dict[str, Cell] = {
     "momentum 0.5 at every push, the same movement": replace(_SCRATCH, method="nesterov_half", lr=0.25),
     "average as momentum (MLA)": replace(_SCRATCH, method="mla", lr=0.26),
     "HeLoCo + MLA": replace(_SCRATCH, method="heloco_mla", lr=0.26),
+    "momentum that grows to 0.9, the same movement": replace(_SCRATCH, method="dn_growing", lr=2.0),
+    "pushes weighed by their samples": replace(_SCRATCH, weights="samples"),
+    "synchronous beginning of 50 steps": replace(_SCRATCH, sync_warmup_steps=50),
+    "synchronous beginning of 100 steps": replace(_SCRATCH, sync_warmup_steps=100),
+    "H = 1, then 20": replace(_SCRATCH, early_local_steps=1, local_steps=20),
+    "H = 20, then 1": replace(_SCRATCH, early_local_steps=20, local_steps=1),
 }
 """Changes of the defaults that were tried, each alone. The movement of the model by k equal pushes is that of the
 defaults, except where the name says otherwise."""
@@ -192,7 +200,7 @@ def steps_in(cell: Cell) -> int:
         return max(1, math.floor(cell.seconds / fastest))
     if cell.method == "ddp":
         return max(1, math.floor(cell.seconds / (slowest + exchange)))
-    timed = replace(cell, seconds=None, warm_steps=0, size="smoke")
+    timed = replace(cell, seconds=None, warm_steps=0, size="smoke", sync_warmup_steps=0)
     steps = 10 * int(cell.local_steps) if cell.method == "sync" else 500
     if cell.method == "sync" and cell.dynamic:
         # The first rounds, whose speeds are unknown, take longer than the others: a short run would not tell.
@@ -200,6 +208,10 @@ def steps_in(cell: Cell) -> int:
     if cell.local_steps == "auto" and cell.link_seconds > 0.0:
         # H depends on the number of steps of the whole run.
         steps = math.floor(cell.seconds * _steps_per_second(timed, steps))
+    if cell.sync_warmup_steps:
+        # A part of the whole run, and not of a shorter one.
+        steps = math.floor(cell.seconds * _steps_per_second(timed, steps))
+        timed = replace(timed, sync_warmup_steps=cell.sync_warmup_steps)
     return max(1, math.floor(cell.seconds * _steps_per_second(timed, steps)))
 
 
@@ -223,6 +235,7 @@ def _steps_per_second(cell: Cell, steps: int) -> float:
         enable_checkpointing=False,
         num_sanity_val_steps=0,
     )
+    follow_progress(strategy, trainer, cell.early_local_steps)
     trainer.fit(_OneParameter(), DataLoader(range(10**6), batch_size=1))  # type: ignore[arg-type] # a sequence of numbers
     assert strategy.virtual_seconds is not None
     return steps / strategy.virtual_seconds

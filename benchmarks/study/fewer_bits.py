@@ -67,10 +67,19 @@ AUTO = [
     for cell in (BLOCKING, OVERLAP, INT8, INT4, OVERLAP_INT8)
 ]
 
+OVERLAP_AT_EQUAL_TIME = [
+    at_equal_time(over_link(replace(cell, local_steps=length), share))
+    for length in ("auto", 20)
+    for share in (0.0, *LINKS)
+    for cell in (BLOCKING, OVERLAP)
+]
+"""The runs that decide whether overlap is the default."""
+
 GROUPS: list[list[Cell]] = [
     FREE,
     [*OVERLAPPED[:2], WITHOUT_GRACE],
     OVERLAPPED[2:4],
+    OVERLAP_AT_EQUAL_TIME,
     EQUAL_TIME[:6],
     _from_scratch([*FREE, *OVERLAPPED[:2]]),
     AUTO,
@@ -81,10 +90,10 @@ GROUPS: list[list[Cell]] = [
     _from_scratch(EQUAL_TIME[:6]),
 ]
 """The cells of the table, the most important first."""
-FIRST = 3
+FIRST = 4
 """Groups of which all seeds run before the others. Of the others, the first seed runs before the second one."""
 
-TABLE_I: list[Cell] = [cell for group in GROUPS for cell in group]
+TABLE_I: list[Cell] = list(dict.fromkeys(cell for group in GROUPS for cell in group))
 
 
 def plan(table: str, seeds: Sequence[int]) -> list[PlannedRun]:

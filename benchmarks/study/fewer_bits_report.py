@@ -43,13 +43,15 @@ def _row(results: Results, cell: Cell) -> list[str]:
     runs = results.runs_of(cell)
     if not runs:
         return [*name, *[MISSING] * 6]
-    blocked = statistics.fmean(run["exchange_share"] + run["waiting_share"] for run in runs)
+    # The first runs of the defaults did not count bytes. Their exchanges took no time.
+    blocked = statistics.fmean(run.get("exchange_share", 0.0) + run["waiting_share"] for run in runs)
+    megabytes = [run["bytes"] / run["pushes"] / 1e6 for run in runs if "bytes" in run]
     return [
         *name,
         mean_and_std([math.exp(run["final_loss"]) for run in runs]),
         _difference(results, cell),
         str(len(runs)),
-        f"{statistics.fmean(run['bytes'] / run['pushes'] for run in runs) / 1e6:.2f}",
+        f"{statistics.fmean(megabytes):.2f}" if megabytes else MISSING,
         f"{statistics.fmean(run['seconds'] for run in runs):,.0f} s",
         f"{blocked:.0%}",
     ]

@@ -32,6 +32,7 @@ from benchmarks.study.cells import Cell, strategy_options, strategy_quorum
 from benchmarks.study.equal_time import steps_in
 from benchmarks.study.model import LanguageModel
 from benchmarks.study.text import Corpus, Windows
+from benchmarks.study.variants import follow_progress
 from lightning_async_localsgd import AsyncLocalSGDCallback, SimulatedAsyncLocalSGDStrategy
 
 LENGTH = 32
@@ -316,6 +317,7 @@ def _train_simulated(
         callbacks=[curve, callback],
         **options,
     )
+    follow_progress(strategy, trainer, cell.early_local_steps)
     curve.begin(module, lambda: (strategy.runtime and strategy.runtime.virtual_seconds) or 0.0)
     trainer.fit(module, text.make_loader(corpus.mixture, BATCH) if cell.iid else None, curve.loader)
     cosine = [[step * cell.workers, round(value, 4)] for step, value in logger.logged[COSINE]]

@@ -6,6 +6,7 @@ If there is only one device, two ranks share it. They use gloo, because NCCL nee
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from lightning_async_localsgd.protocol.layout import Binding, Layout
 from lightning_async_localsgd.protocol.messages import Reply
 from lightning_async_localsgd.runtime.uplink import Uplink
 from lightning_async_localsgd.runtime.worker import Worker
+from tests.lightning_contract.launching import TORCHRUN, free_port
 from tests.lightning_models import quiet_trainer
 from tests.processes import Jobs
 
@@ -251,3 +253,46 @@ def test_two_ranks_on_one_device(started: Jobs, tmp_path: Path) -> None:
 def test_two_ranks_with_one_device_each(started: Jobs, tmp_path: Path, start_method: str) -> None:
     ranks = launch(started, tmp_path, start_method=start_method)
     assert [(rank["device"], rank["backend"]) for rank in ranks] == [("cuda:0", "nccl"), ("cuda:1", "nccl")]
+
+
+MIXED_JOB = Path(__file__).parents[1] / "live" / "mixed_job.py"
+
+
+def assert_mixed(tmp_path: Path) -> list[dict[str, Any]]:
+    """Check that a worker on a device and one on the CPU have trained one model, and return what they noted."""
+    ranks = [json.loads((tmp_path / f"rank_{n}.json").read_text()) for n in (0, 1)]
+    assert ranks[0]["state"] == ranks[1]["state"]
+    workers = ranks[0]["summary"]["workers"]
+    assert [worker["device"] for worker in workers] == [torch.cuda.get_device_name(0), "cpu"]
+    assert [worker["precision"] for worker in workers] == ["16-mixed", "32-true"]
+    assert all(worker["rounds"] > 1 for worker in workers)
+    return ranks
+
+
+@needs_gpus(1)
+def test_rank_on_a_device_and_rank_on_the_cpu(started: Jobs, tmp_path: Path) -> None:
+    options = {"precision": ["16-mixed", "32-true"], "accelerator": ["gpu", "cpu"], "devices": "auto", "tests": True}
+    code, text = started.finish(started.start([*TORCHRUN, MIXED_JOB, tmp_path, json.dumps(options)]))
+    assert code == 0, text[-6000:]
+    ranks = assert_mixed(tmp_path)
+    assert {rank["backend"] for rank in ranks} == {"gloo"}
+    assert ranks[0]["test_loss_epoch"] == pytest.approx(ranks[1]["test_loss_epoch"])
+
+
+@needs_gpus(1)
+def test_worker_on_the_cpu_joins_one_on_a_device(started: Jobs, tmp_path: Path) -> None:
+    port = free_port()
+    common = {"devices": 1, "exchange": {"port": port, "token": "of-a-device-and-a-cpu"}}
+    common["strategy"] = {"expected_workers": 2}
+    here = {**common, "precision": ["16-mixed"], "accelerator": ["gpu"]}
+    there = {**common, "precision": ["32-true"], "accelerator": ["cpu"]}
+    processes = [
+        started.start([sys.executable, MIXED_JOB, tmp_path, json.dumps(here)]),
+        started.start(
+            [sys.executable, MIXED_JOB, tmp_path, json.dumps(there)], ASYNC_LOCALSGD_JOIN=f"tcp://127.0.0.1:{port}"
+        ),
+    ]
+    for process in processes:
+        code, text = started.finish(process)
+        assert code == 0, text[-6000:]
+    assert_mixed(tmp_path)

@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 
 from lightning_async_localsgd import AsyncLocalSGDStrategy, ExchangeOptions
-from tests.lightning_models import Regression, digest, loader, quiet_trainer
+from tests.lightning_models import Regression, digest, loader, network, quiet_trainer
 
 
 class Model(Regression):
@@ -32,15 +32,20 @@ class Model(Regression):
     """
 
     def __init__(self, out: Path, options: dict[str, Any]) -> None:
-        super().__init__()
+        other = options.get("evaluator_with_other_model") and os.environ.get("ASYNC_LOCALSGD_ROLE") == "evaluator"
+        super().__init__(network(width=3) if other else None)
         self.out = out
         self.options = options
         self.validations = 0
+        self.steps = 0
 
     def on_train_batch_start(self, batch: Any, index: int) -> None:
         """Wait for a result that is long out, so that on a slow machine, too, no validation is skipped."""
         if not self.trainer.is_global_zero:
             return
+        skipping = self.options.get("skips_until", 0) > self.trainer.global_step
+        if not skipping:
+            (self.out / "skipped").touch()
         strategy = self.trainer.strategy
         delegated, results = strategy.controller._delegated, strategy.runtime.server.evaluations.results
         deadline = time.monotonic() + 120.0
@@ -48,7 +53,8 @@ class Model(Regression):
             assert time.monotonic() < deadline, "no evaluator has joined"
             time.sleep(0.005)
         while (
-            delegated._out is not None
+            not skipping
+            and delegated._out is not None
             and self.trainer.global_step >= delegated._out.step + 8
             and results.empty()
             and time.monotonic() < deadline
@@ -57,12 +63,20 @@ class Model(Regression):
 
     def training_step(self, batch: Any, index: int) -> torch.Tensor:
         time.sleep(0.01)
+        self.steps += 1
+        dies = self.steps == self.options.get("worker_1_dies_at") and self.global_rank == 1
+        if dies and "ASYNC_LOCALSGD_REJOIN" not in os.environ:
+            os.kill(os.getpid(), signal.SIGKILL)
         return super().training_step(batch, index)
 
     def on_validation_start(self) -> None:
         self.validations += 1
         if self.trainer.global_rank > 0 and self.validations == self.options.get("dies_at"):
             os.kill(os.getpid(), signal.SIGKILL)
+        deadline = time.monotonic() + 60.0
+        while "skips_until" in self.options and not (self.out / "skipped").exists():
+            assert time.monotonic() < deadline, "rank 0 did not go on"
+            time.sleep(0.005)
 
     def validation_step(self, batch: Any, index: int) -> None:
         time.sleep(self.options.get("validation_seconds", 0.02))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.lightning_contract.launching import free_port
+from tests.lightning_contract.launching import TORCHRUN, free_port
 from tests.processes import Jobs
 
 pytestmark = pytest.mark.slow
@@ -92,3 +93,76 @@ def test_evaluator_without_data_ends_the_run_on_all_ranks(started: Jobs, tmp_pat
     reason = f"the evaluator on host {socket.gethostname()} has no validation data"
     assert f"rank 0 ended with ExchangeError: {reason}" in text
     assert text.count(reason) >= 3, "the evaluator and both ranks"
+
+
+def test_validation_is_skipped_while_an_earlier_one_is_out(started: Jobs, tmp_path: Path) -> None:
+    # The first result comes after step 65, so the validation at step 60 is skipped. Those at 90 and 120 are not.
+    text, rank_0, validations = run(started, tmp_path, trainer=BY_STEPS, skips_until=65)
+    assert text.count("still validates the model of step 30, so the validation at step 60 is skipped") == 1
+    assert [seen["step"] for seen in validations] == [30, 90, 120]
+    assert [seen["pid"] == rank_0["pid"] for seen in validations] == [False, False, True]
+    assert rank_0["losses"] == [[seen["step"] - 1, pytest.approx(seen["val_loss"])] for seen in validations]
+    assert list(rank_0["digests"].values()) == [seen["digest"] for seen in validations]
+
+
+def test_evaluator_does_not_count_as_a_worker_in_a_pause(started: Jobs, tmp_path: Path) -> None:
+    strategy = {"evaluator": True, "min_workers": 2}
+    text, rank_0, validations = run(started, tmp_path, trainer=BY_STEPS, strategy=strategy, worker_1_dies_at=20)
+    assert text.count("training is paused") == 1
+    assert [seen["step"] for seen in validations] == [30, 60, 90, 120]
+    assert [seen["pid"] == rank_0["pid"] for seen in validations] == [False, False, False, True]
+
+
+def test_groups_do_not_wait_for_an_evaluator(started: Jobs, tmp_path: Path) -> None:
+    strategy = {"evaluator": True, "quorum": "all", "dynamic_local_steps": False}
+    _, rank_0, validations = run(started, tmp_path, trainer=BY_STEPS, strategy=strategy)
+    assert [seen["step"] for seen in validations] == [30, 60, 90, 120]
+    assert [seen["pid"] == rank_0["pid"] for seen in validations] == [False, False, False, True]
+
+
+def test_torchrun_with_an_evaluator(started: Jobs, tmp_path: Path) -> None:
+    command = [*TORCHRUN, JOB, tmp_path, json.dumps({"trainer": BY_STEPS})]
+    code, text = started.finish(started.start(command))
+    assert code == 0, text[-6000:]
+    assert_validated(tmp_path)
+
+
+def test_slurm_with_an_evaluator(started: Jobs, tmp_path: Path) -> None:
+    port = free_port()
+    command = [sys.executable, JOB, tmp_path, json.dumps({"trainer": BY_STEPS})]
+    tasks = [started.start(command, **slurm_task(rank, port)) for rank in (0, 1)]
+    for task in tasks:
+        code, text = started.finish(task)
+        assert code == 0, text[-6000:]
+    assert_validated(tmp_path)
+
+
+def slurm_task(rank: int, port: int) -> dict[str, str]:
+    """Return the variables of a task of a job with two tasks on one node."""
+    return {
+        "SLURM_JOB_ID": "123457", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_NNODES": "1", "SLURM_NODELIST": "127.0.0.1", "SLURM_TASKS_PER_NODE": "2", "MASTER_PORT": str(port),
+        "SLURM_PROCID": str(rank), "SLURM_NODEID": "0", "SLURM_LOCALID": str(rank),
+    }  # fmt: skip
+
+
+def assert_validated(out: Path) -> None:
+    """Check that an evaluator has validated all models but the final one."""
+    rank_0 = json.loads((out / "rank_0.json").read_text())
+    validations = [json.loads(line) for line in (out / "validations.jsonl").read_text().splitlines()]
+    assert [seen["step"] for seen in validations] == [30, 60, 90, 120]
+    assert [seen["pid"] == rank_0["pid"] for seen in validations] == [False, False, False, True]
+
+
+def test_evaluator_with_another_model_ends_the_run_on_all_ranks(started: Jobs, tmp_path: Path) -> None:
+    options = {"trainer": BY_STEPS, "evaluator_with_other_model": True}
+    code, text = started.finish(started.start([sys.executable, JOB, tmp_path, json.dumps(options)]))
+    assert code == 1
+    reason = "ExchangeError: the model of the evaluator differs from rank 0's; every rank must build the same model"
+    ended = (
+        rf"the evaluator on host {re.escape(socket.gethostname())} \(pid \d+\) ended with exit code 1 before training: "
+    )
+    assert len(re.findall(ended + re.escape(reason), text)) >= 2, "both ranks"
+    assert "parameter 0: 'net.0.weight' float32 [3, 8] here, 'net.0.weight' float32 [16, 8] there" in text
+    assert "the evaluator ends: the model of the evaluator differs" in text
+    assert "2147483647" not in text

@@ -23,7 +23,10 @@ EXIT_TIMEOUT = 3.0
 
 _JOINED_PIPE_ENV = "ASYNC_LOCALSGD_JOINED_PIPE"
 """Environment variable of a restarted process: ``<file descriptor>:<pid of its launcher>``. The process writes to the
-pipe when it has joined the training."""
+pipe when it has joined the training, or why it cannot."""
+
+_MAX_REPORT = 4096
+"""Longest report of a process that cannot join, in bytes. A pipe takes it without waiting for a reader."""
 
 
 @dataclass
@@ -129,12 +132,26 @@ def ended_ranks() -> set[int]:
 
 
 def report_joined() -> None:
-    """Report to the launcher that this restarted process has joined the training."""
+    """Report to the launcher that this process has joined the training."""
+    _report(b"!")
+
+
+def report_failure(reason: str) -> None:
+    """Report to the launcher why this process cannot join the training. Does nothing once it has joined."""
+    _report(reason.encode(errors="replace")[:_MAX_REPORT])
+
+
+def read_report(pipe: int) -> str:
+    """Return what a process that has ended has reported through its pipe; empty if it reported nothing."""
+    return os.read(pipe, _MAX_REPORT).decode(errors="replace") if _is_readable(pipe) else ""
+
+
+def _report(data: bytes) -> None:
     pipe = os.environ.pop(_JOINED_PIPE_ENV, None)
     if pipe is not None:
         writer = int(pipe.partition(":")[0])
         with suppress(OSError):  # The launcher has ended, or has closed the pipe after training.
-            os.write(writer, b"!")
+            os.write(writer, data)
         os.close(writer)
 
 

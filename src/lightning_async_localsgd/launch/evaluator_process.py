@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from lightning_async_localsgd.launch.children import is_running, start_joining, terminate, wait_until
+from lightning_async_localsgd.launch.children import (
+    is_running,
+    read_report,
+    start_joining,
+    terminate,
+    wait_until,
+)
 from lightning_async_localsgd.launch.joining import ROLE_ENV
 from lightning_async_localsgd.launch.restarts import describe_exit
 from lightning_async_localsgd.protocol.messages import EVALUATOR
@@ -47,13 +54,14 @@ class EvaluatorProcess:
         """Raise if the process has ended. Call this while waiting for the evaluator to join.
 
         Raises:
-            RuntimeError: The process has ended, with this exit code.
+            RuntimeError: The process has ended. The text names the host, the exit code, and the reason if it is known.
 
         """
         if self._process is not None and (code := self._process.poll()) is not None:
+            reason = "" if self._joined_pipe is None else read_report(self._joined_pipe)
             raise RuntimeError(
-                f"the evaluator's process (pid {self._process.pid}) ended with {describe_exit(code)} before training; "
-                "see its output above"
+                f"the evaluator on host {socket.gethostname()} (pid {self._process.pid}) ended with "
+                f"{describe_exit(code)} before training: {reason or 'see its output above'}"
             )
 
     def end(self) -> None:

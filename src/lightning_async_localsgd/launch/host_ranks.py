@@ -22,18 +22,22 @@ class HostRanks:
         launcher: name of the launcher, and its variables.
         here: number of ranks on this host.
         hosts: number of hosts; None if it is unknown.
+        local_rank: number of this rank among the ranks on this host.
 
     """
 
     launcher: str
     here: int
     hosts: int | None
+    local_rank: int = 0
 
     def check(self, devices: int, auto_devices: int, shared: bool, num_nodes: int) -> None:
-        """Check that the trainer's devices are those of these ranks.
+        """Check that this rank has a device, and that the trainer's devices are those of the ranks on this host.
+
+        A host may have more ranks than devices of one kind: the scripts of the others then choose another accelerator.
 
         Args:
-            devices: number of devices that the trainer has on this host.
+            devices: number of devices that the trainer of this rank has.
             auto_devices: number of devices that ``devices="auto"`` means on this host.
             shared: whether ranks may share a device, as they do with a CPU.
             num_nodes: number of hosts that the trainer was given.
@@ -43,10 +47,12 @@ class HostRanks:
 
         """
         host = socket.gethostname()
-        if devices != self.here and (devices != auto_devices or (devices < self.here and not shared)):
+        has_device = shared or self.local_rank < devices
+        if devices != self.here and (devices != auto_devices or not has_device):
             raise ValueError(
                 f"host {host} has {self.here} rank(s) ({self.launcher}), but its Trainer has {devices} device(s); use "
-                "Trainer(devices='auto'), and start at most as many ranks on a host as it has devices"
+                "Trainer(devices='auto'), and start at most as many ranks on a host as it has devices, or let the "
+                "script choose accelerator='cpu' for the others"
             )
         if self.hosts is not None and num_nodes != self.hosts:
             raise ValueError(
@@ -66,7 +72,8 @@ def ranks_of_torchrun(environment: Mapping[str, str]) -> HostRanks | None:
     if here is None:
         return None
     launcher = f"torchrun with LOCAL_WORLD_SIZE={here} and WORLD_SIZE={environment.get('WORLD_SIZE')}"
-    return HostRanks(launcher, int(here), None if hosts is None else int(hosts))
+    local_rank = int(environment.get("LOCAL_RANK", "0"))
+    return HostRanks(launcher, int(here), None if hosts is None else int(hosts), local_rank)
 
 
 def ranks_of_slurm(environment: Mapping[str, str]) -> HostRanks | None:
@@ -80,13 +87,14 @@ def ranks_of_slurm(environment: Mapping[str, str]) -> HostRanks | None:
 
     """
     total, node = int(environment["SLURM_NTASKS"]), int(environment.get("SLURM_NODEID", "0"))
+    local_rank = int(environment.get("SLURM_LOCALID", "0"))
     # A job step may have fewer tasks than its job.
     name = next((name for name in _PER_NODE if environment.get(name)), None)
     if name is None:
         here, hosts = environment.get("SLURM_NTASKS_PER_NODE"), environment.get("SLURM_NNODES")
         if here is None or hosts is None or int(here) * int(hosts) != total:
             return None
-        return HostRanks(f"SLURM with SLURM_NTASKS_PER_NODE={here}", int(here), int(hosts))
+        return HostRanks(f"SLURM with SLURM_NTASKS_PER_NODE={here}", int(here), int(hosts), local_rank)
     text = environment[name]
     tasks = _tasks_per_node(text)
     launcher = f"SLURM with {name}={text} and SLURM_NTASKS={total}"
@@ -95,7 +103,7 @@ def ranks_of_slurm(environment: Mapping[str, str]) -> HostRanks | None:
             f"host {socket.gethostname()} is node {node} of {len(tasks)} with {sum(tasks)} task(s) in all, which "
             f"contradicts {launcher}; start the job with srun, and leave these variables as they are"
         )
-    return HostRanks(launcher, tasks[node], len(tasks))
+    return HostRanks(launcher, tasks[node], len(tasks), local_rank)
 
 
 def _tasks_per_node(text: str) -> list[int]:

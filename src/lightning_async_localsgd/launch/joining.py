@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lightning_async_localsgd.launch.run_name import RUN_ENV
-from lightning_async_localsgd.protocol.messages import EVALUATOR, JoinInfo
+from lightning_async_localsgd.protocol.messages import EVALUATOR, JoinInfo, worker_name
 from lightning_async_localsgd.protocol.options import check_token
 
 if TYPE_CHECKING:
@@ -157,6 +157,11 @@ class JoinGrant:
     late_joiner: bool
 
     @property
+    def name(self) -> str:
+        """What this process is called in the run."""
+        return worker_name(self.info.worker)
+
+    @property
     def evaluates(self) -> bool:
         """Whether this process is the run's evaluator."""
         return self.info.worker == EVALUATOR
@@ -188,8 +193,7 @@ def enter(invited: Invitation, timeout: float, expected_workers: int | None = No
             )
         os.environ.setdefault(RUN_ENV, info.run_name)
         _grants[invited.address] = JoinGrant(endpoints, info, invited.late_joiner)
-        role = "the evaluator" if info.worker == EVALUATOR else f"worker {info.worker}"
-        _log.warning("joining the run at %s as %s", invited.address, role)
+        _log.warning("joining the run at %s as %s", invited.address, worker_name(info.worker))
     return _grants[invited.address]
 
 

@@ -48,6 +48,9 @@ _SECONDS_FOR_READERS = 30.0
 _SECONDS_TO_TELL = 60.0
 """Seconds that a rank that cannot take part waits for rank 0 to tell the others."""
 
+_RANDOM_NODE = 1 << 40
+"""Set in the result of :func:`uuid.getnode` if this is no network card's address, but random for each process."""
+
 _stores: dict[tuple[str, int], TCPStore] = {}
 """One store per address, kept for the lifetime of the process, because the script's next Trainer uses it again."""
 
@@ -87,9 +90,14 @@ def _open_store(host: str, port: int, is_host: bool, timeout: float) -> TCPStore
 def _host_identity() -> str:
     """Return a text that is equal for two processes exactly if they share a machine and a network namespace."""
     parts = [socket.gethostname()]
-    with suppress(OSError):  # Other systems than Linux have only the host name.
+    try:
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
         parts.append(os.readlink("/proc/self/ns/net"))
+    except OSError:
+        # Not Linux. Many Macs have the same host name, and a network card tells them apart.
+        node = uuid.getnode()
+        if not node & _RANDOM_NODE:
+            parts.append(f"{node:012x}")
     return "/".join(parts)
 
 
@@ -230,6 +238,10 @@ class Rendezvous:
             return obj
         self._wait_for(key)
         return pickle.loads(b"".join(self._store.get(f"{key}/{n}") for n in range(int(self._store.get(key)))))
+
+    def gather(self, obj: Any) -> list[Any]:
+        """Return the objects of all ranks, in order, on every rank. For small objects only."""
+        return [self.broadcast(obj, source) for source in range(self.world_size)]
 
     def post(self, name: str, text: str) -> None:
         """Leave a note for rank 0. May be called at any time, and does not wait."""

@@ -24,18 +24,18 @@ def follows_another(exception: BaseException, rank: int) -> bool:
     return isinstance(exception, FollowingError) or (rank > 0 and isinstance(exception, ExchangeError))
 
 
-def print_line(exception: BaseException, rank: int) -> None:
+def print_line(exception: BaseException, name: str) -> None:
     """Print in one line that another failure ends this process.
 
     Args:
         exception: what ends this process.
-        rank: this process's global rank.
+        name: what this process is, such as ``"rank 3"``.
 
     """
-    print(f"rank {rank} ends: {exception}", file=sys.stderr, flush=True)
+    print(f"{name} ends: {exception}", file=sys.stderr, flush=True)
 
 
-def print_in_one_line(exception: BaseException, rank: int) -> bool:
+def print_in_one_line(exception: BaseException, rank: int, name: str | None = None) -> bool:
     """Print the exception without its traceback if nothing catches it, and if another failure has caused it.
 
     The traceback would lead to the code that waits for other processes. With many ranks, many of these tracebacks would
@@ -44,6 +44,7 @@ def print_in_one_line(exception: BaseException, rank: int) -> bool:
     Args:
         exception: what ends this process.
         rank: this process's global rank.
+        name: what this process is, if it is not one of the ranks.
 
     Returns:
         Whether another failure has caused the exception.
@@ -56,7 +57,7 @@ def print_in_one_line(exception: BaseException, rank: int) -> bool:
 
     def hook(kind: type[BaseException], value: BaseException, traceback: TracebackType | None) -> None:
         if value is reference():
-            print_line(value, rank)
+            print_line(value, name or f"rank {rank}")
         else:
             previous(kind, value, traceback)
 

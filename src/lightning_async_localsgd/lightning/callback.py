@@ -18,6 +18,7 @@ from lightning_async_localsgd.lightning.lost_workers import lost_text
 from lightning_async_localsgd.lightning.trainer_access.callbacks import callbacks_of
 from lightning_async_localsgd.lightning.trainer_access.metrics import logs_this_step
 from lightning_async_localsgd.protocol.checks import check_bool
+from lightning_async_localsgd.protocol.traits import TRAITS, WorkerTraits, differing_traits
 from lightning_async_localsgd.server.events import Event, fingerprint
 from lightning_async_localsgd.server.ledger import Ledger
 from lightning_async_localsgd.server.observers import RunObserver
@@ -269,6 +270,7 @@ def run_summary(runtime: Runtime) -> dict[str, Any]:
         "workers": [
             {
                 "worker": number,
+                **view.traits.get(number, WorkerTraits()).as_dict(),
                 "steps": worker.steps,
                 "rounds": worker.rounds,
                 "samples": worker.samples,
@@ -308,12 +310,18 @@ def run_summary(runtime: Runtime) -> dict[str, Any]:
 
 
 def format_table(summary: dict[str, Any]) -> str:
-    """Return the table of workers for a terminal, with a line for the run."""
+    """Return the table of workers for a terminal, with a line for the run.
+
+    What workers compute with is shown if they differ in it.
+    """
+    shown = differing_traits([WorkerTraits(*(worker[name] for name in TRAITS)) for worker in summary["workers"]])
     sizes = ("samples/step",) if summary["counts_samples"] else ()
-    columns = ("worker", *sizes, "steps", "rounds", "mean H", "mean staleness", "waiting s", "exchange s", "share")
+    own = (*shown, *sizes)
+    columns = ("worker", *own, "steps", "rounds", "mean H", "mean staleness", "waiting s", "exchange s", "share")
     rows = [
         (
             "former" if worker["worker"] == FORMER else str(worker["worker"]),
+            *(worker[name] or "?" for name in shown),
             *(f"{worker['samples_per_step']:.1f}" for _ in sizes),
             str(worker["steps"]),
             str(worker["rounds"]),

@@ -14,6 +14,7 @@ from lightning_async_localsgd.lightning.mixed_in import mixed_in
 from lightning_async_localsgd.lightning.trainer_access.callbacks import WEIGHT_AVERAGING, callbacks_of
 from lightning_async_localsgd.lightning.trainer_access.loop import has_validation_batches, run_validation, set_position
 from lightning_async_localsgd.lightning.trainer_access.metrics import logger_connector, shown_metrics
+from lightning_async_localsgd.lightning.waiting import WaitCheck
 from lightning_async_localsgd.runtime.evaluator import EvaluatorClient
 from lightning_async_localsgd.runtime.optimizer_weights import OptimizerWeights
 
@@ -74,7 +75,8 @@ def evaluate(
     optimizers = trainer.strategy.optimizers
     moments = averaged_moments(policy, frozen, optimizers)
     weights = OptimizerWeights([torch_optimizer(optimizer) for optimizer in optimizers])
-    client = EvaluatorClient(grant, trainer.lightning_module, options, frozen, moments, weights)
+    check_wait = WaitCheck(trainer, needs_ranks=False)
+    client = EvaluatorClient(grant, trainer.lightning_module, options, frozen, moments, weights, check_wait)
     Evaluator(trainer, client).run()
     limits.end_training(limit_reached=False)
 

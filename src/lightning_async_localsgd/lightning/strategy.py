@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import timedelta
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -21,24 +20,23 @@ from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_async_localsgd.launch.children import report_failure
 from lightning_async_localsgd.launch.evaluator_process import EvaluatorProcess
 from lightning_async_localsgd.launch.joining import Invitation, begin_call, enter, invitation, takes_part, token_of
-from lightning_async_localsgd.launch.lost_ranks import raise_if_rank_missing
-from lightning_async_localsgd.launch.rank_environment import rank_environment
+from lightning_async_localsgd.launch.stage_group import StageGroup
 from lightning_async_localsgd.launch.uncaught import print_in_one_line
-from lightning_async_localsgd.lightning.batch_search import search_for
 from lightning_async_localsgd.lightning.checkpoints.contents import CHECKPOINT_KEY
 from lightning_async_localsgd.lightning.checkpoints.optimizer_states import resume_optimizers
 from lightning_async_localsgd.lightning.data.training_data import TrainingData
 from lightning_async_localsgd.lightning.evaluator import check_can_evaluate, evaluate
 from lightning_async_localsgd.lightning.fit_state import FitState
 from lightning_async_localsgd.lightning.launchers.host_ranks import JoiningEnvironment, adopt_ranks
+from lightning_async_localsgd.lightning.launchers.meeting import meet_ranks, shown_ranks
 from lightning_async_localsgd.lightning.launchers.process_launcher import AsyncProcessLauncher
 from lightning_async_localsgd.lightning.launchers.script_launcher import AsyncScriptLauncher
 from lightning_async_localsgd.lightning.loop.controller import FitController
 from lightning_async_localsgd.lightning.loop.rank_zero_callbacks import callback_states, load_callback_states
 from lightning_async_localsgd.lightning.lost_workers import agree_after_training, raise_if_lost
-from lightning_async_localsgd.lightning.meeting import meet, open_group
 from lightning_async_localsgd.lightning.option_checks import (
     check_no_process_group,
     check_plugins,
@@ -49,12 +47,13 @@ from lightning_async_localsgd.lightning.own_batches import settle_batches
 from lightning_async_localsgd.lightning.registration import register_names
 from lightning_async_localsgd.lightning.strategy_base import _StrategyBase
 from lightning_async_localsgd.lightning.trainer_access.launchers import script_command
-from lightning_async_localsgd.lightning.trainer_access.loop import raise_if_sigterm, run_validations_in
 from lightning_async_localsgd.lightning.trainer_access.strategy import sync_module_states, trainer_of
+from lightning_async_localsgd.lightning.waiting import WaitCheck
 from lightning_async_localsgd.outer import OuterOptimizer
 from lightning_async_localsgd.policies.worker_batches import BatchSizes
 from lightning_async_localsgd.protocol.checks import check_bool
 from lightning_async_localsgd.protocol.options import ExchangeOptions
+from lightning_async_localsgd.protocol.traits import WorkerTraits
 from lightning_async_localsgd.runtime.live import LiveRuntime
 from lightning_async_localsgd.server.merge_policy import MergeOptions
 from lightning_async_localsgd.staleness import Staleness
@@ -65,6 +64,7 @@ if TYPE_CHECKING:
 
     import lightning.pytorch as pl
     from lightning.pytorch.strategies.strategy import TBroadcast
+    from torch import Tensor
 
     from lightning_async_localsgd.launch.joining import JoinGrant
     from lightning_async_localsgd.launch.rendezvous import Rendezvous
@@ -115,9 +115,8 @@ class AsyncLocalSGDStrategy(_StrategyBase):
         min_workers: fewest live workers with which training goes on. With fewer it is paused: no worker begins a new
             round, and nothing is lost. A pause longer than ``exchange.pause_timeout`` ends the run with an error and
             a checkpoint. 1 never pauses training.
-        batch_size: batch sizes of workers that differ from the data loader's, by rank: ``{0: 64, 1: (16, 4)}``, where
-            ``(16, 4)`` accumulates 4 batches of 16; a function of the bytes of a device's memory that returns a size;
-            or ``"auto"``, the largest that fits. Progress then counts samples.
+        batch_size: batch sizes of workers that differ from the data loader's: by rank, where ``(16, 4)`` accumulates 4
+            batches of 16, a function of a device's bytes, or ``"auto"`` (what fits). Progress then counts samples.
         evaluator: whether one more process on the host of rank 0 validates the global model, so that rank 0 goes on
             training meanwhile.
         checkpoint_every: how often rank 0 writes a checkpoint into the run's directory, and each worker its inner
@@ -206,7 +205,7 @@ class AsyncLocalSGDStrategy(_StrategyBase):
         self.evaluator = evaluator
         self._rendezvous: Rendezvous | None = None
         self._grant: JoinGrant | None = None
-        self._owns_group = False
+        self._group = StageGroup(process_group_backend)
         self._environment = ExitStack()
         self._ranks: int | None = None
 
@@ -296,14 +295,13 @@ class AsyncLocalSGDStrategy(_StrategyBase):
         self.set_world_ranks()
         trainer = self._trainer
         self._show_ranks(trainer, fitting)
-        self._rendezvous = self._meet(run)
+        self._rendezvous = meet_ranks(
+            self, self._grant, run, self.exchange.start_timeout, self.expected_workers, self.batches
+        )
         if self._grant is not None:
             trainer.num_sanity_val_steps = 0  # The sanity check comes before training.
         if not fitting:
-            self._process_group_backend = self._get_process_group_backend()
-            self._owns_group = open_group(
-                self._process_group_backend, self._timeout, self.root_device, self._rendezvous
-            )
+            self._open_group()
             return None
         if self.world_size > 1:
             check_no_process_group()
@@ -319,19 +317,16 @@ class AsyncLocalSGDStrategy(_StrategyBase):
         """Let data libraries know this rank, until the stage is closed."""
         self._environment.close()
         self._ranks = super().world_size
-        # A late joiner has no share of its own in data that is split by rank.
         ranks = self._initial_workers if fitting else self.world_size
-        rank = self.global_rank % ranks
-        self._environment.enter_context(rank_environment(rank, ranks, self.local_rank, self.num_processes))
-        if fitting and self.world_size > 1:
-            # In fit, a rank that validates does so on all data.
-            self._environment.callback(run_validations_in(trainer, partial(rank_environment, 0, 1, 0, 1)))
+        self._environment.enter_context(shown_ranks(self, trainer, ranks, fitting and self.world_size > 1))
 
-    def _meet(self, run: int) -> Rendezvous | None:
-        """Meet the other ranks. A single rank and a late joiner meet no rank."""
-        if self.world_size == 1 or (self._grant is not None and self._grant.late_joiner):
-            return None
-        return meet(self, run, rejoins=self._grant is not None)
+    def _open_group(self) -> None:
+        """Open the process group of ``validate``, ``test`` and ``predict``, as DDP does."""
+        self._process_group_backend = self._group.chosen
+        usual, precision = self._get_process_group_backend(), str(self.precision_plugin.precision)
+        self._process_group_backend = self._group.open(
+            self._rendezvous, self.root_device, usual, precision, self._timeout
+        )
 
     @override
     def _make_training_data(self, fit: FitState) -> TrainingData:
@@ -350,12 +345,7 @@ class AsyncLocalSGDStrategy(_StrategyBase):
             check_can_evaluate(trainer)
         if self._fit is None and self._rendezvous is not None:
             assert self.model is not None
-            sync_module_states(self.model)
-
-    @override
-    def before_fit(self) -> None:
-        if self._fit is not None and self.batches is not None and self.batches.is_auto:
-            search_for(self, self._trainer, self._fit)
+            (self._group.sync_weights if self._group.mixed else sync_module_states)(self.model)
 
     @override
     def _settle_batches(self, batches: WorkerBatches, fit: FitState) -> None:
@@ -365,9 +355,7 @@ class AsyncLocalSGDStrategy(_StrategyBase):
     def _close_stage(self) -> None:
         self._environment.close()
         self._ranks = None
-        if self._owns_group:
-            torch.distributed.destroy_process_group()
-            self._owns_group = False
+        self._group.close()
         if self._rendezvous is not None:
             self._rendezvous.close_group()
             if not (self._failed and self.is_global_zero):
@@ -394,9 +382,12 @@ class AsyncLocalSGDStrategy(_StrategyBase):
             evaluator = EvaluatorProcess(*script_command())
             self._environment.callback(evaluator.end)
             settings = replace(settings, evaluator=evaluator)
-        settings = replace(settings, check_signals=partial(raise_if_sigterm, self._trainer))
+        traits = WorkerTraits.of_this_process(self.root_device, str(self.precision_plugin.precision))
+        check_wait = WaitCheck(self._trainer, needs_ranks=fit.grant is None)
+        settings = replace(settings, check_wait=check_wait, traits=traits)
         module, place = self.lightning_module, (self.global_rank, self._initial_workers, self.world_size)
-        runtime = LiveRuntime(settings, module, self._rendezvous, *place, restored, raise_if_rank_missing, fit.grant)
+        runtime = LiveRuntime(settings, module, self._rendezvous, *place, restored, fit.grant)
+        check_wait.begin_training()
         if runtime.join_address is not None:
             rank_zero_info(f"Workers may join this run at {runtime.join_address} with its token.")
         data_state = restored.get("training_data") if restored is not None and runtime.single_process else None
@@ -439,10 +430,12 @@ class AsyncLocalSGDStrategy(_StrategyBase):
 
     @override
     def on_exception(self, exception: BaseException) -> None:
-        follows = print_in_one_line(exception, self.global_rank)
+        follows = print_in_one_line(exception, self.global_rank, None if self._grant is None else self._grant.name)
         if self._rendezvous is not None and self.is_global_zero and isinstance(exception, Exception) and not follows:
             # Before the other ranks say that they end, too. Python prints the traceback when they have ended.
             _log.error("rank 0 ended with %s: %s", type(exception).__name__, exception)
+        if self._grant is not None and self._grant.evaluates:
+            report_failure(f"{type(exception).__name__}: {exception}")
         super().on_exception(exception)
 
     @override
@@ -453,6 +446,16 @@ class AsyncLocalSGDStrategy(_StrategyBase):
                 load_callback_states(self._trainer, states)
 
     # -------------------------------------------------------------- collectives
+
+    @override
+    def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
+        gather = super().all_gather
+        return self._group.run(lambda each: gather(each, group, sync_grads), tensor)  # type: ignore[no-any-return]
+
+    @override
+    def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
+        reduce = super().reduce
+        return self._group.run(lambda each: reduce(each, group, reduce_op), tensor)
 
     @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:

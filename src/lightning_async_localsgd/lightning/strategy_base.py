@@ -20,6 +20,7 @@ from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_async_localsgd.lightning.batch_search import search_for
 from lightning_async_localsgd.lightning.callback import AsyncLocalSGDCallback
 from lightning_async_localsgd.lightning.checkpoints.contents import (
     CHECKPOINT_KEY,
@@ -198,7 +199,9 @@ class _StrategyBase(DDPStrategy):
         """Start asynchronous training."""
 
     def before_fit(self) -> None:
-        """Prepare training, after the strategy's set-up."""
+        """Search for this rank's batch size, if the option says so."""
+        if self._fit is not None and self.batches is not None and self.batches.is_auto:
+            search_for(self, self._trainer, self._fit)
 
     def _settle_batches(self, batches: WorkerBatches, fit: FitState) -> None:
         """Give the workers batches of their own sizes."""

@@ -4,7 +4,8 @@ The model is one flat fp32 vector: first every trainable floating-point paramete
 (tied parameters once), then every floating-point persistent buffer. Frozen parameters are left out, because training
 does not change them: a model with adapters (LoRA) exchanges its adapters. Frozen parameters that the module moves
 itself are exchanged beside the vector, see :mod:`.frozen`. If parameters may be unfrozen during
-training, frozen parameters are part of the layout, because the layout never changes during a run. Integer and complex
+training, frozen parameters are part of the layout, because the layout never changes during a run. Workers may have the
+same tensors in other dtypes, because each worker has a precision of its own. Integer and complex
 tensors, such as BatchNorm's ``num_batches_tracked``, and non-persistent buffers stay with each worker.
 
 The vector may end with the second moments that inner optimizers keep of the parameters, see
@@ -86,7 +87,8 @@ class Layout:
         numel: elements of the flat vector.
         parameter_numel: elements of its parameter part, which comes first.
         model_numel: elements of its parameters and buffers, which come before the moments.
-        fingerprint: hash of the ordered (name, shape, dtype, kind) list.
+        dtypes: dtypes of the tensors in the module, such as ``"bfloat16,float32"``.
+        fingerprint: hash of the ordered (name, shape, kind) list. Workers with the same fingerprint can exchange.
 
     Example::
 
@@ -118,8 +120,10 @@ class Layout:
         self.numel = offset
         self.parameter_numel = ends["parameter"]
         self.model_numel = max(ends["parameter"], ends["buffer"])
+        self.dtypes = ",".join(sorted({entry.dtype.removeprefix("torch.") for entry in entries}))
+        places = [[entry.name, list(entry.shape), entry.kind] for entry in entries]
         self.fingerprint: str = hashlib.sha256(
-            json.dumps(self.describe(), separators=(",", ":"), ensure_ascii=True).encode()
+            json.dumps(places, separators=(",", ":"), ensure_ascii=True).encode()
         ).hexdigest()
 
     @classmethod
@@ -195,20 +199,23 @@ class Layout:
         return cls(tensors)
 
     def difference(self, other: Layout) -> str:
-        """Return the first differences from ``other`` ("there") in readable lines. Empty if the layouts are equal."""
+        """Return the first differences from ``other`` ("there") in readable lines.
+
+        Empty if both have the same fingerprint. Tensors that differ in their dtype alone are no difference.
+        """
         lines: list[str] = []
         count = 0
         for kind in _KINDS:
             here = [entry for entry in self.entries if entry.kind == kind]
             there = [entry for entry in other.entries if entry.kind == kind]
             for index in range(max(len(here), len(there))):
-                mine = str(here[index]) if index < len(here) else "nothing"
-                theirs = str(there[index]) if index < len(there) else "nothing"
-                if mine == theirs:
+                mine = here[index] if index < len(here) else None
+                theirs = there[index] if index < len(there) else None
+                if mine is not None and theirs is not None and (mine.name, mine.shape) == (theirs.name, theirs.shape):
                     continue
                 count += 1
                 if count <= _SHOWN_DIFFERENCES:
-                    lines.append(f"{kind} {index}: {mine} here, {theirs} there")
+                    lines.append(f"{kind} {index}: {mine or 'nothing'} here, {theirs or 'nothing'} there")
         if count > _SHOWN_DIFFERENCES:
             lines.append(f"and {count - _SHOWN_DIFFERENCES} more")
         return "\n".join(lines)

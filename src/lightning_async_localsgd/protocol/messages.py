@@ -42,6 +42,18 @@ Contents = Literal["round", "gradient", "weights"]
 the weights that all workers have reached."""
 
 
+def worker_name(number: int) -> str:
+    """Return how people call a worker with this number: the evaluator is not a worker.
+
+    Example::
+
+        >>> worker_name(3), worker_name(EVALUATOR)
+        ('worker 3', 'the evaluator')
+
+    """
+    return "the evaluator" if number == EVALUATOR else f"worker {number}"
+
+
 class MessageError(ValueError):
     """Received data is not the expected message. The text says what is wrong with the data."""
 
@@ -108,11 +120,17 @@ class Hello(Message):
         protocol: the sender's :data:`PROTOCOL_VERSION`.
         worker: the worker's number (its global rank).
         session: random name of this life of the worker. A restarted worker has another session.
-        fingerprint: hash of the ordered (name, shape, dtype) list of everything exchanged.
+        fingerprint: hash of the ordered (name, shape) list of everything exchanged.
         reconnecting: the session continues over a new connection, because the old one broke while a push was
             unanswered. The worker sends that push again next, and needs no model before.
         upload: how the parameters of the worker's pushes travel, see :attr:`.ExchangeOptions.upload`.
         download: how it expects the parameters of models to travel, see :attr:`.ExchangeOptions.download`.
+        dtypes: dtypes of the exchanged tensors in the worker's module, see :attr:`.Layout.dtypes`.
+        device: see :class:`.WorkerTraits`, as for the fields below.
+        precision: precision of training.
+        software: version of torch, such as ``"torch 2.9.0"``.
+        system: operating system and machine.
+        shuffle: hash of the order in which the worker shuffles.
         step_samples: samples in a local step of the worker, if workers have batch sizes of their own; otherwise 0.
 
     """
@@ -124,6 +142,12 @@ class Hello(Message):
     reconnecting: bool = False
     upload: str = "fp32"
     download: str = "fp32"
+    dtypes: str = ""
+    device: str = ""
+    precision: str = ""
+    software: str = ""
+    system: str = ""
+    shuffle: str = ""
     step_samples: int = 0
 
 

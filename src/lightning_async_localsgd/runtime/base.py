@@ -292,15 +292,15 @@ class Runtime(ABC):
 
     # --------------------------------------------------- rank 0: validate, save
 
-    def pause(self) -> None:
-        """Tell the server not to wait for rank 0's worker until :meth:`resume`. Called before rank 0 validates."""
+    def interrupt(self) -> None:
+        """Let the server not wait for rank 0's worker until :meth:`continue_round`. Called before rank 0 validates."""
         assert self.server is not None
-        self.server.pause(self.worker.number)
+        self.server.interrupt(self.worker.number)
 
-    def resume(self) -> None:
+    def continue_round(self) -> None:
         """Tell the server that rank 0's worker trains again. The current step is left out of its speed."""
         assert self.server is not None
-        self.server.resume(self.worker.number)
+        self.server.continue_round(self.worker.number)
         self.worker.interrupt()
 
     def show_global_model(self, snapshot: Tensor | None = None, version: int = 0) -> None:
@@ -313,7 +313,7 @@ class Runtime(ABC):
         """
         if self.server is None or (self.stopped and snapshot is None):
             return
-        self.pause()
+        self.interrupt()
         weights = self.optimizer_weights
         if weights is not None:
             self._training = weights.leave()
@@ -346,7 +346,7 @@ class Runtime(ABC):
             self.worker.shared.frozen.load(*self._local_shared)
         if weights is not None:
             weights.arrive(sorted(training))
-        self.resume()
+        self.continue_round()
 
     def _show_shared_parameters(self) -> None:
         """Save the local values of frozen parameters that change in training, and load the run's values."""

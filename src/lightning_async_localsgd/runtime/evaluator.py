@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lightning_async_localsgd.protocol.codecs import codec_of
@@ -33,6 +34,7 @@ class EvaluatorClient:
         exchange_frozen: whether frozen parameters are exchanged like trainable ones.
         moments: second moments that workers exchange with the model.
         weights: what the inner optimizers remember of weights.
+        check_wait: called while this process waits for a model. Raises an error if waiting has become pointless.
 
     Raises:
         ValueError: The module's frozen parameters differ from those of the run.
@@ -47,6 +49,7 @@ class EvaluatorClient:
         exchange_frozen: bool,
         moments: SecondMoments | None,
         weights: OptimizerWeights,
+        check_wait: Callable[[], None] = lambda: None,
     ) -> None:
         from lightning_async_localsgd.wire import WireExchange
 
@@ -66,6 +69,7 @@ class EvaluatorClient:
             silence_timeout=options.silence_timeout,
             connect_timeout=options.start_timeout,
             download=codec_of(layout, options.download),
+            check_wait=check_wait,
         )
         frozen = FrozenParameters(module, layout)
         self._shared = SharedParameters(frozen, self._exchange.share) if frozen.names else None

@@ -10,7 +10,6 @@ import logging
 import math
 import socket
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,7 +61,6 @@ class LiveRuntime(Runtime):
         workers: number of workers that the run begins with.
         ranks: how many of these are ranks, which are started together. The others join.
         restored: server state to resume from, see :meth:`state_dict`. Rank 0 only.
-        watch: called while waiting for other ranks. It raises if waiting has become pointless.
         grant: the server's answer to a worker that joins a running training; None for all other ranks.
 
     Raises:
@@ -82,7 +80,6 @@ class LiveRuntime(Runtime):
         workers: int,
         ranks: int,
         restored: dict[str, Any] | None = None,
-        watch: Callable[[], None] = lambda: None,
         grant: JoinGrant | None = None,
     ) -> None:
         self._single_worker = workers == 1 and settings.token is None and settings.evaluator is None
@@ -120,7 +117,7 @@ class LiveRuntime(Runtime):
                 assert rendezvous is not None
                 exchange = self._access.find_server(rendezvous)
             else:
-                exchange = self._access.open_server(rendezvous, info, restored, self._single_worker, watch)
+                exchange = self._access.open_server(rendezvous, info, restored, self._single_worker)
                 if settings.evaluator is not None:
                     settings.evaluator.start(self._access.ticket)
             self.worker = Worker(rank, self.binding, exchange, exchange_options=settings.exchange)
@@ -131,10 +128,11 @@ class LiveRuntime(Runtime):
                 keeps_own = settings.exchange.frozen is False
                 self.worker.shared = SharedParameters(frozen, self._share, keeps_own)
             self.worker.optimizer_weights = settings.optimizer_weights
+            self.worker.traits = settings.traits
             self._leases = LeaseClient(exchange, rank, self.worker.session)
             self.worker.items_used = self._leases.items_used
             if rank == 0:
-                self._access.wait_for_workers(watch)
+                self._access.wait_for_workers()
             self.worker.join()
             if rendezvous is not None and grant is None:
                 # Only after joining: the server refuses another model with an error that names the differences.
@@ -434,7 +432,7 @@ class LiveRuntime(Runtime):
             raise ValueError(
                 f"worker {self._rank} cannot join: its frozen parameters differ from those of the run, and frozen "
                 "parameters are not exchanged; load the same weights, or call seed_everything() before the module is "
-                "created"
+                "created. If one of them has precision='16-true', use 'bf16-true' instead"
             )
         if info.batch_size != grant.info.batch_size:
             raise ValueError(

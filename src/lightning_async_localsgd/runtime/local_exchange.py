@@ -47,11 +47,10 @@ class _AwaitedReply(LocalReplyChannel):
             self._refused = reason
             self._answered.set()
 
-    def wait(self, server: Server, *checks: Callable[[], None]) -> Reply:
+    def wait(self, server: Server, check: Callable[[], None]) -> Reply:
         while not self._answered.wait(timeout=0.5):
             server.raise_failure()
-            for check in checks:
-                check()
+            check()
         if self._reply is None:
             raise (ExchangeError if server.gave_up is None else TooFewWorkersError)(self._refused)
         return self._reply
@@ -65,9 +64,7 @@ class LocalExchange(Exchange, LeaseSource):
         read_weights: writes the local weights to the tensor it is given. Used for a single worker whose outer step is
             plain ``theta - g`` (see :attr:`~lightning_async_localsgd.outer.OuterOptimizer.replaces_model`): the local
             weights become the global model as they are, without the rounding errors of two subtractions.
-        watch: called while the worker waits for the first dispatch, which needs all workers. Raises an error if a
-            worker will not come.
-        check_signals: see :class:`.RuntimeSettings`.
+        check_wait: see :class:`.RuntimeSettings`.
 
     """
 
@@ -75,12 +72,10 @@ class LocalExchange(Exchange, LeaseSource):
         self,
         server: Server,
         read_weights: Callable[[Tensor], None] | None = None,
-        watch: Callable[[], None] = lambda: None,
-        check_signals: Callable[[], None] = lambda: None,
+        check_wait: Callable[[], None] = lambda: None,
     ) -> None:
         self._server = server
-        self._watch = watch
-        self._check_signals = check_signals
+        self._check_wait = check_wait
         self._read_weights = read_weights
         self._worker = -1
         self._awaited: _AwaitedReply | None = None
@@ -90,7 +85,7 @@ class LocalExchange(Exchange, LeaseSource):
         channel = _AwaitedReply(model)
         self._worker = hello.worker
         self._server.join(hello, channel)
-        return channel.wait(self._server, self._watch, self._check_signals)
+        return channel.wait(self._server, self._check_wait)
 
     @override
     def push(self, push: Push, gradient: Tensor, model: Tensor, packed: Tensor | None = None) -> Reply:
@@ -100,13 +95,13 @@ class LocalExchange(Exchange, LeaseSource):
             result = model
             self._read_weights(result)
         self._server.push_here(push, gradient if push.has_data else None, channel, result)
-        return channel.wait(self._server, self._check_signals)
+        return channel.wait(self._server, self._check_wait)
 
     @override
     def share(self, share: Share, values: Tensor) -> Reply:
         channel = _AwaitedReply(values)
         self._server.share_here(share, values, channel)
-        return channel.wait(self._server, self._check_signals)
+        return channel.wait(self._server, self._check_wait)
 
     @override
     def request_lease(self, request: LeaseRequest) -> Future[Lease]:

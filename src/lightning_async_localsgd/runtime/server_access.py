@@ -88,7 +88,6 @@ class ServerAccess:
         info: JoinInfo,
         restored: dict[str, Any] | None,
         single_worker: bool,
-        watch: Callable[[], None],
     ) -> LocalExchange:
         """Open the server on rank 0, and publish its endpoints to the other ranks.
 
@@ -97,7 +96,6 @@ class ServerAccess:
             info: what the ranks have agreed on, for workers that join later.
             restored: server state to resume from.
             single_worker: whether only one worker trains and none can join. If so, no endpoint is opened.
-            watch: called while waiting for the first dispatch.
 
         Raises:
             ValueError: An option does not fit the hosts, or ``restored`` does not fit the model.
@@ -108,7 +106,7 @@ class ServerAccess:
         if not single_worker:
             self._open_wire(self.server, rendezvous)
         read_weights = self._binding.read if self._exact() else None
-        return LocalExchange(self.server, read_weights, watch, self._settings.check_signals)
+        return LocalExchange(self.server, read_weights, self._settings.check_wait)
 
     def find_server(self, rendezvous: Rendezvous) -> WireExchange:
         """Connect a rank above 0 to the server whose endpoints rank 0 has published.
@@ -142,10 +140,10 @@ class ServerAccess:
             silence_timeout=self._settings.exchange.silence_timeout,
             connect_timeout=self._settings.exchange.start_timeout,
             download=codec_of(self._binding.layout, self._settings.exchange.download),
-            check_signals=self._settings.check_signals,
+            check_wait=self._settings.check_wait,
         )
 
-    def wait_for_workers(self, watch: Callable[[], None]) -> None:
+    def wait_for_workers(self) -> None:
         """Wait for all other workers with which the run begins, and for the evaluator. Rank 0 only.
 
         Raises:
@@ -162,8 +160,7 @@ class ServerAccess:
                 joiners, self.join_address, self._workers,
             )  # fmt: skip
         while self.server.missing_workers > 1:  # Rank 0's own worker joins after this.
-            watch()
-            self._settings.check_signals()
+            self._settings.check_wait()
             if time.monotonic() > deadline:
                 ranks = [f"worker {rank}" for rank in self.server.missing if rank > 0]
                 joiners = self.server.missing_joiners
@@ -177,8 +174,7 @@ class ServerAccess:
         while evaluator is not None and not self.server.evaluations.present:
             self.server.raise_failure()
             evaluator.raise_if_ended()
-            watch()
-            self._settings.check_signals()
+            self._settings.check_wait()
             if time.monotonic() > deadline:
                 raise RendezvousError(
                     f"the evaluator did not join within exchange.start_timeout={timeout:g} s; see its output"

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lightning_async_localsgd.protocol.options import ExchangeOptions
+from lightning_async_localsgd.protocol.traits import WorkerTraits
 from lightning_async_localsgd.server.merge_policy import MergePolicy
 
 if TYPE_CHECKING:
@@ -52,10 +53,11 @@ class RuntimeSettings:
         fit_number: number of this fit in the script, from 1.
         seed: seed of the training data's order.
         run_name: name of the run's directory.
+        traits: what the worker in this process computes with.
         observers: objects that the server tells what happens.
         evaluator: on rank 0, the process that validates for it; None if rank 0 validates, or an evaluator that joins.
-        check_signals: called while this process waits for the server or for workers. Raises an error if the process was
-            asked to end.
+        check_wait: called while this process waits for the server or for workers. Raises an error if waiting has become
+            pointless.
 
     """
 
@@ -77,9 +79,10 @@ class RuntimeSettings:
     fit_number: int = 1
     seed: int = 0
     run_name: str = ""
+    traits: WorkerTraits = field(default_factory=WorkerTraits)
     observers: tuple[RunObserver, ...] = ()
     evaluator: EvaluatorProcess | None = None
-    check_signals: Callable[[], None] = lambda: None
+    check_wait: Callable[[], None] = lambda: None
     step_samples: int = 0
     samples_of: Callable[[int], int] = lambda worker: 0
     batch_size: str = ""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from lightning_async_localsgd.protocol.frozen import pack_numbers, unpack_numbers
-from lightning_async_localsgd.protocol.messages import Share
+from lightning_async_localsgd.protocol.messages import Share, worker_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,9 +86,9 @@ class SharedParameters:
         what = f"{len(new)} frozen parameter(s) change in training: {names}{', ...' * (len(new) > _SHOWN_NAMES)}"
         if self._keeps_own:
             _log.warning(
-                "worker %d: %s. With exchange.frozen=False they are not exchanged, so each rank has values of its own "
+                "%s: %s. With exchange.frozen=False they are not exchanged, so each rank has values of its own "
                 "until the end of training, when all ranks take those of rank 0. To exchange them, remove the option",
-                worker, what,
+                worker_name(worker), what,
             )  # fmt: skip
         else:
-            _log.info("worker %d: %s; workers average them like buffers", worker, what)
+            _log.info("%s: %s; workers average them like buffers", worker_name(worker), what)

@@ -2,7 +2,8 @@
 
 Such state does not change in a way that could be merged. All ranks take rank 0's values through the rendezvous
 instead. Before training, only tensors that differ between ranks are sent: pretrained weights, which are the same on
-all ranks, cost only their hashes.
+all ranks, cost only their hashes. Ranks may have the same tensor in other dtypes, because each has a precision of its
+own. Then the values count as bf16 has them.
 """
 
 from __future__ import annotations
@@ -50,7 +51,11 @@ def counter_buffers(module: nn.Module) -> dict[str, Tensor]:
 
 
 def tensor_digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return a hash of each tensor's dtype, shape and bytes."""
+    """Return two hashes of each tensor, with a colon in between.
+
+    The first one is of the shape and the values in bf16, and is equal for fp64, fp32 and bf16 versions of a tensor. The
+    second one is of the dtype, the shape and the exact bytes.
+    """
     return {name: _digest(tensor) for name, tensor in tensors.items()}
 
 
@@ -59,11 +64,11 @@ def frozen_digest(module: nn.Module, digests: Mapping[str, str]) -> str:
 
     Args:
         module: the module.
-        digests: hash of each tensor, see :func:`tensor_digests`.
+        digests: hashes of each tensor, see :func:`tensor_digests`.
 
     """
     counters = counter_buffers(module)
-    kept = {name: digest for name, digest in digests.items() if name not in counters}
+    kept = {name: digest.partition(":")[0] for name, digest in digests.items() if name not in counters}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
@@ -72,18 +77,28 @@ def sync_differing(tensors: Mapping[str, Tensor], digests: Mapping[str, str], re
 
     Args:
         tensors: tensors by name.
-        digests: hash of each tensor, see :func:`tensor_digests`.
+        digests: hashes of each tensor, see :func:`tensor_digests`.
         rendezvous: meeting point of the ranks.
 
     Raises:
-        ValueError: A rank has tensors with other names, shapes or dtypes than rank 0.
+        ValueError: A rank has tensors with other names, shapes or dtypes than rank 0. All dtypes of floating-point
+            numbers count as equal.
 
     """
-    specs = {name: [str(tensor.dtype), *tensor.shape] for name, tensor in tensors.items()}
-    specs_of_rank_0, digests_of_rank_0 = rendezvous.broadcast((specs, dict(digests)))
+    dtypes = {name: str(tensor.dtype) for name, tensor in tensors.items()}
+    specs = {
+        name: ["floating" if tensor.is_floating_point() else dtypes[name], *tensor.shape]
+        for name, tensor in tensors.items()
+    }
+    specs_of_rank_0, dtypes_of_rank_0, digests_of_rank_0 = rendezvous.broadcast((specs, dtypes, dict(digests)))
     names = specs.keys() | specs_of_rank_0.keys()
     own_mismatches = sorted(name for name in names if specs.get(name) != specs_of_rank_0.get(name))
-    own_differing = [name for name in tensors if digests[name] != digests_of_rank_0.get(name)]
+    own_differing = [
+        name
+        for name, digest in digests.items()
+        if digest != (other := digests_of_rank_0.get(name, ""))
+        and (dtypes[name] == dtypes_of_rank_0.get(name) or digest.partition(":")[0] != other.partition(":")[0])
+    ]
     any_differing: set[str] = set()
     for rank in range(1, rendezvous.world_size):
         mismatches, differing = rendezvous.broadcast((own_mismatches, own_differing), src=rank)
@@ -130,10 +145,15 @@ def sync_buffers(module: nn.Module, names: Sequence[str], rendezvous: Rendezvous
 
 
 def set_buffer(module: nn.Module, name: str, value: Tensor) -> None:
-    """Set a buffer to a value. If the shape or dtype differs, the buffer's tensor is replaced."""
+    """Set a buffer to a value. If the shape or dtype differs, the buffer's tensor is replaced.
+
+    A floating-point buffer keeps its dtype, which follows from the precision of the rank.
+    """
     path, _, key = name.rpartition(".")
     owner = module.get_submodule(path)
     present = owner._buffers.get(key)
+    if present is not None and present.is_floating_point() and value.is_floating_point():
+        value = value.to(present.dtype)
     if present is not None and present.shape == value.shape and present.dtype == value.dtype:
         with torch.no_grad():
             present.copy_(value)
@@ -165,8 +185,14 @@ def _plain_tensors(name: str, tensor: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _digest(tensor: Tensor) -> str:
-    header = f"{tensor.dtype}{list(tensor.shape)}".encode()
     data = tensor.detach().cpu().to_dense() if tensor.layout != torch.strided else tensor.detach().cpu()
-    digest = hashlib.sha256(header)
+    exact = _hash_of(data)
+    if not data.is_floating_point() or data.dtype == torch.bfloat16:
+        return f"{exact}:{exact}"
+    return f"{_hash_of(data.to(torch.bfloat16))}:{exact}"
+
+
+def _hash_of(data: Tensor) -> str:
+    digest = hashlib.sha256(f"{data.dtype}{list(data.shape)}".encode())
     digest.update(data.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

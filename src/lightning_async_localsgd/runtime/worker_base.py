@@ -34,6 +34,7 @@ from lightning_async_localsgd.protocol.messages import (
 )
 from lightning_async_localsgd.protocol.options import ExchangeOptions
 from lightning_async_localsgd.protocol.overlap import LocalProgress
+from lightning_async_localsgd.protocol.traits import WorkerTraits
 from lightning_async_localsgd.runtime.gradients import drop_gradients, read_gradients, write_gradients
 from lightning_async_localsgd.runtime.uplink import Uplink
 
@@ -77,6 +78,7 @@ class WorkerBase:
         optimizer_file: returns the file with the inner optimizers' states, see :attr:`.Push.optimizer_file`.
         shared: frozen parameters that the module moves itself; None if no other worker has them.
         optimizer_weights: what the inner optimizers remember of weights; None if the loop takes care of it.
+        traits: what this worker computes with, which its hello says.
         uplink: packs this worker's pushes; None if they travel as fp32.
 
     """
@@ -107,6 +109,7 @@ class WorkerBase:
         self.optimizer_weights: OptimizerWeights | None = None
         self.reply: Reply | None = None
         self._options = exchange_options if exchange_options is not None else ExchangeOptions()
+        self.traits = WorkerTraits()
         self.uplink: Uplink | None = None
         if self._options.upload != "fp32":
             # Workers that share memory on the host compute their pushes in it.
@@ -157,7 +160,7 @@ class WorkerBase:
     @property
     def hello(self) -> Hello:
         """Message with which this worker joins."""
-        options = self._options
+        options, traits = self._options, self.traits
         return Hello(
             PROTOCOL_VERSION,
             self.number,
@@ -165,6 +168,12 @@ class WorkerBase:
             self._binding.layout.fingerprint,
             upload=options.upload,
             download=options.download,
+            dtypes=self._binding.layout.dtypes,
+            device=traits.device,
+            precision=traits.precision,
+            software=traits.software,
+            system=traits.system,
+            shuffle=traits.shuffle,
             step_samples=self.step_samples,
         )
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from lightning_async_localsgd.policies.pacing import SpeedAwareSteps
     from lightning_async_localsgd.policies.synchronous_beginning import SynchronousBeginning
     from lightning_async_localsgd.policies.worker_minimum import WorkerMinimum
-    from lightning_async_localsgd.protocol.messages import Push
+    from lightning_async_localsgd.protocol.messages import Hello, Push
     from lightning_async_localsgd.server.global_model import GlobalModel
     from lightning_async_localsgd.server.sessions import WorkerSession
 
@@ -100,6 +100,20 @@ class Beginning:
         self._answers: dict[int, tuple[int, dict[str, Any]]] = {}
         # Members that must be answered again, because the answer was lost.
         self._repeats: set[int] = set()
+
+    def check_dtypes(self, hello: Hello) -> str | None:
+        """Return why a worker cannot begin the run synchronously; None if it can, or if the run has begun already.
+
+        Its weights would drift away from those of the others, because the same step is rounded differently.
+        """
+        own = self._model.layout.dtypes
+        if not self.on or self._phase is not _Phase.START or hello.dtypes in ("", own):
+            return None
+        return (
+            f"worker {hello.worker} has tensors of {hello.dtypes} and rank 0 of {own}, but in the synchronous "
+            "beginning the weights of all workers must be equal; use the same dtypes, for example "
+            "precision='bf16-mixed' instead of 'bf16-true', or sync_warmup_steps=0"
+        )
 
     # -------------------------------------------------------------------- pushes
 

@@ -230,17 +230,17 @@ class Coordinator:
         self.observers.on_event(Event("recall", now))
         return self._recalls.recall_for_validation(now)
 
-    def pause(self, worker: int, now: float) -> None:
-        """Note that a worker begins to validate or save: no worker waits for it until :meth:`resume`."""
-        self.observers.on_event(Event("pause", now, {"worker": worker}))
+    def interrupt(self, worker: int, now: float) -> None:
+        """Note that a worker begins to validate or save: no worker waits for it until :meth:`continue_round`."""
+        self.observers.on_event(Event("interrupt", now, {"worker": worker}))
         if worker in self._live:
-            self._live[worker].pause(now)
+            self._live[worker].interrupt(now)
 
-    def resume(self, worker: int, now: float) -> None:
-        """Note that a paused worker computes again."""
-        self.observers.on_event(Event("resume", now, {"worker": worker}))
+    def continue_round(self, worker: int, now: float) -> None:
+        """Note that an interrupted worker computes again."""
+        self.observers.on_event(Event("continue", now, {"worker": worker}))
         if worker in self._live:
-            self._live[worker].resume(now)
+            self._live[worker].continue_round(now)
 
     def replan(self, total: int | None, upper_bound: int | None) -> None:
         """Change the expected number of local steps of the run, see :class:`.Budget`."""

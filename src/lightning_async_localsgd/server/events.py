@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-FORMAT = 2
+FORMAT = 3
 """Format number of event logs. Raised when logs of the previous format cannot be read any more."""
 
 Kind = Literal[
@@ -32,8 +32,8 @@ Kind = Literal[
     "leave",
     "lease",
     "recall",
-    "pause",
-    "resume",
+    "interrupt",
+    "continue",
     "replan",
     "stop",
     "dispatch",
@@ -50,8 +50,8 @@ class Event:
 
     Args:
         kind: ``begin`` and ``end`` of training, what workers do (``join``, ``revive``, ``push``, ``leave``, ``lease``,
-            ``pause``, ``resume``), ``recall`` (rank 0 is about to validate), ``replan`` (the data has another length
-            than expected), ``stop``, or a ``dispatch`` with its replies.
+            ``interrupt``, ``continue``), ``recall`` (rank 0 is about to validate), ``replan`` (the data has another
+            length than expected), ``stop``, or a ``dispatch`` with its replies.
         seconds: time on the server's clock; None where time does not matter.
         content: messages and plain values by key.
 

@@ -10,8 +10,11 @@ import logging
 import math
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from lightning_async_localsgd.protocol.messages import DOES_NOT_FIT
 from lightning_async_localsgd.protocol.rejections import Rejection, inactive_session, quarantined
+from lightning_async_localsgd.protocol.traits import WorkerTraits, shuffle_digest
 from lightning_async_localsgd.server.sessions import SessionTable, WorkerSession
 
 if TYPE_CHECKING:
@@ -194,6 +197,7 @@ class Membership:
             if reason is None:
                 self.sizes.announce(worker, hello.step_samples)
                 self._enter(worker, session_id, now)
+                self._note_traits(worker, WorkerTraits.of(hello))
             return reason
         if hello.reconnecting:
             session.expect_push_again()
@@ -322,6 +326,16 @@ class Membership:
             _log.warning("worker %d has joined the run; %d take part", worker, len(self.live))
         self._update_worker_count()
         self.wake()
+
+    def _note_traits(self, worker: int, traits: WorkerTraits) -> None:
+        """Note what a worker that has joined computes with."""
+        self._stats.record_traits(worker, traits)
+        if traits.shuffle not in ("", shuffle_digest()):
+            _log.warning(
+                "worker %d (%s, %s) shuffles in another order than rank 0 (torch %s): if the training data is "
+                "shuffled, some samples are used twice in an epoch and others never. Use the same version of torch on "
+                "all hosts", worker, traits.software, traits.system, torch.__version__,
+            )  # fmt: skip
 
     def _after_removal(self, worker: int) -> None:
         """Update everything that depends on a worker that is not live any more."""

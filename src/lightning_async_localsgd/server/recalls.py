@@ -95,7 +95,7 @@ class Recalls:
         recalled = [
             worker
             for worker, session in self._live.items()
-            if session.computing and not session.paused and session.rounds_since_validation < _ENOUGH_ROUNDS
+            if session.computing and not session.interrupted and session.rounds_since_validation < _ENOUGH_ROUNDS
         ]
         for session in self._live.values():
             session.rounds_since_validation = 0

@@ -7,6 +7,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from lightning_async_localsgd.protocol.traits import WorkerTraits
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
@@ -108,6 +110,7 @@ class RunSnapshot:
         pauses: number of such pauses so far.
         paused_seconds: seconds of the pauses that are over.
         workers: latest values of the live workers.
+        traits: what each worker that has ever joined computes with, by its latest hello.
 
     """
 
@@ -126,6 +129,7 @@ class RunSnapshot:
     pauses: int = 0
     paused_seconds: float = 0.0
     workers: Mapping[int, WorkerView] = field(default_factory=dict)
+    traits: Mapping[int, WorkerTraits] = field(default_factory=dict)
 
     @property
     def refused_pushes(self) -> int:
@@ -186,6 +190,7 @@ class RunStats:
         totals: totals by worker.
         refusals: number of refused pushes by kind.
         views: latest values of the live workers.
+        traits: what each worker computes with. Replaced, never changed, so that snapshots can hold it.
 
     """
 
@@ -193,6 +198,7 @@ class RunStats:
         self.totals: dict[int, WorkerTotals] = {}
         self.refusals: Counter[str] = Counter()
         self.views: dict[int, WorkerView] = {}
+        self.traits: Mapping[int, WorkerTraits] = {}
         self._latest: PushNorm | None = None
         self._recent: list[int] = []
 
@@ -225,14 +231,20 @@ class RunStats:
             push.base_version, rejection.text,
         )  # fmt: skip
 
+    def record_traits(self, worker: int, traits: WorkerTraits) -> None:
+        """Note what a worker that has joined computes with. A restarted worker may be on another machine."""
+        self.traits = {**self.traits, worker: traits}
+
     def forget_view(self, worker: int) -> None:
         """Forget the latest values of a worker that is not live any more."""
         self.views.pop(worker, None)
 
     def merge(self, workers: Iterable[int]) -> None:
         """Keep only the sum of the totals of these workers."""
-        for worker in workers:
+        merged = set(workers)
+        for worker in merged:
             self.of(FORMER).add(self.totals.pop(worker))
+        self.traits = {worker: traits for worker, traits in self.traits.items() if worker not in merged}
 
     def snapshot(
         self,
@@ -270,6 +282,7 @@ class RunStats:
             pauses=minimum.pauses,
             paused_seconds=minimum.seconds,
             workers=dict(self.views),
+            traits=self.traits,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -277,9 +290,11 @@ class RunStats:
         return {
             "workers": {str(worker): dict(vars(totals)) for worker, totals in self.totals.items()},
             "refusals": dict(self.refusals),
+            "traits": {str(worker): traits.as_dict() for worker, traits in self.traits.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore ``state``."""
         self.totals = {int(worker): WorkerTotals(**totals) for worker, totals in state["workers"].items()}
         self.refusals = Counter(state["refusals"])
+        self.traits = {int(worker): WorkerTraits(**traits) for worker, traits in state.get("traits", {}).items()}

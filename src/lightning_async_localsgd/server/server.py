@@ -262,13 +262,13 @@ class Server(ServerQueries):
         """End the evaluator, because training is over."""
         self._loop.submit(lambda: self.evaluations.end(self._coordinator.model))
 
-    def pause(self, worker: int) -> None:
-        """Note that a worker begins to validate or save: no worker waits for it until :meth:`resume`."""
-        self._loop.submit(lambda: self._coordinator.pause(worker, self._clock()))
+    def interrupt(self, worker: int) -> None:
+        """Note that a worker begins to validate or save: no worker waits for it until :meth:`continue_round`."""
+        self._loop.submit(lambda: self._coordinator.interrupt(worker, self._clock()))
 
-    def resume(self, worker: int) -> None:
-        """Note that a paused worker computes again."""
-        self._loop.submit(lambda: self._coordinator.resume(worker, self._clock()))
+    def continue_round(self, worker: int) -> None:
+        """Note that an interrupted worker computes again."""
+        self._loop.submit(lambda: self._coordinator.continue_round(worker, self._clock()))
 
     def add_observer(self, observer: RunObserver) -> None:
         """Add an observer of everything that happens from now on."""
@@ -364,6 +364,7 @@ class Server(ServerQueries):
             return
         older = self._coordinator.session_of(hello.worker)
         reason = self._traffic.check(hello, len(set(self._coordinator.live) - {hello.worker}))
+        reason = reason or self._coordinator.beginning.check_dtypes(hello)
         reason = reason or self._coordinator.join(hello, self._clock())
         if reason is not None:
             channel.refuse(reason)

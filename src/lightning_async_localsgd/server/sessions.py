@@ -69,7 +69,7 @@ class WorkerSession:
         begun_steps: steps of the next round that the worker may have taken by the time of its dispatch, because it
             trains while its push is in flight. After a refused push, it discards these steps.
         overlapped: whether the worker did not wait for the last dispatch.
-        paused_at: time since which the worker validates or saves; None while it does neither.
+        interrupted_at: time since which the worker validates or saves; None while it does neither.
         final: the worker has pushed its last round.
         recalled: the worker must push at its next step.
         rounds_since_validation: merged pushes of rounds that began after the last validation.
@@ -93,7 +93,7 @@ class WorkerSession:
     wait_seconds: float = 0.0
     begun_steps: int = 0
     overlapped: bool = False
-    paused_at: float | None = None
+    interrupted_at: float | None = None
     final: bool = False
     recalled: bool = False
     rounds_since_validation: int = 0
@@ -115,9 +115,9 @@ class WorkerSession:
         return self.state is SessionState.RESTING
 
     @property
-    def paused(self) -> bool:
+    def interrupted(self) -> bool:
         """Whether the worker validates or saves, so that no other worker waits for it."""
-        return self.paused_at is not None
+        return self.interrupted_at is not None
 
     # -------------------------------------------------------------- transitions
 
@@ -130,7 +130,7 @@ class WorkerSession:
             self.began_at = self.arrived_at
         else:
             self.began_at = now
-            self.paused_at = None
+            self.interrupted_at = None
         self.local_steps = local_steps
         self.overlap_steps = overlap_steps
         self.version = version
@@ -148,7 +148,7 @@ class WorkerSession:
         self.state = SessionState.WAITING
         self.arrived_at = now
         self.overlapped = False
-        self.paused_at = None
+        self.interrupted_at = None
         return now - self.began_at
 
     def rest(self) -> None:
@@ -172,16 +172,16 @@ class WorkerSession:
 
     # ------------------------------------------------------------ while computing
 
-    def pause(self, now: float) -> None:
+    def interrupt(self, now: float) -> None:
         """Note that the worker begins to validate or save."""
-        if self.paused_at is None:
-            self.paused_at = now
+        if self.interrupted_at is None:
+            self.interrupted_at = now
 
-    def resume(self, now: float) -> None:
-        """Note that the worker computes again. The pause does not count as part of its round."""
-        if self.paused_at is not None:
-            self.began_at += now - max(self.paused_at, self.began_at)
-            self.paused_at = None
+    def continue_round(self, now: float) -> None:
+        """Note that the worker computes again. The interruption does not count as part of its round."""
+        if self.interrupted_at is not None:
+            self.began_at += now - max(self.interrupted_at, self.began_at)
+            self.interrupted_at = None
 
 
 class SessionTable:

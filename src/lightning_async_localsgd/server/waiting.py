@@ -101,7 +101,7 @@ class DispatchWindow:
         pending = [
             Pending(number, other.began_at, self._expected_seconds(number, other))
             for number, other in self._live.items()
-            if other.computing and not other.paused and number not in held
+            if other.computing and not other.interrupted and number not in held
         ]
         expected = self._expected_seconds(worker, session)
         if expected is not None:
@@ -155,7 +155,7 @@ class DispatchWindow:
         if plan is None or now >= plan.deadline:
             return True
         return not any(
-            session.computing and not session.paused and worker in plan.expected
+            session.computing and not session.interrupted and worker in plan.expected
             for worker, session in self._live.items()
         )
 

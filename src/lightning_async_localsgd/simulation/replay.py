@@ -74,6 +74,12 @@ class Recording:
         self.incarnation = str(begin["incarnation"])
         self._upload = hellos[0].upload if hellos else "fp32"
         self._download = hellos[0].download if hellos else "fp32"
+        precisions = sorted({hello.precision for hello in hellos if hello.precision})
+        if len(precisions) > 1:
+            raise ValueError(
+                f"replay={self.path!r} is the log of a run whose workers had unequal precision "
+                f"({', '.join(precisions)}), but a replay computes all workers with one; log a run with one precision"
+            )
         self._min_workers = int(begin.get("min_workers", 1))
         self._step_samples = int(begin.get("step_samples", 0))
         self._total = begin["total"]
@@ -367,10 +373,10 @@ class ReplaySimulator(Simulator):
             self._server.revive(content["worker"], content["session"])
         elif event.kind == "recall":
             self._server.recall()
-        elif event.kind == "pause":
-            self._server.pause(content["worker"])
-        elif event.kind == "resume":
-            self._server.resume(content["worker"])
+        elif event.kind == "interrupt":
+            self._server.interrupt(content["worker"])
+        elif event.kind == "continue":
+            self._server.continue_round(content["worker"])
         elif event.kind == "replan":
             self._server.replan(content["total"], content["upper_bound"])
         elif event.kind == "stop":

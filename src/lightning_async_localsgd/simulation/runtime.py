@@ -287,12 +287,12 @@ class SimulatedRuntime(Runtime):
             self._steps_before_round = self._server.snapshot.progress + self.simulator.steps_in_transit
 
     @override
-    def pause(self) -> None:
+    def interrupt(self) -> None:
         # Showing and saving the global model takes no virtual time.
         return
 
     @override
-    def resume(self) -> None:
+    def continue_round(self) -> None:
         return
 
     @override

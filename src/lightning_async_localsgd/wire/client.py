@@ -61,7 +61,7 @@ class WireExchange(Exchange, LeaseSource):
             :class:`.AdaptiveTimeout`. Only silence is timed, never a whole transfer or the wait for an answer.
         connect_timeout: seconds for connecting to the server for the first time.
         download: unpacks models; None if they never travel packed.
-        check_signals: called while the worker waits. Raises an error if its process was asked to end.
+        check_wait: called while the worker waits. Raises an error if waiting has become pointless.
 
     Raises:
         ValueError: a timeout is not positive.
@@ -83,7 +83,7 @@ class WireExchange(Exchange, LeaseSource):
         silence_timeout: float,
         connect_timeout: float,
         download: Codec | None = None,
-        check_signals: Callable[[], None] = lambda: None,
+        check_wait: Callable[[], None] = lambda: None,
     ) -> None:
         for name, value in (("silence_timeout", silence_timeout), ("connect_timeout", connect_timeout)):
             if not value > 0:
@@ -92,7 +92,7 @@ class WireExchange(Exchange, LeaseSource):
         self._endpoints = endpoints
         self._layout = layout
         self._models = ReceivedModels(layout, download)
-        self._check_signals = check_signals
+        self._check_wait = check_wait
         self._silence_timeout = silence_timeout
         self._connect_timeout = connect_timeout
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -421,7 +421,7 @@ class WireExchange(Exchange, LeaseSource):
         ready = connection.wait(_CHECK_SECONDS, writing)
         if not ready:
             self._check_server()
-            self._check_signals()
+            self._check_wait()
         return ready
 
     def _check_server(self) -> None:
@@ -437,7 +437,7 @@ class WireExchange(Exchange, LeaseSource):
 
     def _sleep(self, seconds: float) -> None:
         self._check_server()
-        self._check_signals()
+        self._check_wait()
         time.sleep(seconds)
 
     def _bytes_of(self, tensor: Tensor) -> memoryview:

@@ -7,7 +7,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lightning_async_localsgd.protocol.messages import JoinInfo, JoinRequest, Lease, LeaseRequest, MessageError
+from lightning_async_localsgd.protocol.messages import (
+    JoinInfo,
+    JoinRequest,
+    Lease,
+    LeaseRequest,
+    MessageError,
+    worker_name,
+)
 from lightning_async_localsgd.wire import frames
 from lightning_async_localsgd.wire.auth import proof
 from lightning_async_localsgd.wire.frames import Ping, Pong
@@ -71,7 +78,8 @@ class ControlMessages:
         if ping is None:
             raise MessageError("a lease request over a connection without pings")
         if (request.worker, request.session) != (ping.worker, ping.session):
-            raise MessageError(f"a lease request of worker {request.worker} over a connection of worker {ping.worker}")
+            asks, pings = worker_name(request.worker), worker_name(ping.worker)
+            raise MessageError(f"a lease request of {asks} over a connection of {pings}")
         if self._open_lease_requests.get(key, 0) >= _MAX_LEASE_REQUESTS:
             raise MessageError(f"more than {_MAX_LEASE_REQUESTS} unanswered lease requests")
         self._open_lease_requests[key] = self._open_lease_requests.get(key, 0) + 1
@@ -90,7 +98,7 @@ class ControlMessages:
         request = JoinRequest.decode(header[1:])
         _check_nonce(request.nonce)
         if request.worker < -1:
-            raise MessageError(f"a join request for worker {request.worker}")
+            raise MessageError(f"a join request for {worker_name(request.worker)}")
         if key in self._open_join_requests:
             raise MessageError("more than one unanswered join request")
         self._open_join_requests.add(key)

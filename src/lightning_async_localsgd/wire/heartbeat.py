@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import zmq
 
 from lightning_async_localsgd.protocol.exchange import ExchangeError
-from lightning_async_localsgd.protocol.messages import Lease, MessageError
+from lightning_async_localsgd.protocol.messages import Lease, MessageError, worker_name
 from lightning_async_localsgd.wire import frames
 from lightning_async_localsgd.wire.adaptive_timeout import AdaptiveTimeout
 from lightning_async_localsgd.wire.auth import is_proof
@@ -118,7 +118,7 @@ class Heartbeat:
         except zmq.ContextTerminated:
             pass
         except Exception as error:
-            _log.exception("the heartbeat of worker %d failed", self._worker)
+            _log.exception("the heartbeat of %s failed", worker_name(self._worker))
             self.failure = f"this worker's heartbeat failed: {error}"
 
     @property
@@ -192,7 +192,7 @@ class Heartbeat:
                 raise MessageError(f"unexpected message of kind {message[:1]!r}")
         except MessageError as error:
             _log.warning(
-                "worker %d received an invalid message over its heartbeat's connection: %s", self._worker, error
+                "%s received an invalid message over its heartbeat's connection: %s", worker_name(self._worker), error
             )
 
     def _on_lease(self, lease: Lease) -> None:

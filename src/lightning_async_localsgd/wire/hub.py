@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import zmq
 
-from lightning_async_localsgd.protocol.messages import Hello, MessageError, Push, Share
+from lightning_async_localsgd.protocol.messages import Hello, MessageError, Push, Share, worker_name
 from lightning_async_localsgd.wire import frames
 from lightning_async_localsgd.wire.auth import proof
 from lightning_async_localsgd.wire.control import ControlMessages
@@ -140,9 +140,11 @@ class Hub:
         if len(nonce) != frames.NONCE_BYTES:
             raise MessageError(f"a hello with a nonce of {len(nonce)} bytes, expected {frames.NONCE_BYTES}")
         if hello.worker < 0:
-            raise MessageError(f"a hello of worker {hello.worker}")
+            raise MessageError(f"a hello of {worker_name(hello.worker)}")
         if hello.fingerprint != self._server.layout.fingerprint:
-            reason = f"the model of worker {hello.worker} differs from rank 0's; every rank must build the same model"
+            reason = (
+                f"the model of {worker_name(hello.worker)} differs from rank 0's; every rank must build the same model"
+            )
             self.rejected.add(reason)
             self._send(key, frames.REFUSE + reason.encode(), frames.pack_layout(self._server.layout))
             return
@@ -201,7 +203,7 @@ class Hub:
     def _begin_request(self, peer: Peer, header: Push | Share) -> bool:
         """Note that a worker awaits an answer to a header. Return False if its connection has ended meanwhile."""
         if (header.worker, header.session) != (peer.worker, peer.session):
-            raise MessageError(f"a message of worker {header.worker} over the connection of {peer}")
+            raise MessageError(f"a message of {worker_name(header.worker)} over the connection of {peer}")
         if not peer.active:
             # The peer was deactivated. The worker says hello again, and learns what has become of its session.
             self._send_to_peer(peer, frames.UNKNOWN)
@@ -260,9 +262,8 @@ class Hub:
             # The worker is broken. End its session, so that it stops.
             reason = f"it broke the protocol: {reason}"
             self._end_session(peer, reason)
-            self._send(
-                key, frames.REFUSE + f"the server ended the session of worker {peer.worker}: {reason}".encode(), b""
-            )
+            ended = f"the server ended the session of {worker_name(peer.worker)}: {reason}"
+            self._send(key, frames.REFUSE + ended.encode(), b"")
 
     def _register(self, key: ConnectionKey, descriptor: int, *answer: bytes) -> bool:
         """Answer the first message over a connection, and record the connection's descriptor to notice its end.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import zmq
 from typing_extensions import override
 
+from lightning_async_localsgd.protocol.messages import worker_name
 from lightning_async_localsgd.protocol.ports import ReplyChannel
 from lightning_async_localsgd.wire import frames
 
@@ -215,7 +216,7 @@ class Peer(ReplyChannel):
         self._send_refusal = send_refusal
 
     def __repr__(self) -> str:
-        return f"worker {self.worker} (session {self.session[:8]})"
+        return f"{worker_name(self.worker)} (session {self.session[:8]})"
 
     @override
     def dispatch(self, reply: Reply, buffer: PooledBuffer) -> None:

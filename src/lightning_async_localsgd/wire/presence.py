@@ -12,6 +12,7 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
+from lightning_async_localsgd.protocol.messages import worker_name
 from lightning_async_localsgd.wire.adaptive_timeout import AdaptiveTimeout
 from lightning_async_localsgd.wire.peer import Presence
 
@@ -74,7 +75,7 @@ class Presences:
         self._by_heartbeat[connection] = presence
         if presence.lost and not presence.stalled:
             presence.lost = False
-            _log.info("worker %d is back (session %s)", presence.worker, presence.session[:8])
+            _log.info("%s is back (session %s)", worker_name(presence.worker), presence.session[:8])
             self._server.revive(presence.worker, presence.session)
 
     def on_heartbeat_closed(self, connection: Hashable) -> None:

@@ -78,4 +78,10 @@ def test_devices_that_fit_the_ranks(devices: int, auto: int, shared: bool) -> No
 )
 def test_devices_that_contradict_the_ranks(devices: int, auto: int, shared: bool, num_nodes: int, words: str) -> None:
     with pytest.raises(ValueError, match=rf"host {HOST} {words}"):
-        HostRanks("torchrun", 3, 2).check(devices, auto, shared, num_nodes)
+        HostRanks("torchrun", 3, 2, local_rank=2).check(devices, auto, shared, num_nodes)
+
+
+def test_rank_on_the_cpu_beside_two_that_have_a_gpu_each() -> None:
+    for local_rank in (0, 1):
+        HostRanks("torchrun", 3, 2, local_rank).check(devices=2, auto_devices=2, shared=False, num_nodes=2)
+    HostRanks("torchrun", 3, 2, local_rank=2).check(devices=1, auto_devices=1, shared=True, num_nodes=2)

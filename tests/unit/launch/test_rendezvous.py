@@ -105,3 +105,17 @@ def test_restarted_rank_compares_nothing(port: int) -> None:
     again = Rendezvous(HOST, port, 1, 2, 20.0, rejoins=True, expected_workers=7)
     assert again.broadcast("own") == "own"
     assert json.loads(first._store.get("place/0"))["ranks"] == 2
+
+
+def test_hosts_without_proc_are_told_apart_by_their_network_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_proc(*_: Any) -> str:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(rendezvous.Path, "read_text", no_proc)
+    monkeypatch.setattr(rendezvous.socket, "gethostname", lambda: "MacBook.local")
+    found = []
+    for node in (0x3C22FB000001, 0x3C22FB000002, 0x3D22FB000003, 0x3D22FB000004):
+        monkeypatch.setattr(rendezvous.uuid, "getnode", lambda node=node: node)
+        found.append(rendezvous._host_identity())
+    assert found[0] != found[1]
+    assert found[2] == found[3] == "MacBook.local", "a random number would differ between processes of one host"

@@ -26,10 +26,10 @@ def access(workers: int, ranks: int, **server: Any) -> ServerAccess:
 
 def test_rank_0_names_the_ranks_and_counts_the_others_that_are_missing(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(RendezvousError, match=r"^worker 2, 3 worker\(s\) that join of 6 did not join within"):
-        access(6, 3, missing_workers=5, missing=[0, 2], missing_joiners=3).wait_for_workers(lambda: None)
+        access(6, 3, missing_workers=5, missing=[0, 2], missing_joiners=3).wait_for_workers()
     assert "waiting for 3 worker(s) to join at tcp://host:29600" in caplog.text
 
 
 def test_rank_0_waits_for_no_worker_but_its_own(caplog: pytest.LogCaptureFixture) -> None:
-    access(3, 2, missing_workers=1, missing=[0], missing_joiners=0).wait_for_workers(lambda: None)
+    access(3, 2, missing_workers=1, missing=[0], missing_joiners=0).wait_for_workers()
     assert not caplog.text

@@ -438,3 +438,14 @@ def test_pause_holds_the_step_and_loses_nothing() -> None:
     assert workers.coordinator.revive(2, "s2", 101.0)
     assert set(workers.gradient(2, 102.0, 6.0)) == {0, 1, 2}
     assert float(workers.means[0][0][0]) == 3.0
+
+
+def test_worker_with_other_dtypes_cannot_begin_synchronously_but_may_join_later() -> None:
+    half = hello(1, layout=LAYOUT, dtypes="bfloat16")
+    beginning = make_coordinator(2, layout=LAYOUT, total=60, beginning=4).beginning
+    reason = "worker 1 has tensors of bfloat16 and rank 0 of float32, but in the synchronous beginning"
+    assert str(beginning.check_dtypes(half)).startswith(reason)
+    assert beginning.check_dtypes(hello(1, layout=LAYOUT, dtypes="float32")) is None
+    begun = Beginners(2)
+    assert begun.coordinator.beginning.check_dtypes(half) is None, "it waits for the end of the beginning"
+    assert make_coordinator(2, layout=LAYOUT, total=60).beginning.check_dtypes(half) is None

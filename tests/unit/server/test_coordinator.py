@@ -165,10 +165,10 @@ def test_window_closes_when_its_only_worker_loses_its_connection() -> None:
 def test_no_worker_waits_for_a_paused_one() -> None:
     workers = Workers(make_coordinator(grace=5.0))
     workers.join_all(2)
-    workers.coordinator.pause(1, 1.0)
+    workers.coordinator.interrupt(1, 1.0)
     workers.send(0, 2.0)
     assert set(workers.dispatch(2.0)) == {0}
-    workers.coordinator.resume(1, 3.0)
+    workers.coordinator.continue_round(1, 3.0)
     workers.send(0, 4.0)
     assert workers.dispatch(4.0) == {}
 
@@ -244,7 +244,7 @@ def test_saved_state_continues_in_another_coordinator() -> None:
 
 
 EVENT = st.tuples(
-    st.sampled_from(["push", "push", "push", "partial", "again", "poison", "leave", "rejoin", "pause", "resume"]),
+    st.sampled_from(["push", "push", "push", "partial", "again", "poison", "leave", "rejoin", "interrupt", "continue"]),
     st.integers(0, 3),
     st.floats(0.01, 3.0),
     st.integers(0, 2**31),
@@ -282,10 +282,10 @@ def play(events: list[tuple[str, int, float, int]], outer_optimizer: OuterOptimi
             coordinator.join(hello(worker, f"s{worker}.{number}"), now)
             workers.sequences[worker] = 0
             last.pop(worker, None)
-        elif kind == "pause":
-            coordinator.pause(worker, now)
-        elif kind == "resume":
-            coordinator.resume(worker, now)
+        elif kind == "interrupt":
+            coordinator.interrupt(worker, now)
+        elif kind == "continue":
+            coordinator.continue_round(worker, now)
         workers.dispatch(now)
         assert coordinator.model.version == applied
         assert coordinator.budget.done == steps <= 300

@@ -269,11 +269,11 @@ class Run(Network):
             return True
         return process.reply is None or process.reply.incarnation != self.coordinator.incarnation
 
-    @rule(number=st.integers(0, 9), pause=st.booleans())
-    def pause(self, number: int, pause: bool) -> None:
+    @rule(number=st.integers(0, 9), begins=st.booleans())
+    def interrupt(self, number: int, begins: bool) -> None:
         process = self.pick(number)
         if process is not None:
-            (self.coordinator.pause if pause else self.coordinator.resume)(process.worker, self.now)
+            (self.coordinator.interrupt if begins else self.coordinator.continue_round)(process.worker, self.now)
             self.flush()
 
     @rule(seconds=st.floats(0.0, 4000.0))

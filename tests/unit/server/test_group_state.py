@@ -95,7 +95,7 @@ def test_held_push_of_another_model_is_refused() -> None:
 
 
 EVENT = st.tuples(
-    st.sampled_from(["push", "push", "push", "part", "poison", "leave", "back", "pause", "resume", "wait"]),
+    st.sampled_from(["push", "push", "push", "part", "poison", "leave", "back", "interrupt", "continue", "wait"]),
     st.integers(0, 3),
     st.floats(0.0, 8.0),
 )
@@ -136,10 +136,10 @@ def play(events: list[tuple[str, int, float]], policy: dict[str, Any]) -> Worker
             cluster.leave(worker, now)
         elif kind == "back" and member is None and coordinator.membership.check_number(worker) is None:
             cluster.join(worker, now)
-        elif kind == "pause":
-            coordinator.pause(worker, now)
-        elif kind == "resume":
-            coordinator.resume(worker, now)
+        elif kind == "interrupt":
+            coordinator.interrupt(worker, now)
+        elif kind == "continue":
+            coordinator.continue_round(worker, now)
         cluster.dispatch(now)
         applied = [line for line in cluster.outcomes if line.refused is None]
         assert coordinator.model.version == len(applied)

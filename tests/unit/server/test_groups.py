@@ -110,10 +110,10 @@ def test_refused_push_is_not_part_of_the_group_and_its_worker_continues() -> Non
 def test_group_waits_for_a_worker_that_validates() -> None:
     cluster = cluster_of(quorum="all")
     cluster.join_all(3)
-    cluster.coordinator.pause(0, 0.5)
+    cluster.coordinator.interrupt(0, 0.5)
     cluster.push(1, 1.0)
     assert cluster.push(2, 2.0) == {}
-    cluster.coordinator.resume(0, 50.0)
+    cluster.coordinator.continue_round(0, 50.0)
     assert set(cluster.push(0, 60.0)) == {0, 1, 2}
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from lightning_async_localsgd.policies.guard import REFUSE_ABOVE, UpdateGuard
 from lightning_async_localsgd.protocol.messages import ALREADY_APPLIED, NOT_FINITE, Push
 from lightning_async_localsgd.protocol.rejections import TOO_LATE
+from lightning_async_localsgd.protocol.traits import WorkerTraits, shuffle_digest
 from lightning_async_localsgd.server import membership as membership
 from lightning_async_localsgd.server.coordinator import Coordinator
 from lightning_async_localsgd.server.run_stats import FORMER, PushOutcome, WorkerTotals
@@ -57,6 +58,32 @@ def test_late_joiners_get_unique_numbers_also_after_a_restart_of_the_server() ->
     later = make_coordinator(workers=2)
     later.load_state_dict(state)
     assert later.membership.new_number(0.0) == 3
+
+
+def test_traits_are_those_of_the_latest_session_and_outlive_it() -> None:
+    coordinator, workers = started(workers=2)
+    coordinator.join(hello(1, "another", device="cpu", precision="32-true"), 1.0)
+    assert coordinator.membership.new_number(1.0) == 2
+    coordinator.join(hello(2, "late", device="NVIDIA H200", precision="bf16-mixed"), 1.0)
+    coordinator.leave(2, "late", 2.0, "silent")
+    seen = coordinator.snapshot().traits
+    assert seen == {
+        0: WorkerTraits(), 1: WorkerTraits("cpu", "32-true"), 2: WorkerTraits("NVIDIA H200", "bf16-mixed")
+    }  # fmt: skip
+    later = make_coordinator(workers=2)
+    later.load_state_dict(coordinator.state_dict())
+    assert later.snapshot().traits == seen
+    workers.join(1, 3.0)
+    assert coordinator.snapshot().traits[1] == WorkerTraits()
+    assert seen[1].device == "cpu", "a snapshot does not change"
+
+
+def test_worker_that_shuffles_in_another_order_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    coordinator = make_coordinator(workers=2)
+    coordinator.join(hello(0, shuffle=shuffle_digest()), 0.0)
+    assert not caplog.text
+    coordinator.join(hello(1, software="torch 1.0", system="macOS 14.5 arm64", shuffle="another"), 0.0)
+    assert "worker 1 (torch 1.0, macOS 14.5 arm64) shuffles in another order than rank 0" in caplog.text
 
 
 @pytest.mark.parametrize("worker", [-1, 2, 1000])

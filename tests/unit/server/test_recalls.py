@@ -117,7 +117,7 @@ def test_group_is_merged_with_the_recalled_pushes() -> None:
 
 def test_paused_and_waiting_workers_are_not_recalled() -> None:
     run = start(3)
-    run.coordinator.pause(2, 5.0)
+    run.coordinator.interrupt(2, 5.0)
     run.send(1, 9.0, **measured(steps=9))
     assert run.coordinator.recall(10.0) == {0}
 

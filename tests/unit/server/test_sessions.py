@@ -36,20 +36,20 @@ def test_only_a_waiting_worker_is_dispatched_or_rests(session: WorkerSession) ->
 
 def test_arrival_ends_the_round_and_returns_its_duration() -> None:
     session = computing()
-    session.pause(11.0)
+    session.interrupt(11.0)
     assert session.arrive(12.5) == 2.5
     assert session.waiting
-    assert not session.paused
+    assert not session.interrupted
     assert session.arrived_at == 12.5
 
 
-def test_pause_does_not_count_as_part_of_the_round() -> None:
+def test_interruption_does_not_count_as_part_of_the_round() -> None:
     session = computing()
-    session.pause(11.0)
-    session.pause(12.0)
-    assert session.paused
-    session.resume(14.0)
-    session.resume(15.0)
+    session.interrupt(11.0)
+    session.interrupt(12.0)
+    assert session.interrupted
+    session.continue_round(14.0)
+    session.continue_round(15.0)
     assert session.arrive(16.0) == 3.0
 
 
@@ -58,11 +58,11 @@ def test_round_of_a_worker_that_did_not_wait_begins_with_its_push() -> None:
     session.overlap_steps = 4
     session.arrive(20.0)
     session.begun_steps = 4
-    session.pause(21.0)
+    session.interrupt(21.0)
     session.dispatch(version=4, local_steps=5, now=23.0, overlap_steps=2)
     assert session.overlapped
-    assert session.paused, "it still validates"
-    session.resume(25.0)
+    assert session.interrupted, "it still validates"
+    session.continue_round(25.0)
     assert session.arrive(30.0) == 10.0 - 4.0
     assert not session.overlapped
 

@@ -133,7 +133,7 @@ class PeriodicCheckpoints(Callback):
         assert self._writer is not None
         assert self._runtime.server is not None
         self._interval.restart(self._version)
-        self._runtime.pause()
+        self._runtime.interrupt()
         try:
             checkpoint = dump_checkpoint(self._trainer)
             strategy_of(self._trainer).add_server_state(checkpoint)
@@ -144,7 +144,7 @@ class PeriodicCheckpoints(Callback):
             self._writer.failed(error)
             return
         finally:
-            self._runtime.resume()
+            self._runtime.continue_round()
         self._writer.begin(lambda: self._write(snapshot))
 
     def _write(self, snapshot: dict[str, Any]) -> None:

@@ -190,7 +190,7 @@ class AsyncProcessLauncher(ProcessLauncher):
             rank = self._strategy.global_rank
             if follows_another(exception, rank):
                 if self._pipe.has_joined:  # The launcher would log the traceback that torch leaves to it.
-                    print_line(exception, rank)
+                    print_line(exception, f"rank {rank}")
                     sys.exit(1)
                 raise exception.with_traceback(None) from None
             raise

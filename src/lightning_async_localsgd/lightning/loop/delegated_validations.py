@@ -22,6 +22,7 @@ from lightning_async_localsgd.lightning.mixed_in import mixed_in
 from lightning_async_localsgd.lightning.trainer_access.callbacks import callbacks_of, saving_as_in
 from lightning_async_localsgd.lightning.trainer_access.loop import (
     can_stop_early,
+    control_plateau_schedulers,
     control_validations,
     logged_step,
     restart_validation_timer,
@@ -101,10 +102,7 @@ class DelegatedValidations:
         for callback in callbacks_of(trainer):
             if isinstance(callback, (EarlyStopping, ModelCheckpoint)) and callback.monitor is not None:
                 self._restores.callback(mixed_in(callback, _WaitingCallback, _delegated=self))
-        for config in trainer.strategy.lr_scheduler_configs:
-            if config.reduce_on_plateau:
-                self._restores.callback(setattr, config, "frequency", config.frequency)
-                config.frequency = _WaitingFrequency(config, self)
+        self._restores.callback(control_plateau_schedulers(trainer, self._postpone))
 
     @property
     def repeated(self) -> ValidationRequest | None:
@@ -138,16 +136,23 @@ class DelegatedValidations:
         """Run ``action`` of ``owner`` when the result has arrived."""
         self._waiting[id(owner)] = action
 
-    def step_scheduler(self, config: Any) -> None:
-        """Step a scheduler that has waited for its metric."""
-        if (value := self._trainer.callback_metrics.get(config.monitor)) is not None:
-            step_plateau_scheduler(self._trainer, config, value)
-
     def restore(self) -> None:
         """Let Lightning run validations as usual again."""
         self._restores.close()
 
     # ----------------------------------------------------------------- internal
+
+    def _postpone(self, config: Any) -> bool:
+        """Return whether a scheduler that is due has to wait for its metric, and let it wait."""
+        if not self.waits(config.monitor):
+            return False
+        self.wait(config, lambda: self._step_scheduler(config))
+        return True
+
+    def _step_scheduler(self, config: Any) -> None:
+        """Step a scheduler that has waited for its metric."""
+        if (value := self._trainer.callback_metrics.get(config.monitor)) is not None:
+            step_plateau_scheduler(self._trainer, config, value)
 
     def _is_due(self, planned: bool) -> bool:
         # Lightning would validate once more when it stops early.
@@ -303,25 +308,6 @@ class _WaitingCallback:
             self._delegated.wait(self, lambda: act(*arguments))
         else:
             act(*arguments)
-
-
-class _WaitingFrequency(int):
-    """Frequency of a scheduler that follows a metric. If the metric's validation is out, the scheduler waits for it."""
-
-    config: Any
-    delegated: DelegatedValidations
-
-    def __new__(cls, config: Any, delegated: DelegatedValidations) -> _WaitingFrequency:
-        frequency = super().__new__(cls, config.frequency)
-        frequency.config, frequency.delegated = config, delegated
-        return frequency
-
-    def __rmod__(self, count: int) -> int:
-        remainder = count % int(self)
-        if remainder or not self.delegated.waits(self.config.monitor):
-            return remainder
-        self.delegated.wait(self.config, lambda: self.delegated.step_scheduler(self.config))
-        return 1  # Not now.
 
 
 def _tensors(numbers: Mapping[str, float | str]) -> dict[str, torch.Tensor]:

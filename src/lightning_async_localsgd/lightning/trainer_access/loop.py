@@ -175,6 +175,39 @@ def control_validations(
     return restore
 
 
+def control_plateau_schedulers(trainer: pl.Trainer, postpone: Callable[[Any], bool]) -> Callable[[], None]:
+    """Let schedulers that follow a metric be stepped later than they are due, until the returned function is called.
+
+    Args:
+        trainer: the trainer.
+        postpone: returns whether Lightning leaves out a scheduler that is due, given its configuration.
+
+    """
+    loop, strategy = trainer.fit_loop.epoch_loop, trainer.strategy
+    update = loop._update_learning_rates
+
+    def update_unless_postponed(interval: str, update_plateau_schedulers: bool) -> None:
+        configs = strategy.lr_scheduler_configs
+        if update_plateau_schedulers and trainer.lightning_module.automatic_optimization:
+            count = 1 + (loop.batch_idx if interval == "step" else trainer.current_epoch)
+            strategy.lr_scheduler_configs = [
+                config
+                for config in configs
+                if not (
+                    config.reduce_on_plateau
+                    and config.interval == interval
+                    and count % config.frequency == 0
+                    and postpone(config)
+                )
+            ]
+        try:
+            update(interval, update_plateau_schedulers)
+        finally:
+            strategy.lr_scheduler_configs = configs
+
+    return _replace_method(loop, "_update_learning_rates", update_unless_postponed)
+
+
 def step_plateau_scheduler(trainer: pl.Trainer, config: Any, value: Any) -> None:
     """Step a scheduler that follows a metric as Lightning does, with the metric's value."""
     progress = trainer.fit_loop.epoch_loop.scheduler_progress

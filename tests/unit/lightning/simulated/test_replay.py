@@ -45,8 +45,8 @@ def test_replay_gives_the_same_weights_and_reports_differences(tmp_path: Path) -
         ("", "first event is not the beginning"),
         ("no log\n", "line 1 cannot be read"),
         ('{"kind":"begin","seconds":0,"content":{"format":99}}\n', "of format 99"),
-        ('{"kind":"pause","seconds":0,"content":{"worker":0}}\n', "first event is not the beginning"),
-        ('{"kind":"begin","seconds":0,"content":{"format":2}}\n' * 2, "more than one run"),
+        ('{"kind":"interrupt","seconds":0,"content":{"worker":0}}\n', "first event is not the beginning"),
+        ('{"kind":"begin","seconds":0,"content":{"format":3}}\n' * 2, "more than one run"),
     ],
 )
 def test_invalid_event_log_is_refused(tmp_path: Path, text: str, words: str) -> None:
@@ -65,3 +65,12 @@ def test_run_with_workers_that_had_joined_before_it_began_is_replayed(tmp_path: 
     events.write_text("".join([begin.replace('"ranks":3', '"ranks":1'), *others]))
     again, _ = fit(Simulated(replay=events, local_steps=5))
     assert same_weights(first, again)
+
+
+def test_log_of_workers_with_unequal_precision_is_refused(tmp_path: Path) -> None:
+    events = tmp_path / "events.jsonl"
+    fit(Simulated(SPEEDS, local_steps=5), callbacks=[RunRecorder(events=events)])
+    for precision in ("32-true", "bf16-mixed"):
+        events.write_text(events.read_text().replace('"precision":""', f'"precision":"{precision}"', 1))
+    with pytest.raises(ValueError, match=r"workers had unequal precision \(32-true, bf16-mixed\)"):
+        Simulated(replay=events)

@@ -213,3 +213,34 @@ def test_scheduler_of_a_metric_is_stepped_with_a_value() -> None:
     callback, _ = at(on_train_batch_end=step)
     fit(callback, module=Validated(), batches=2)
     assert rates == [0.1, pytest.approx(0.01)]
+
+
+def test_schedulers_that_follow_a_metric_are_postponed_until_restored() -> None:
+    class Often(Validated):
+        def configure_optimizers(self) -> Any:
+            configured = super().configure_optimizers()
+            configured["lr_scheduler"]["frequency"] = 2
+            return configured
+
+    asked: list[tuple[int, str]] = []
+    rates: list[float] = []
+    restores: list[Callable[[], None]] = []
+
+    def control(trainer: L.Trainer) -> None:
+        def postpone(config: Any) -> bool:
+            asked.append((trainer.current_epoch, config.monitor))
+            return trainer.current_epoch < 4
+
+        restores.append(loop.control_plateau_schedulers(trainer, postpone))
+
+    def note(trainer: L.Trainer) -> None:
+        if trainer.current_epoch == 6:
+            restores[0]()
+        rates.append(trainer.lr_scheduler_configs[0].scheduler.last_epoch)
+
+    callback, _ = at(on_train_start=control, on_train_epoch_start=note)
+    trainer = fit(callback, module=Often(), batches=1, max_epochs=9, limit_val_batches=1, num_sanity_val_steps=0)
+    # Lightning asks at the end of every second epoch. Two of these steps are left out, and one comes after the end.
+    assert asked == [(1, "loss"), (3, "loss"), (5, "loss")]
+    assert rates == [0, 0, 0, 0, 0, 0, 1, 1, 2]
+    assert len(trainer.lr_scheduler_configs) == 1

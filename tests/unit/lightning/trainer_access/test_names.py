@@ -65,6 +65,7 @@ NAMES = {
     },
     "Trainer(logger=False).fit_loop.epoch_loop": {
         "_batches_that_stepped", "_num_ready_batches_reached", "_results", "_should_accumulate", "_should_check_val_fx",
+        "_update_learning_rates",
     },
     "Trainer(logger=False).fit_loop.epoch_loop.automatic_optimization": {"_make_zero_grad_fn"},
     "trainer.connectors.logger_connector.result._ResultMetric(_Metadata('f', 'x'), True)": {
