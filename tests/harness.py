@@ -16,6 +16,7 @@ from lightning_async_localsgd.policies.budget import Budget
 from lightning_async_localsgd.policies.grace import GraceWindow
 from lightning_async_localsgd.policies.guard import UpdateGuard
 from lightning_async_localsgd.policies.pacing import SpeedAwareSteps
+from lightning_async_localsgd.policies.step_sizes import StepSizes
 from lightning_async_localsgd.policies.synchronous_beginning import SynchronousBeginning
 from lightning_async_localsgd.policies.worker_minimum import WorkerMinimum
 from lightning_async_localsgd.protocol.layout import Layout
@@ -46,20 +47,23 @@ def make_coordinator(
     beginning: int = 0,
     minimum: WorkerMinimum | None = None,
     expected: int = 0,
+    reference: int = 0,
 ) -> Coordinator:
-    """Make a coordinator with simple defaults. Its model is zero."""
+    """Make a coordinator with simple defaults. Its model is zero. With a ``reference``, it counts samples."""
     model = GlobalModel(layout, outer_optimizer or DelayedNesterov(), workers)
+    pacing = SpeedAwareSteps(local_steps, dynamic)
+    pacing.sizes = StepSizes(reference)
     return Coordinator(
         model,
-        SpeedAwareSteps(local_steps, dynamic),
+        pacing,
         GraceWindow(grace),
-        Budget(total),
+        Budget(total, unit=pacing.sizes.unit),
         cohort=workers,
         incarnation=incarnation,
         guard=guard,
-        merging=Merging(model, policy),
+        merging=Merging(model, policy, pacing.sizes.counts_samples),
         overlap=overlap,
-        beginning=SynchronousBeginning(beginning, workers),
+        beginning=SynchronousBeginning(beginning, workers, pacing.sizes.unit),
         minimum=minimum,
         expected=expected,
     )

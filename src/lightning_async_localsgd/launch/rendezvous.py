@@ -167,6 +167,7 @@ class Rendezvous:
         rejoins: this rank was restarted during training. Its operations before :meth:`begin_after_training` are
             no-ops: barriers do not wait, and a broadcast returns this rank's own object.
         expected_workers: the option of this rank, which must be that of rank 0.
+        batch_size: text of the option of this rank, which must be that of rank 0.
 
     Raises:
         RendezvousError: the store cannot be opened or reached.
@@ -186,6 +187,7 @@ class Rendezvous:
         call: int = 1,
         rejoins: bool = False,
         expected_workers: int | None = None,
+        batch_size: str = "",
     ) -> None:
         self.host = host
         self.rank = rank
@@ -203,7 +205,7 @@ class Rendezvous:
         self._store = _keys_of_call(_open_store(host, port, self._hosts_store, timeout), call)
         self.post(_PROCESS, process_identity())
         if not rejoins:
-            self._compare_places(expected_workers)
+            self._compare_places(expected_workers, batch_size)
 
     def barrier(self, name: str | None = None) -> None:
         """Wait until all ranks have reached this call.
@@ -309,10 +311,16 @@ class Rendezvous:
         except RuntimeError as error:
             _log.warning("some ranks did not reach the end of the run: %s", error)
 
-    def _compare_places(self, expected_workers: int | None) -> None:
+    def _compare_places(self, expected_workers: int | None, batch_size: str) -> None:
         """Check that this rank and rank 0 were told the same about the run, and that no rank was started twice."""
         host = socket.gethostname()
-        place = {"id": uuid.uuid4().hex, "host": host, "ranks": self.world_size, "workers": expected_workers}
+        place: dict[str, Any] = {
+            "id": uuid.uuid4().hex,
+            "host": host,
+            "ranks": self.world_size,
+            "workers": expected_workers,
+        }
+        place["batch_size"] = batch_size
         # The first process with this rank writes. Another one reads what the first one has written.
         first = json.loads(self._store.compare_set(f"{_PLACE}/{self.rank}", "", json.dumps(place)))
         of_rank_0 = first
@@ -321,24 +329,37 @@ class Rendezvous:
             of_rank_0 = json.loads(self._store.get(f"{_PLACE}/0"))
         ranks, workers, host_0 = of_rank_0["ranks"], of_rank_0["workers"], of_rank_0["host"]
         if ranks != self.world_size:
-            self._end_all(
+            self.end_all(
                 f"host {host} belongs to a run of {self.world_size} ranks, but rank 0 on host {host_0} to a run of "
                 f"{ranks} ranks; use the same num_nodes and devices on every host, or, for unequal numbers of devices, "
                 "torchrun, SLURM or ASYNC_LOCALSGD_JOIN"
             )
         if first["id"] != place["id"]:
-            self._end_all(
+            self.end_all(
                 f"rank {self.rank} was started twice, on host {first['host']} and on host {host}; give each host a "
                 "NODE_RANK of its own, and the same num_nodes and devices"
             )
         if workers != expected_workers:
-            self._end_all(
+            self.end_all(
                 f"host {host} has expected_workers={expected_workers}, but rank 0 on host {host_0} has "
                 f"expected_workers={workers}; use the same value on every host"
             )
+        if batch_size != of_rank_0["batch_size"]:
+            self.end_all(
+                f"host {host} has {batch_size or 'no batch_size'}, but rank 0 on host {host_0} has "
+                f"{of_rank_0['batch_size'] or 'no batch_size'}; use the same option on every host"
+            )
 
-    def _end_all(self, reason: str) -> NoReturn:
-        """Raise an error on this rank, and on all ranks that wait or will wait."""
+    def end_all(self, reason: str) -> NoReturn:
+        """Raise an error on this rank, and on all ranks that wait before training or will wait.
+
+        Args:
+            reason: text for all ranks, which names this host.
+
+        Raises:
+            HostsDifferError: always.
+
+        """
         self._store.compare_set(_CONTRADICTION, "", reason)  # The first reason counts.
         self._raise_contradiction()
 

@@ -347,6 +347,11 @@ def run_summary(runtime: Runtime) -> dict[str, Any]:
     present = runtime.present_workers()
     speeds = [worker.steps_per_second for worker in view.workers.values() if worker.steps_per_second]
     steps = all_steps - runtime.steps_before
+    all_samples = sum(worker.samples for worker in totals.values()) if runtime.counts_samples else 0
+    if all_samples:  # Steps of the fastest worker may be larger or smaller than those of others.
+        sizes = {number: worker.samples / worker.steps for number, worker in totals.items() if worker.steps}
+        speeds = [(view.workers[n].steps_per_second or 0.0) * sizes.get(n, 0.0) for n in view.workers]
+        speeds = [speed * all_steps / all_samples for speed in speeds if speed]
     return {
         "workers": [
             {
@@ -355,12 +360,13 @@ def run_summary(runtime: Runtime) -> dict[str, Any]:
                 "steps": worker.steps,
                 "rounds": worker.rounds,
                 "samples": worker.samples,
+                "samples_per_step": worker.samples / worker.steps if worker.steps else 0.0,
                 "mean_local_steps": worker.steps / worker.rounds if worker.rounds else 0.0,
                 "mean_staleness": worker.staleness / worker.rounds if worker.rounds else 0.0,
                 "wait_seconds": worker.wait_seconds,
                 "compute_seconds": worker.compute_seconds,
                 "exchange_seconds": worker.exchange_seconds,
-                "share": worker.steps / all_steps if all_steps else 0.0,
+                "share": worker.samples / all_samples if all_samples else worker.steps / max(1, all_steps),
                 "refused": worker.refused,
                 "sessions": worker.sessions,
                 "departures": worker.departures,
@@ -369,6 +375,7 @@ def run_summary(runtime: Runtime) -> dict[str, Any]:
             }
             for number, worker in sorted(totals.items())
         ],
+        "counts_samples": runtime.counts_samples,
         "initial_workers": runtime.workers,
         "steps": all_steps,
         "steps_before": runtime.steps_before,
@@ -394,11 +401,14 @@ def format_table(summary: dict[str, Any]) -> str:
     What workers compute with is shown if they differ in it.
     """
     shown = differing_traits([WorkerTraits(*(worker[name] for name in TRAITS)) for worker in summary["workers"]])
-    columns = ("worker", *shown, "steps", "rounds", "mean H", "mean staleness", "waiting s", "exchange s", "share")
+    sizes = ("samples/step",) if summary["counts_samples"] else ()
+    own = (*shown, *sizes)
+    columns = ("worker", *own, "steps", "rounds", "mean H", "mean staleness", "waiting s", "exchange s", "share")
     rows = [
         (
             "former" if worker["worker"] == FORMER else str(worker["worker"]),
             *(worker[name] or "?" for name in shown),
+            *(f"{worker['samples_per_step']:.1f}" for _ in sizes),
             str(worker["steps"]),
             str(worker["rounds"]),
             f"{worker['mean_local_steps']:.1f}",

@@ -41,6 +41,10 @@ class FitState:
         optimizer_file: file that this worker's inner optimizer states were loaded from.
         saved_model: which tensors of the last checkpoint are the global model.
         observers: objects that the server tells what happens.
+        workers: number of workers that the run begins with.
+        found_batch_size: the batch size that ``batch_size="auto"`` has found for this rank.
+        search_error: why it could not.
+        batch_size: what the workers' own batch sizes are and refer to; "" if they have none.
         lost_workers: on rank 0, after training: workers of the beginning that did not see its end.
 
     """
@@ -58,6 +62,10 @@ class FitState:
     optimizer_file: Path | None = None
     saved_model: SavedModel = field(default_factory=SavedModel)
     observers: list[RunObserver] = field(default_factory=list)
+    workers: int = 1
+    found_batch_size: int | None = None
+    search_error: str | None = None
+    batch_size: str = ""
     lost_workers: list[int] = field(default_factory=list)
 
     def search_learning_rate(self, trainer: pl.Trainer) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import timedelta
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -24,7 +23,6 @@ from typing_extensions import override
 from lightning_async_localsgd.launch.children import report_failure
 from lightning_async_localsgd.launch.evaluator_process import EvaluatorProcess
 from lightning_async_localsgd.launch.joining import Invitation, begin_call, enter, invitation, takes_part, token_of
-from lightning_async_localsgd.launch.rank_environment import rank_environment
 from lightning_async_localsgd.launch.stage_group import StageGroup
 from lightning_async_localsgd.launch.uncaught import print_in_one_line
 from lightning_async_localsgd.lightning.checkpoints.contents import CHECKPOINT_KEY
@@ -33,7 +31,7 @@ from lightning_async_localsgd.lightning.data.training_data import TrainingData
 from lightning_async_localsgd.lightning.evaluator import check_can_evaluate, evaluate
 from lightning_async_localsgd.lightning.fit_state import FitState
 from lightning_async_localsgd.lightning.launchers.host_ranks import JoiningEnvironment, adopt_ranks
-from lightning_async_localsgd.lightning.launchers.meeting import meet_ranks
+from lightning_async_localsgd.lightning.launchers.meeting import meet_ranks, shown_ranks
 from lightning_async_localsgd.lightning.launchers.process_launcher import AsyncProcessLauncher
 from lightning_async_localsgd.lightning.launchers.script_launcher import AsyncScriptLauncher
 from lightning_async_localsgd.lightning.loop.controller import FitController
@@ -45,13 +43,14 @@ from lightning_async_localsgd.lightning.option_checks import (
     check_processes,
     check_workers,
 )
+from lightning_async_localsgd.lightning.own_batches import settle_batches
 from lightning_async_localsgd.lightning.registration import register_names
 from lightning_async_localsgd.lightning.strategy_base import _StrategyBase
 from lightning_async_localsgd.lightning.trainer_access.launchers import script_command
-from lightning_async_localsgd.lightning.trainer_access.loop import run_validations_in
 from lightning_async_localsgd.lightning.trainer_access.strategy import sync_module_states, trainer_of
 from lightning_async_localsgd.lightning.waiting import WaitCheck
 from lightning_async_localsgd.outer import OuterOptimizer
+from lightning_async_localsgd.policies.worker_batches import BatchSizes
 from lightning_async_localsgd.protocol.checks import check_bool
 from lightning_async_localsgd.protocol.options import ExchangeOptions
 from lightning_async_localsgd.protocol.traits import WorkerTraits
@@ -70,6 +69,7 @@ if TYPE_CHECKING:
     from lightning_async_localsgd.launch.joining import JoinGrant
     from lightning_async_localsgd.launch.rendezvous import Rendezvous
     from lightning_async_localsgd.policies.plan import RunBudget
+    from lightning_async_localsgd.policies.worker_batches import WorkerBatches
     from lightning_async_localsgd.runtime.settings import RuntimeSettings
 
 _log = logging.getLogger(__name__)
@@ -115,6 +115,8 @@ class AsyncLocalSGDStrategy(_StrategyBase):
         min_workers: fewest live workers with which training goes on. With fewer it is paused: no worker begins a new
             round, and nothing is lost. A pause longer than ``exchange.pause_timeout`` ends the run with an error and
             a checkpoint. 1 never pauses training.
+        batch_size: batch sizes of workers that differ from the data loader's: by rank, where ``(16, 4)`` accumulates 4
+            batches of 16, a function of a device's bytes, or ``"auto"`` (what fits). Progress then counts samples.
         evaluator: whether one more process on the host of rank 0 validates the global model, so that rank 0 goes on
             training meanwhile.
         checkpoint_every: how often rank 0 writes a checkpoint into the run's directory, and each worker its inner
@@ -162,6 +164,7 @@ class AsyncLocalSGDStrategy(_StrategyBase):
         fail_on_lost_workers: bool = False,
         expected_workers: int | None = None,
         min_workers: int = 1,
+        batch_size: BatchSizes | None = None,
         evaluator: bool = False,
         checkpoint_every: int | timedelta | None = timedelta(minutes=10),
         accelerator: Accelerator | None = None,
@@ -185,6 +188,7 @@ class AsyncLocalSGDStrategy(_StrategyBase):
             exchange,
             checkpoint_every,
             min_workers,
+            batch_size,
             accelerator=accelerator,
             parallel_devices=parallel_devices,
             cluster_environment=cluster_environment,
@@ -221,6 +225,8 @@ class AsyncLocalSGDStrategy(_StrategyBase):
             others_may_join = self._token() is not None and self.exchange.transport != "ipc"
             check_workers(self.expected_workers, self.min_workers, self.world_size, others_may_join)
             self.merge_policy.check_workers(self._initial_workers, others_may_join, self.outer_optimizer, self.grace)
+            if self.batches is not None:
+                self.batches.check_workers(self._initial_workers, others_may_join)
         if self._start_method == "popen" or joins_late:
             self._launcher = AsyncScriptLauncher(
                 self.cluster_environment, self.num_processes, self.num_nodes, self.max_restarts, check_hosts
@@ -289,7 +295,9 @@ class AsyncLocalSGDStrategy(_StrategyBase):
         self.set_world_ranks()
         trainer = self._trainer
         self._show_ranks(trainer, fitting)
-        self._rendezvous = meet_ranks(self, self._grant, run, self.exchange.start_timeout, self.expected_workers)
+        self._rendezvous = meet_ranks(
+            self, self._grant, run, self.exchange.start_timeout, self.expected_workers, self.batches
+        )
         if self._grant is not None:
             trainer.num_sanity_val_steps = 0  # The sanity check comes before training.
         if not fitting:
@@ -303,19 +311,14 @@ class AsyncLocalSGDStrategy(_StrategyBase):
         if self._grant is not None:
             shared = self._grant.info.seed, self._grant.info.run_name
         seed, self.run_name = shared
-        return FitState(fit_number, seed, self._grant)
+        return FitState(fit_number, seed, self._grant, workers=self._initial_workers)
 
     def _show_ranks(self, trainer: pl.Trainer, fitting: bool) -> None:
         """Let data libraries know this rank, until the stage is closed."""
         self._environment.close()
         self._ranks = super().world_size
-        # A late joiner has no share of its own in data that is split by rank.
         ranks = self._initial_workers if fitting else self.world_size
-        rank = self.global_rank % ranks
-        self._environment.enter_context(rank_environment(rank, ranks, self.local_rank, self.num_processes))
-        if fitting and self.world_size > 1:
-            # In fit, a rank that validates does so on all data.
-            self._environment.callback(run_validations_in(trainer, partial(rank_environment, 0, 1, 0, 1)))
+        self._environment.enter_context(shown_ranks(self, trainer, ranks, fitting and self.world_size > 1))
 
     def _open_group(self) -> None:
         """Open the process group of ``validate``, ``test`` and ``predict``, as DDP does."""
@@ -328,8 +331,9 @@ class AsyncLocalSGDStrategy(_StrategyBase):
     @override
     def _make_training_data(self, fit: FitState) -> TrainingData:
         single = self.world_size == 1 and self._token() is None and not self.evaluator
+        leased, by_samples = fit.uses_distributed_sampler, self.batches is not None
         data = TrainingData(
-            self._trainer, self._initial_workers, fit.seed, fit.uses_distributed_sampler, self._rendezvous, single
+            self._trainer, self._initial_workers, fit.seed, leased, self._rendezvous, single, by_samples
         )
         self._environment.callback(data.close)
         return data
@@ -342,6 +346,10 @@ class AsyncLocalSGDStrategy(_StrategyBase):
         if self._fit is None and self._rendezvous is not None:
             assert self.model is not None
             (self._group.sync_weights if self._group.mixed else sync_module_states)(self.model)
+
+    @override
+    def _settle_batches(self, batches: WorkerBatches, fit: FitState) -> None:
+        settle_batches(batches, self._trainer, fit, self.root_device, self._rendezvous)
 
     @override
     def _close_stage(self) -> None:

@@ -7,7 +7,6 @@ saves and logs, and it does so with the weights of the global model.
 
 from __future__ import annotations
 
-import copy
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -21,6 +20,7 @@ from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_async_localsgd.lightning.batch_search import search_for
 from lightning_async_localsgd.lightning.callback import AsyncLocalSGDCallback
 from lightning_async_localsgd.lightning.checkpoints.contents import (
     CHECKPOINT_KEY,
@@ -36,19 +36,18 @@ from lightning_async_localsgd.lightning.checkpoints.run_folder import folder_of,
 from lightning_async_localsgd.lightning.checkpoints.worker_files import keep_files, name_folder, remove_worker_files
 from lightning_async_localsgd.lightning.loop.announcement import announce
 from lightning_async_localsgd.lightning.loop.averaging import averaging_callbacks, cancel_batch_norm_epochs
-from lightning_async_localsgd.lightning.loop.beginning import beginning_length, check_beginning
+from lightning_async_localsgd.lightning.loop.beginning import check_beginning
 from lightning_async_localsgd.lightning.loop.hooks import LoopHooks
 from lightning_async_localsgd.lightning.loop.limits import SuspendedLimits, run_budget
-from lightning_async_localsgd.lightning.loop.optimizer_reset import torch_optimizer
-from lightning_async_localsgd.lightning.loop.second_moments import averaged_moments
-from lightning_async_localsgd.lightning.loop.step_axis import reserved_units
 from lightning_async_localsgd.lightning.option_checks import (
     check_callbacks,
     defaults_with_quorum,
     exchanges_frozen,
     warn_if_rounded,
 )
+from lightning_async_localsgd.lightning.own_batches import check_own_batches, parsed_batches, text_if_too_large
 from lightning_async_localsgd.lightning.registration import text_for_other_package
+from lightning_async_localsgd.lightning.run_settings import run_settings
 from lightning_async_localsgd.lightning.trainer_access.callbacks import callbacks_of, searches_learning_rate
 from lightning_async_localsgd.lightning.trainer_access.data import set_distributed_sampler
 from lightning_async_localsgd.outer import OuterOptimizer, resolve_outer_optimizer
@@ -59,8 +58,6 @@ from lightning_async_localsgd.policies.worker_minimum import check_min_workers
 from lightning_async_localsgd.protocol.checks import check_bool
 from lightning_async_localsgd.protocol.layout import Layout
 from lightning_async_localsgd.protocol.options import ExchangeOptions, checked_options
-from lightning_async_localsgd.runtime.optimizer_weights import OptimizerWeights
-from lightning_async_localsgd.runtime.settings import RuntimeSettings
 from lightning_async_localsgd.server.merge_policy import MergeOptions, MergePolicy
 from lightning_async_localsgd.staleness import Staleness
 
@@ -74,7 +71,9 @@ if TYPE_CHECKING:
     from lightning_async_localsgd.lightning.fit_state import FitState
     from lightning_async_localsgd.lightning.loop.controller import FitController
     from lightning_async_localsgd.policies.plan import RunBudget
+    from lightning_async_localsgd.policies.worker_batches import WorkerBatches
     from lightning_async_localsgd.runtime.base import Runtime
+    from lightning_async_localsgd.runtime.settings import RuntimeSettings
     from lightning_async_localsgd.server.observers import RunObserver
 
 
@@ -101,6 +100,7 @@ class _StrategyBase(DDPStrategy):
         exchange: ExchangeOptions | None,
         checkpoint_every: int | timedelta | None,
         min_workers: int,
+        batch_size: Any,
         **lightning: Any,
     ) -> None:
         super().__init__(**lightning)
@@ -113,6 +113,7 @@ class _StrategyBase(DDPStrategy):
         )
         self.merge_policy.check_with(self.outer_optimizer, self.grace)
         self.min_workers = check_min_workers(min_workers)
+        self.batches = parsed_batches(batch_size)
         self.exchange = checked_options(exchange)
         check_interval(checkpoint_every)
         self.checkpoint_every = checkpoint_every
@@ -197,6 +198,14 @@ class _StrategyBase(DDPStrategy):
     ) -> FitController:
         """Start asynchronous training."""
 
+    def before_fit(self) -> None:
+        """Search for this rank's batch size, if the option says so."""
+        if self._fit is not None and self.batches is not None and self.batches.is_auto:
+            search_for(self, self._trainer, self._fit)
+
+    def _settle_batches(self, batches: WorkerBatches, fit: FitState) -> None:
+        """Give the workers batches of their own sizes."""
+
     def _token(self) -> str | None:
         """Return the user's secret, with which workers may join while training runs."""
         return None
@@ -240,6 +249,7 @@ class _StrategyBase(DDPStrategy):
             assert self.lightning_module is not None
             check_callbacks(trainer, joins=self.joins)
             check_beginning(trainer, self.merge_policy, self._initial_workers)
+            check_own_batches(trainer, self.batches)
             self.merge_policy.check_frozen(self._exchanges_frozen)
             Layout.of(self.lightning_module, self._exchanges_frozen)
             run_budget(trainer, self._initial_workers)
@@ -282,6 +292,8 @@ class _StrategyBase(DDPStrategy):
         assert fit.limits is not None
         if cancel_batch_norm_epochs(trainer):
             fit.limits.suspend_epochs()
+        if self.batches is not None:
+            self._settle_batches(self.batches, fit)
         budget = run_budget(trainer, self._initial_workers, fit.data)
         done = self._steps_done
         if done is None:
@@ -289,27 +301,8 @@ class _StrategyBase(DDPStrategy):
             done = round(trainer.global_step * budget.total_per_rank_step(self._initial_workers))
         # A worker that joins takes the offset from the server, so that all ranks have the same.
         offset = counted_step_offset(trainer, fit.position, budget) if fit.grant is None else fit.grant.info.step_offset
-        settings = RuntimeSettings(
-            pacing=copy.deepcopy(self.pacing),
-            outer_optimizer=resolve_outer_optimizer(self.outer_optimizer),
-            grace=self.grace,
-            budget=budget,
-            merge=self.merge_policy,
-            sync_warmup_steps=beginning_length(trainer, self.merge_policy, budget, restored, done),
-            exchange=self.exchange,
-            min_workers=self.min_workers,
-            steps_done=done,
-            step_offset=offset,
-            reserved_units=reserved_units(trainer, fit.data, self._initial_workers),
-            exchange_frozen=self._exchanges_frozen,
-            moments=averaged_moments(self.merge_policy, self._exchanges_frozen, self.optimizers),
-            optimizer_weights=OptimizerWeights([torch_optimizer(optimizer) for optimizer in self.optimizers]),
-            token=self._token(),
-            fit_number=fit.number,
-            seed=fit.seed,
-            run_name=self.run_name,
-            observers=tuple(fit.observers),
-        )
+        others = {"exchange_frozen": self._exchanges_frozen, "token": self._token()}
+        settings = run_settings(self, trainer, fit, budget, restored, done, offset, **others)
         fit.controller = self._start_training(settings, restored, budget)
         announce(trainer, settings, self._initial_workers, self.strategy_name)
         warn_if_rounded(fit.controller.runtime.binding.layout, self.strategy_name)
@@ -466,6 +459,9 @@ class _StrategyBase(DDPStrategy):
         self._failed = True
         who = "rank 0" if self.is_global_zero else "it"  # Rank 0 tells its workers, and a worker tells rank 0.
         what = f"{type(exception).__name__}: {exception}".removesuffix(": ")
+        rank = self.global_rank
+        if (text := text_if_too_large(self.batches, self._fit, self.root_device, rank, exception)) is not None:
+            what = text
         self._abandon(f"{who} ended with {what}")
 
     def _abandon(self, reason: str) -> None:

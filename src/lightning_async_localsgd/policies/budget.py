@@ -1,4 +1,4 @@
-"""The budget: local optimizer steps of all workers together, and how they are granted."""
+"""The budget: the work of all workers together, and how it is granted."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class _Reservation:
-    """Steps that a worker was granted, and the time from which it takes them."""
+    """Units that a worker was granted, and the time from which it takes them."""
 
     steps: int
     since: float
@@ -19,6 +19,9 @@ class _Reservation:
 
 class Budget:
     """Counts local steps of all workers together, and reserves the steps of each round before it begins.
+
+    If workers have batch sizes of their own, a unit of the budget is a sample, see :class:`.StepSizes`. Then all
+    numbers of steps below are numbers of samples, and grants are whole steps of the worker: multiples of its ``size``.
 
     Near the end, rounds are cut so that all workers finish at about the same time. Otherwise one worker would take the
     last steps while the others wait.
@@ -29,6 +32,7 @@ class Budget:
         upper_bound: if given, ``total`` is an estimate, and the end of the data ends the run. A worker with data is
             granted a step even if the total is reached, and whole rounds once more than ``upper_bound`` steps are done,
             because then the estimate was wrong.
+        unit: units of a step of the script's own batch size.
 
     Raises:
         ValueError: A number is negative.
@@ -45,7 +49,7 @@ class Budget:
 
     """
 
-    def __init__(self, total: int | None, done: int = 0, upper_bound: int | None = None) -> None:
+    def __init__(self, total: int | None, done: int = 0, upper_bound: int | None = None, unit: int = 1) -> None:
         if total is not None and total < 0:
             raise ValueError(f"a budget's total must be >= 0 local steps, or None for no end, got {total}")
         if done < 0:
@@ -53,6 +57,7 @@ class Budget:
         self.total = total
         self._done = done
         self._upper_bound = upper_bound
+        self._unit = unit
         self._stopped = False
         self._reservations: dict[int, _Reservation] = {}
 
@@ -90,6 +95,8 @@ class Budget:
         speeds: Mapping[int, float | None],
         begun: int = 0,
         since: float | None = None,
+        size: int = 1,
+        takes_rest: bool = True,
     ) -> int:
         """Reserve the steps of a worker's next round. An older reservation of that worker is released.
 
@@ -100,6 +107,9 @@ class Budget:
             speeds: steps per second of every live worker, None while unknown.
             begun: steps that were granted ahead, see :meth:`grant_ahead`. The worker may have taken them already.
             since: time from which the worker takes the steps; now, if not given.
+            size: units of a step of the worker. ``wanted`` and ``begun`` are multiples of it.
+            takes_rest: whether the worker takes the last step if less than a whole one is left: that with the smallest
+                steps.
 
         Returns:
             The granted steps: at most ``wanted``, less near the end, 0 if none are left. If ``begun`` is more, that
@@ -113,11 +123,16 @@ class Budget:
             return 0
         steps = wanted
         if not self._beyond_estimate:
-            steps = int(max(1, min(wanted, self._unreserved(), self._fair_share(worker, now, speeds))))
+            left, fair = self._unreserved(), self._fair_share(worker, now, speeds)
+            if left < size and not (takes_rest or begun or self._upper_bound is not None):
+                return 0
+            steps = int(max(size, min(wanted, _whole(left, size), -_whole(-fair, size))))
         self._reservations[worker] = _Reservation(max(begun, steps), now if since is None else since)
         return steps
 
-    def grant_ahead(self, worker: int, wanted: int, now: float, speeds: Mapping[int, float | None]) -> int:
+    def grant_ahead(
+        self, worker: int, wanted: int, now: float, speeds: Mapping[int, float | None], size: int = 1
+    ) -> int:
         """Reserve steps that a worker may take after the round that it was granted, while its push is in flight.
 
         Args:
@@ -125,6 +140,7 @@ class Budget:
             wanted: steps of a whole round.
             now: seconds.
             speeds: steps per second of every live worker, None while unknown.
+            size: units of a step of the worker.
 
         Returns:
             The granted steps: at most ``wanted``, and 0 near the end.
@@ -136,7 +152,7 @@ class Budget:
         steps = wanted
         if not self._beyond_estimate:
             fair = self._fair_share(worker, now, speeds) - reservation.steps
-            steps = int(max(0, min(wanted, self._unreserved(), fair)))
+            steps = int(max(0, _whole(min(wanted, self._unreserved(), fair), size)))
         self._reservations[worker] = _Reservation(reservation.steps + steps, reservation.since)
         return steps
 
@@ -179,7 +195,7 @@ class Budget:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what outlives the process. Reservations do not: unfinished rounds are lost with it."""
-        return {"done": self._done}
+        return {"done": self._done} if self._unit == 1 else {"done": self._done, "unit": self._unit}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the done steps, but not ``total``, which may be different in this run."""
@@ -212,6 +228,11 @@ class Budget:
                 left += reservation.steps - _expected_steps(reservation, now, known[other])
         # Rounded first, so that an exact share is not raised by one because of the last bit.
         return max(1, math.ceil(round(known[worker] * left / sum(known.values()), 6)))
+
+
+def _whole(units: float, size: int) -> float:
+    """Return the units of as many whole steps."""
+    return units if size == 1 or math.isinf(units) else units // size * size
 
 
 def _expected_steps(reservation: _Reservation, now: float, speed: float) -> float:

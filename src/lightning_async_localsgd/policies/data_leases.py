@@ -53,13 +53,15 @@ class DataLeases:
         shard_count: number of shards of an epoch (k in equation 2).
         seed: seed of the draws of shards.
         reserved: number of units of each epoch that are reserved for the lead, see :meth:`lead`.
+        lead_unit: items in a unit of the lead, if workers have units of their own, see :attr:`.LeaseRequest.own_unit`.
 
     """
 
-    def __init__(self, shard_count: int, seed: int = 0, reserved: int = 1) -> None:
+    def __init__(self, shard_count: int, seed: int = 0, reserved: int = 1, lead_unit: int = 1) -> None:
         self._shard_count = shard_count
         self._seed = seed
         self._reserved_units = reserved
+        self._lead_unit = lead_unit
         # The least recently requested stream comes first.
         self._streams: dict[str, LeasedEpochs] = {}
         # Streams that were not requested since they were restored.
@@ -208,28 +210,29 @@ class DataLeases:
                 f"{request.epoch}"
             )
         stream = self._streams.pop(name, None)
-        if stream is not None and (stream.items, stream.unit) != (request.items, request.unit):
+        unit = 1 if request.own_unit else request.unit
+        if stream is not None and (stream.items, stream.unit) != (request.items, unit):
             if name not in self._restored:
                 self._streams[name] = stream
                 return None, (
-                    f"the data of worker {request.worker} has {request.items} items in units of {request.unit} (data "
+                    f"the data of worker {request.worker} has {request.items} items in units of {unit} (data "
                     f"stream {shown}), but the data of the others has {stream.items} in units of {stream.unit}; every "
                     "rank must have the same data, batch size and sampler"
                 )
             _log.warning(
                 "data stream %s has %d items in units of %d, but in the checkpoint it had %d in units of %d: its "
                 "position in the epoch cannot be restored, so epoch %d starts from its beginning",
-                shown, request.items, request.unit, stream.items, stream.unit, request.epoch,
+                shown, request.items, unit, stream.items, stream.unit, request.epoch,
             )  # fmt: skip
             stream = None
         if stream is None:
             refused = self._make_room_for(name)
             if refused is not None:
                 return None, refused
-            stream = LeasedEpochs.begin(request.items, request.unit, request.epoch, self._shards_of(request))
+            stream = LeasedEpochs.begin(request.items, unit, request.epoch, self._shards_of(request))
             self._reserve_for_lead(stream, request)
         elif name in self._restored and self._reserves_for(request):
-            stream.reserve_restored(self._reserved_units)
+            stream.reserve_restored(self._reserved_units * self._lead_unit)
         self._streams[name] = stream
         self._restored.discard(name)
         return stream, ""
@@ -261,7 +264,7 @@ class DataLeases:
             reserved = stream.take_reserved(request.epoch) if is_lead else None
             return None if reserved is None else (request.epoch, *reserved)
         draw = partial(_draw, (self._seed, request.stream, stream.epoch, stream.draws))
-        items = stream.allocate(epoch, max(1, workers), draw)
+        items = stream.allocate(epoch, max(1, workers), draw, request.unit)
         if is_lead and self._reserved_units == 1:
             stream.free_reserved(epoch, epoch)
         return (epoch, *items)
@@ -284,7 +287,7 @@ class DataLeases:
 
     def _reserve_for_lead(self, stream: LeasedEpochs, request: LeaseRequest) -> None:
         if self._reserves_for(request):
-            stream.reserve(self._reserved_units)
+            stream.reserve(self._reserved_units * self._lead_unit)
 
     def _reserves_for(self, request: LeaseRequest) -> bool:
         # If the stream's epochs are not the run's, the lead needs no part of each.

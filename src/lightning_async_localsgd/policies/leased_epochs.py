@@ -164,8 +164,16 @@ class LeasedEpochs:
         for epoch in [epoch for epoch in self._reserved if first <= epoch <= last]:
             self.give_back([(epoch, *self._reserved.pop(epoch))])
 
-    def allocate(self, epoch: int, workers: int, draw: Callable[[int], int]) -> tuple[int, int]:
-        """Remove the items of a lease from the free items of ``epoch``, and return them."""
+    def allocate(self, epoch: int, workers: int, draw: Callable[[int], int], unit: int = 1) -> tuple[int, int]:
+        """Remove the items of a lease from the free items of ``epoch``, and return them.
+
+        Args:
+            epoch: the epoch; some of its items are free.
+            workers: number of workers that share the free items.
+            draw: returns a random number below its argument.
+            unit: the lease is a multiple of this many items, unless fewer adjacent ones are free.
+
+        """
         free = self._free[epoch]
         window = (0, self.items)
         if epoch == self.epoch:
@@ -175,8 +183,8 @@ class LeasedEpochs:
             cumulated = list(itertools.accumulate(shard_weights(sizes, leased)))
             window = parts[bisect_right(cumulated, draw(cumulated[-1]))]
             self.draws += 1
-        share = -(-free.size // (_LEASES_PER_WORKER * workers * self.unit))
-        items = free.pop(self.unit * min(max(share, 1), LARGEST_LEASE), *window)
+        share = -(-free.size // (_LEASES_PER_WORKER * workers * unit))
+        items = free.pop(unit * min(max(share, 1), LARGEST_LEASE), *window)
         if free.size == 0:
             del self._free[epoch]
         return items

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal
 
 from lightning_async_localsgd.policies.round_length import RoundLength
+from lightning_async_localsgd.policies.step_sizes import StepSizes
 
 _log = logging.getLogger(__name__)
 
@@ -23,12 +24,18 @@ class SpeedAwareSteps:
     against single disturbed rounds, and the maximum of medians against a worker that was fast once. The ratio in use
     changes only when it is off by more than ``hysteresis``, so that timer noise does not change rounds.
 
+    If workers have batch sizes of their own, the fastest worker is the one with the most samples per second. Its rounds
+    have H of its own steps, and all others as many of theirs as take the same time, which may be more than H.
+
     Args:
         local_steps: H, local steps of the fastest worker's round, at least 1; ``"auto"`` leaves it to
             :class:`.RoundLength`.
         dynamic: if False, every worker takes H steps. Speeds are measured nevertheless.
         windows: number of measurements that the median is taken over, at least 1.
         hysteresis: relative change of the ratio that is ignored, in [0, 1).
+
+    Attributes:
+        sizes: the units of a step of each worker, see :class:`.StepSizes`.
 
     Raises:
         ValueError: A value is outside its range.
@@ -56,6 +63,7 @@ class SpeedAwareSteps:
         if not 0.0 <= hysteresis < 1.0:
             raise ValueError(f"hysteresis must be in [0, 1), got {hysteresis!r}")
         self.dynamic = dynamic
+        self.sizes = StepSizes()
         self._length = RoundLength() if local_steps == "auto" else None
         self._local_steps = local_steps
         self._windows = windows
@@ -101,14 +109,19 @@ class SpeedAwareSteps:
         speeds = self._speeds.get(worker)
         return statistics.median(speeds) if speeds else None
 
-    def total_speed(self, workers: Iterable[int]) -> float | None:
-        """Return the steps per second of ``workers`` together; None if no speed is known.
+    def rate(self, worker: int) -> float | None:
+        """Return the worker's units per second of computing; None while unknown."""
+        speed = self.speed(worker)
+        return None if speed is None else speed * self.sizes.of(worker)
 
-        The mean of the known speeds stands for unknown ones.
+    def total_rate(self, workers: Iterable[int]) -> float | None:
+        """Return the units per second of ``workers`` together; None if no speed is known.
+
+        The mean of the known rates stands for unknown ones.
         """
-        speeds = [self.speed(worker) for worker in workers]
-        known = [speed for speed in speeds if speed is not None]
-        return statistics.fmean(known) * len(speeds) if known else None
+        rates = [self.rate(worker) for worker in workers]
+        known = [rate for rate in rates if rate is not None]
+        return statistics.fmean(known) * len(rates) if known else None
 
     def steps_for(self, worker: int, live: Collection[int], total: int | None = None) -> int:
         """Return the local steps of a worker's next round: H while its speed is unknown.
@@ -116,13 +129,14 @@ class SpeedAwareSteps:
         Args:
             worker: the worker's number.
             live: all live workers.
-            total: local steps of all workers together in the whole run; None if it has no end.
+            total: units of all workers together in the whole run; None if it has no end.
 
         """
-        reference = max((speed for speed in map(self.speed, {worker, *live}) if speed is not None), default=None)
+        fastest = max({worker, *live}, key=lambda other: (self.rate(other) or 0.0, -other))
+        reference = self.speed(fastest)
         if self._length is not None:
             before = self._length.steps
-            self._length.update(live, reference, total)
+            self._length.update(live, reference, total if total is None else total // self.sizes.of(fastest))
             if self._length.steps != before:
                 _log.info("rounds have up to %d local steps now, %d before", self._length.steps, before)
         speed = self.speed(worker)

@@ -12,7 +12,7 @@ class EpochSteps(NamedTuple):
     """Planned steps of an epoch.
 
     Attributes:
-        total: local steps of all workers together.
+        total: local steps of all workers together, or other units, see :class:`.StepSizes`.
         steps_per_rank: optimizer steps that each rank would take under DDP.
 
     """
@@ -26,11 +26,12 @@ class RunBudget:
     """Planned steps of a run, from the trainer's limits.
 
     Attributes:
-        total: local steps of all workers together; None for no end.
+        total: local steps of all workers together, or other units, see :class:`.StepSizes`; None for no end.
         steps_per_rank: optimizer steps that each rank would take under DDP; None for no end.
         limit: the trainer's limit that the plan follows from.
         epochs: planned steps of each epoch, if ``max_epochs`` ends the run and all ranks share its epochs. ``total``
             and ``steps_per_rank`` are their sums. Empty otherwise.
+        unit: units of a step of the script's own batch size.
 
     """
 
@@ -38,12 +39,13 @@ class RunBudget:
     steps_per_rank: int | None
     limit: Literal["max_steps", "max_epochs"] | None = None
     epochs: tuple[EpochSteps, ...] = ()
+    unit: int = 1
 
     @classmethod
-    def of_epochs(cls, epochs: Sequence[EpochSteps]) -> RunBudget:
+    def of_epochs(cls, epochs: Sequence[EpochSteps], unit: int = 1) -> RunBudget:
         """Return the plan of a run that ends with its data."""
         total, steps_per_rank = (sum(numbers) for numbers in zip(*epochs, strict=True)) if epochs else (0, 0)
-        return cls(total, steps_per_rank, "max_epochs", tuple(epochs))
+        return cls(total, steps_per_rank, "max_epochs", tuple(epochs), unit)
 
     @property
     def ends_with_data(self) -> bool:
@@ -51,15 +53,17 @@ class RunBudget:
         return self.limit == "max_epochs" and bool(self.epochs)
 
     def upper_bound(self, workers: int) -> int | None:
-        """Return the largest number of local steps if the estimate is right; None if ``total`` is not an estimate.
+        """Return the largest number of units if the estimate is right; None if ``total`` is not an estimate.
 
         Each worker may end an epoch with an incomplete window of accumulated batches.
         """
-        return self.total + workers * len(self.epochs) if self.ends_with_data and self.total is not None else None
+        if not self.ends_with_data or self.total is None:
+            return None
+        return self.total + workers * len(self.epochs) * self.unit
 
     def total_per_rank_step(self, workers: int) -> float:
-        """Return the local steps of all workers together per planned step of a rank."""
-        return self.total / self.steps_per_rank if self.total and self.steps_per_rank else workers
+        """Return the units of all workers together per planned step of a rank."""
+        return self.total / self.steps_per_rank if self.total and self.steps_per_rank else workers * self.unit
 
 
 class Position(NamedTuple):
@@ -105,12 +109,15 @@ class Position(NamedTuple):
 
 
 def restored_done(state: Mapping[str, Any], budget: RunBudget, workers: int) -> int:
-    """Return the local steps that count as done in a run that resumes from a server's saved state.
+    """Return the units that count as done in a run that resumes from a server's saved state.
 
     A run that ends with its data keeps its position in the data, whatever its ranks and batches are now. In other runs,
     the done steps per worker stay the same.
     """
     done, before = int(state["budget"]["done"]), int(state["initial_workers"])
+    unit = int(state["budget"].get("unit", 1))
+    if unit != budget.unit:  # Batch sizes are other ones, or workers had none of their own.
+        done = round(done / unit * budget.unit)
     if not budget.ends_with_data:
         return round(done * workers / before)
     position = Position.in_state(state)

@@ -40,6 +40,7 @@ class SynchronousBeginning:
     Args:
         steps: length of the beginning in steps per worker, as in the trainer's ``max_steps``.
         workers: number of workers that the run is started with.
+        unit: units of progress in a step of the script's own batch size, see :class:`.StepSizes`.
 
     Example::
 
@@ -51,34 +52,38 @@ class SynchronousBeginning:
 
     """
 
-    def __init__(self, steps: int, workers: int) -> None:
+    def __init__(self, steps: int, workers: int, unit: int = 1) -> None:
         self.steps = steps
-        self._end = steps * workers
+        self._end = steps * workers * unit
 
     def left(self, done: int) -> int:
-        """Return the local steps of all workers together that are left of the beginning, given those done so far."""
+        """Return the units of all workers together that are left of the beginning, given those done so far."""
         return max(0, self._end - done)
 
-    def shares(self, speeds: Mapping[int, float | None], room: float) -> dict[int, int]:
+    def shares(
+        self, speeds: Mapping[int, float | None], room: float, sizes: Mapping[int, int] | None = None
+    ) -> dict[int, int]:
         """Return how many local steps of gradients each worker contributes to the next step, at least one each.
 
         Args:
             speeds: steps per second of the workers; None while unknown. Then all workers contribute one.
             room: largest sum of the contributions. If it is smaller than the number of workers, each contributes one.
+            sizes: units of a step of each worker, in which ``room`` is given; 1 each if not given.
 
         """
+        sizes = dict.fromkeys(speeds, 1) if sizes is None else sizes
         known = [speed for speed in speeds.values() if speed]
         if len(known) < len(speeds):
             return dict.fromkeys(speeds, 1)
         slowest = min(known)
         wanted = {worker: math.floor((speed or slowest) / slowest + _ROUNDING) for worker, speed in speeds.items()}
-        total = sum(wanted.values())
+        total = sum(steps * sizes[worker] for worker, steps in wanted.items())
         if total > room:
             # Rounding down leaves the sum within the room, except for the workers that contribute one at least.
             wanted = {worker: max(1, math.floor(steps * room / total)) for worker, steps in wanted.items()}
             for worker in sorted(wanted, key=lambda worker: (-wanted[worker], worker)):
-                excess = sum(wanted.values()) - room
+                excess = sum(steps * sizes[other] for other, steps in wanted.items()) - room
                 if excess <= 0:
                     break
-                wanted[worker] = max(1, wanted[worker] - math.ceil(excess))
+                wanted[worker] = max(1, wanted[worker] - math.ceil(excess / sizes[worker]))
         return wanted

@@ -24,6 +24,9 @@ ALREADY_APPLIED = "already applied"
 NOT_FINITE = "holds NaN or infinite values"
 """Why a push of a worker that has diverged is refused."""
 
+DOES_NOT_FIT = "does not fit into the memory"
+"""Part of the reason for which a worker ends whose own batches are too large. Without it, the run cannot be meant."""
+
 EVALUATOR = 2**31 - 1
 """Number of the evaluator in messages. The evaluator is no worker: it validates the global model for rank 0."""
 
@@ -128,6 +131,7 @@ class Hello(Message):
         software: version of torch, such as ``"torch 2.9.0"``.
         system: operating system and machine.
         shuffle: hash of the order in which the worker shuffles.
+        step_samples: samples in a local step of the worker, if workers have batch sizes of their own; otherwise 0.
 
     """
 
@@ -144,6 +148,7 @@ class Hello(Message):
     software: str = ""
     system: str = ""
     shuffle: str = ""
+    step_samples: int = 0
 
 
 @dataclass(frozen=True)
@@ -229,8 +234,9 @@ class Reply(Message):
         staleness: versions between the base of the answered push and its merge; 0 for a hello.
         local_steps: optimizer steps to take in the next round; 0 if ``stop``. If ``synchronous``, local steps' worth of
             batches whose gradients the worker accumulates and hands in; 0 at the end of the synchronous beginning.
-        progress: local steps of all workers together that the server expects to be done by now.
-        progress_per_step: by how much ``progress`` grows while this worker takes one step (>= 1).
+        progress: local steps of all workers together that the server expects to be done by now. If workers have batch
+            sizes of their own, these are samples.
+        progress_per_step: by how much ``progress`` grows while this worker takes one step, at least by that step.
         wait_seconds: seconds between the push's arrival and this dispatch (dispatch window, quorum, end of the budget).
         stop: training is over. The model that follows is the final one.
         refused: why the push was not applied, in one line; None if it was applied.
@@ -315,6 +321,7 @@ class LeaseRequest(Message):
         epoch: the epoch that the worker is in.
         allow_later_epoch: accept items of the epoch that is being leased now, even if it is later.
         ordered: the order matters (the data is not shuffled), so lease items in order, from the first to the last.
+        own_unit: items are samples, and other workers may request them in units of other sizes.
 
     """
 
@@ -327,6 +334,7 @@ class LeaseRequest(Message):
     epoch: int
     allow_later_epoch: bool
     ordered: bool = False
+    own_unit: bool = False
 
 
 @dataclass(frozen=True)
@@ -396,6 +404,7 @@ class JoinInfo(Message):
         proof: proves that the server knows the token.
         worker: number of the worker that joins; -1 if there is none.
         refused: why the run cannot be joined, in one line; None if it can.
+        batch_size: description of the workers' batch sizes, if they have sizes of their own; otherwise "".
 
     """
 
@@ -410,3 +419,4 @@ class JoinInfo(Message):
     proof: str = ""
     worker: int = -1
     refused: str | None = None
+    batch_size: str = ""

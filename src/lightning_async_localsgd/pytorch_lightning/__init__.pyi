@@ -23,6 +23,7 @@ from lightning_async_localsgd.launch.restarts import WorkersLostError as Workers
 from lightning_async_localsgd.outer import DelayedNesterov as DelayedNesterov
 from lightning_async_localsgd.outer import OuterOptimizer as OuterOptimizer
 from lightning_async_localsgd.outer import TorchOptimizer as TorchOptimizer
+from lightning_async_localsgd.policies.worker_batches import BatchSize, BatchSizes
 from lightning_async_localsgd.protocol.exchange import TooFewWorkersError as TooFewWorkersError
 from lightning_async_localsgd.protocol.options import ExchangeOptions as ExchangeOptions
 from lightning_async_localsgd.runtime.base import Runtime
@@ -90,6 +91,7 @@ class AsyncLocalSGDStrategy(_StrategyBase):
         fail_on_lost_workers: bool = False,
         expected_workers: int | None = None,
         min_workers: int = 1,
+        batch_size: BatchSizes | None = None,
         evaluator: bool = False,
         checkpoint_every: int | timedelta | None = ...,
         accelerator: Accelerator | None = None,
@@ -127,6 +129,7 @@ class SimulatedAsyncLocalSGDStrategy(_StrategyBase):
         upload: Literal["fp32", "bf16", "int8", "int4"] = "fp32",
         download: Literal["fp32", "bf16", "int8"] = "fp32",
         min_workers: int = 1,
+        batch_size: dict[int, BatchSize] | None = None,
         pause_timeout: float = 1800.0,
         checkpoint_every: int | timedelta | None = ...,
         accelerator: Accelerator | None = None,

@@ -8,6 +8,7 @@ from lightning_async_localsgd.policies.budget import Budget
 from lightning_async_localsgd.policies.data_leases import DataLeases
 from lightning_async_localsgd.policies.guard import UpdateGuard
 from lightning_async_localsgd.policies.plan import restored_done
+from lightning_async_localsgd.policies.step_sizes import StepSizes
 from lightning_async_localsgd.policies.synchronous_beginning import SynchronousBeginning
 from lightning_async_localsgd.policies.worker_minimum import WorkerMinimum
 from lightning_async_localsgd.server.coordinator import Coordinator
@@ -47,19 +48,20 @@ def build_coordinator(
     all_fp32 = all(spec.dtype == "torch.float32" for spec in layout.entries)
     plain_training = single_worker and settings.outer_optimizer.replaces_model and all_fp32 and settings.exchange.exact
     limit = settings.merge.options.max_update_norm
+    settings.pacing.sizes = sizes = StepSizes(settings.step_samples)
     return Coordinator(
         model,
         settings.pacing,
         settings.grace,
-        Budget(settings.budget.total, settings.steps_done, settings.budget.upper_bound(workers)),
+        Budget(settings.budget.total, settings.steps_done, settings.budget.upper_bound(workers), sizes.unit),
         cohort=workers if ranks is None else ranks,
         expected=workers,
         incarnation=incarnation,
         guard=UpdateGuard(None if limit == "auto" and plain_training else limit),
-        merging=Merging(model, settings.merge),
-        leases=DataLeases(workers, reserved=settings.reserved_units),
+        merging=Merging(model, settings.merge, sizes.counts_samples),
+        leases=DataLeases(workers, reserved=settings.reserved_units, lead_unit=settings.samples_of(0) or 1),
         overlap=settings.exchange.overlap,
-        beginning=SynchronousBeginning(0 if workers == 1 else settings.sync_warmup_steps, workers),
+        beginning=SynchronousBeginning(0 if workers == 1 else settings.sync_warmup_steps, workers, sizes.unit),
         minimum=WorkerMinimum(settings.min_workers, settings.exchange.pause_timeout),
     )
 

@@ -124,8 +124,12 @@ class Runtime(ABC):
 
     @property
     def local_steps(self) -> float:
-        """Estimated local steps of all workers together that are done. In the end, these are all of the budget."""
-        return to_local_steps(self.global_steps, self.budget, self.workers, self.step_offset)
+        """Estimated local steps of all workers together that are done. In the end, these are all of the budget.
+
+        If workers have batch sizes of their own, these are steps of the script's own batch size.
+        """
+        units = to_local_steps(self.global_steps, self.budget, self.workers, self.step_offset)
+        return units / self.budget.unit
 
     @property
     def virtual_seconds(self) -> float | None:
@@ -153,13 +157,18 @@ class Runtime(ABC):
         """Bytes that the server has received from workers in other processes. Rank 0 only."""
 
     @abstractmethod
-    def lease_buffer(self, stream: str, items: int, unit: int, ordered: bool) -> LeaseBuffer:
+    def lease_buffer(self, stream: str, items: int, unit: int, ordered: bool, own_unit: bool) -> LeaseBuffer:
         """Return this worker's leased items of a data loader, see :meth:`.LeaseClient.stock`."""
 
     def begin_epoch(self, epoch: int) -> None:
         """Record that this rank begins an epoch. Workers that join later begin with the epoch of rank 0."""
         if self.server is not None:
             self.server.join_info = replace(self.server.join_info, epoch=epoch)
+
+    @property
+    def counts_samples(self) -> bool:
+        """Whether progress is counted in samples, because workers have batch sizes of their own."""
+        return self._settings.step_samples > 0
 
     @property
     def step_offset(self) -> int:

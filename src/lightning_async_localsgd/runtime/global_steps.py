@@ -54,6 +54,9 @@ def to_global_steps(
 ) -> float:
     """Convert local steps of all workers to global steps.
 
+    If workers have batch sizes of their own, all numbers of local steps are numbers of samples, see
+    :class:`.StepSizes`.
+
     Args:
         local_steps: local steps of all workers together.
         confirmed: local steps of all workers together that the server has counted.
@@ -64,7 +67,7 @@ def to_global_steps(
     """
     total, steps_per_rank = budget.total, budget.steps_per_rank
     if not total or not steps_per_rank:
-        return local_steps / workers
+        return local_steps / (workers * budget.unit)
     upper_bound = budget.upper_bound(workers)
     if upper_bound is None or confirmed <= upper_bound:  # Otherwise there is more data than expected.
         local_steps = min(local_steps, total)
@@ -94,5 +97,5 @@ def to_local_steps(global_steps: float, budget: RunBudget, workers: int, step_of
     """
     total, steps_per_rank = budget.total, budget.steps_per_rank
     if not total or not steps_per_rank:
-        return global_steps * workers
+        return global_steps * workers * budget.unit
     return (global_steps - step_offset) / steps_per_rank * total

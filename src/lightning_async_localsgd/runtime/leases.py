@@ -35,7 +35,7 @@ class LeaseClient:
         self._buffers: dict[str, LeaseBuffer] = {}
         self._reported: dict[str, int] = {}
 
-    def buffer(self, stream: str, items: int, unit: int, ordered: bool = False) -> LeaseBuffer:
+    def buffer(self, stream: str, items: int, unit: int, ordered: bool = False, own_unit: bool = False) -> LeaseBuffer:
         """Return the buffer of a data loader. Every call for a stream returns the same buffer.
 
         Args:
@@ -43,6 +43,7 @@ class LeaseClient:
             items: items of one epoch, all ranks together.
             unit: leases are multiples of this many items, except at the end of an epoch.
             ordered: lease items in order, from the first to the last.
+            own_unit: other workers may request the items in units of other sizes.
 
         Raises:
             ValueError: an earlier call for the stream had another ``items`` or ``unit``.
@@ -50,7 +51,7 @@ class LeaseClient:
         """
         buffer = self._buffers.get(stream)
         if buffer is None:
-            buffer = self._buffers[stream] = LeaseBuffer(self, stream, items, unit, ordered)
+            buffer = self._buffers[stream] = LeaseBuffer(self, stream, items, unit, ordered, own_unit)
         if (buffer.items, buffer.unit) != (items, unit):
             raise ValueError(
                 f"data stream {stream!r} had {buffer.items} items in units of {buffer.unit}, now {items} in units of "
@@ -79,6 +80,7 @@ class LeaseClient:
                 epoch,
                 allow_later_epoch,
                 buffer.ordered,
+                buffer.own_unit,
             )
         )
 
@@ -106,17 +108,21 @@ class LeaseBuffer:
         items: items of one epoch, all ranks together.
         unit: leases are multiples of this many items.
         ordered: lease items in order.
+        own_unit: other workers may request the items in units of other sizes.
 
     Attributes:
         used: items that this rank has trained on or dropped so far.
 
     """
 
-    def __init__(self, client: LeaseClient, stream: str, items: int, unit: int, ordered: bool = False) -> None:
+    def __init__(
+        self, client: LeaseClient, stream: str, items: int, unit: int, ordered: bool = False, own_unit: bool = False
+    ) -> None:
         self.stream = stream
         self.items = items
         self.unit = unit
         self.ordered = ordered
+        self.own_unit = own_unit
         self.used = 0
         self._client = client
         self._taken = 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import socket
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -107,6 +108,7 @@ class LiveRuntime(Runtime):
                 settings.run_name,
                 frozen_digest(module, self._digests),
                 step_offset=settings.step_offset,
+                batch_size=settings.batch_size,
             )
             exchange: LocalExchange | WireExchange
             if grant is not None:
@@ -119,6 +121,7 @@ class LiveRuntime(Runtime):
                 if settings.evaluator is not None:
                     settings.evaluator.start(self._access.ticket)
             self.worker = Worker(rank, self.binding, exchange, exchange_options=settings.exchange)
+            self.worker.step_samples = settings.samples_of(rank)
             if restored is not None and self.worker.uplink is not None:
                 self.worker.uplink.restore(restored.get(RESIDUAL))
             if frozen is not None and frozen.names:
@@ -178,8 +181,8 @@ class LiveRuntime(Runtime):
         return self._global_steps_after(self.worker.steps_since_reply + 1)
 
     @override
-    def lease_buffer(self, stream: str, items: int, unit: int, ordered: bool) -> LeaseBuffer:
-        return self._leases.buffer(stream, items, unit, ordered)
+    def lease_buffer(self, stream: str, items: int, unit: int, ordered: bool, own_unit: bool) -> LeaseBuffer:
+        return self._leases.buffer(stream, items, unit, ordered, own_unit)
 
     @property
     def ticket(self) -> JoinTicket:
@@ -430,5 +433,11 @@ class LiveRuntime(Runtime):
                 f"worker {self._rank} cannot join: its frozen parameters differ from those of the run, and frozen "
                 "parameters are not exchanged; load the same weights, or call seed_everything() before the module is "
                 "created. If one of them has precision='16-true', use 'bf16-true' instead"
+            )
+        if info.batch_size != grant.info.batch_size:
+            raise ValueError(
+                f"worker {self._rank} on host {socket.gethostname()} cannot join: it has "
+                f"{info.batch_size or 'no batch_size'}, but the run has {grant.info.batch_size or 'no batch_size'}; "
+                "use the same option batch_size, and the same batches of the data loader, on every host"
             )
         return self._access.connect(grant.endpoints)

@@ -33,7 +33,11 @@ class RuntimeSettings:
         pacing: decides local steps per round (DyLU).
         outer_optimizer: changes the global model.
         grace: decides grace windows.
-        budget: local steps that the trainer's limits allow.
+        budget: work that the trainer's limits allow.
+        step_samples: samples in a step of the script's own batch size, if workers have batch sizes of their own. Then
+            the run counts samples, see :class:`.StepSizes`. 0 counts steps.
+        samples_of: returns the samples in a step of a worker of this process; 0 if the run counts steps.
+        batch_size: describes the workers' batch sizes, so that hosts can compare them; "" if the run counts steps.
         merge: quorum, staleness stage, weights and limits of pushes.
         sync_warmup_steps: length of the synchronous beginning in steps per worker.
         exchange: transport, port, encryption and timeouts.
@@ -79,3 +83,6 @@ class RuntimeSettings:
     observers: tuple[RunObserver, ...] = ()
     evaluator: EvaluatorProcess | None = None
     check_wait: Callable[[], None] = lambda: None
+    step_samples: int = 0
+    samples_of: Callable[[int], int] = lambda worker: 0
+    batch_size: str = ""

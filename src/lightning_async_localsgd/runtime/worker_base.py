@@ -69,6 +69,7 @@ class WorkerBase:
             beginning, local steps whose gradients are accumulated.
         steps_since_reply: optimizer steps since the last reply was adopted.
         total_steps: optimizer steps since the worker joined, without steps that the optimizer skipped.
+        step_samples: samples in a step of this worker, if workers have batch sizes of their own; otherwise 0.
         stopped: whether training has ended and the final model has been adopted.
         diverged: whether the last push was refused because it was not finite.
         optimizer_reset: whether this round begins with fresh states of the inner optimizers.
@@ -97,6 +98,7 @@ class WorkerBase:
         self.round_steps = 0
         self.steps_since_reply = 0
         self.total_steps = 0
+        self.step_samples = 0
         self.stopped = False
         self.diverged = False
         self.optimizer_reset = False
@@ -141,6 +143,16 @@ class WorkerBase:
         return self._sequence + 1
 
     @property
+    def round_units(self) -> int:
+        """Progress of the present round: its steps or, if workers have batch sizes of their own, its samples."""
+        return self._samples if self.step_samples and self.round_steps > 0 else self.round_steps
+
+    @property
+    def step_units(self) -> int:
+        """Progress in a step of this worker."""
+        return self.step_samples or 1
+
+    @property
     def model(self) -> Tensor:
         """Model of the last dispatch, flat fp32, rounded to the dtypes of the worker's parameters."""
         return self._model
@@ -162,6 +174,7 @@ class WorkerBase:
             software=traits.software,
             system=traits.system,
             shuffle=traits.shuffle,
+            step_samples=self.step_samples,
         )
 
     @property

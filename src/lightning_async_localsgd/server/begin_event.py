@@ -23,4 +23,6 @@ def begin_event(coordinator: Coordinator, now: float) -> Event:
         "total": coordinator.budget.total,
         "fingerprint": coordinator.model.layout.fingerprint,
     }
+    if coordinator.membership.sizes.counts_samples:
+        content["step_samples"] = coordinator.membership.sizes.reference
     return Event("begin", now, content)

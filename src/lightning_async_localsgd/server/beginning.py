@@ -245,15 +245,16 @@ class Beginning:
             self._model.version += self.averages.average()
             self.completed += 1
             self._has_weights = False
-        left, free = self._policy.left(self._budget.done), self._budget.left
+        left, free, sizes = self._policy.left(self._budget.done), self._budget.left, self._pacing.sizes
+        least = {worker: sizes.of(worker) for worker in members}
         # Gradients in a checkpoint need one more step.
-        if (left > 0 or self.averages) and free >= len(members) and not stopping:
+        if (left > 0 or self.averages) and free >= sum(least.values()) and not stopping:
             self._phase = _Phase.STEPS
             dynamic = self._pacing.dynamic
             speeds = {worker: self._pacing.speed(worker) if dynamic else None for worker in members}
-            shares = self._policy.shares(speeds, min(left, free))
+            shares = self._policy.shares(speeds, min(left, free), least)
             for worker, steps in shares.items():
-                self._budget.reserve(worker, steps, now)
+                self._budget.reserve(worker, steps * least[worker], now)
             return self._dispatch(shares, now, averaged, broadcast)
         if averaged:
             self._phase = _Phase.HAND_OVER
@@ -299,6 +300,7 @@ class Beginning:
         self, steps: Mapping[int, int], now: float, averaged: bool, broadcast: str
     ) -> dict[int, dict[str, Any]]:
         sender = min(steps) if self._phase is _Phase.HAND_OVER else None
+        units = sum(number * self._pacing.sizes.of(worker) for worker, number in steps.items())
         answers = {}
         for worker, number in steps.items():
             session = self._live[worker]
@@ -310,7 +312,7 @@ class Beginning:
                 "send_weights": worker == sender,
                 "broadcast": broadcast,
                 "progress": float(self._budget.done),
-                "progress_per_step": sum(steps.values()) / number if number > 0 else 1.0,
+                "progress_per_step": units / number if number > 0 else 1.0,
             }
             self._answers[worker] = session.sequence, answers[worker]
         return answers

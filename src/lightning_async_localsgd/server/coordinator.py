@@ -321,11 +321,11 @@ class Coordinator:
         if self._window.group_is_due(now):
             for held in self._merging.merge():
                 self._report(held.push, None, now, held.staleness)
-        speeds = {worker: self._pacing.speed(worker) for worker, session in self._live.items() if not session.final}
+        speeds = {worker: self._pacing.rate(worker) for worker, session in self._live.items() if not session.final}
         progress = self._progress.at(now, speeds)
         # If all workers have equal rounds and wait for each other, their last rounds are equal, too.
         equal_rounds = self._window.lock_step and not self._pacing.dynamic
-        shares = dict.fromkeys(speeds) if equal_rounds else speeds
+        shares = self._pacing.sizes.equal_steps(speeds) if equal_rounds else speeds
         due = self._window.due(now)
         for worker in due:
             if self.stopping or self.finished:

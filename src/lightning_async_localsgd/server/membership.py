@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lightning_async_localsgd.protocol.messages import DOES_NOT_FIT
 from lightning_async_localsgd.protocol.rejections import Rejection, inactive_session, quarantined
 from lightning_async_localsgd.protocol.traits import WorkerTraits, shuffle_digest
 from lightning_async_localsgd.server.sessions import SessionTable, WorkerSession
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from lightning_async_localsgd.policies.data_leases import DataLeases
     from lightning_async_localsgd.policies.guard import StrikeCounter
     from lightning_async_localsgd.policies.pacing import SpeedAwareSteps
+    from lightning_async_localsgd.policies.step_sizes import StepSizes
     from lightning_async_localsgd.protocol.messages import Hello
     from lightning_async_localsgd.server.global_model import GlobalModel
     from lightning_async_localsgd.server.run_stats import RunStats
@@ -96,6 +98,11 @@ class Membership:
     # ------------------------------------------------------------------- queries
 
     @property
+    def sizes(self) -> StepSizes:
+        """What progress is counted in, and the steps of each worker."""
+        return self._pacing.sizes
+
+    @property
     def missing(self) -> list[int]:
         """Workers of the cohort that have not joined yet; empty once training has started."""
         return [] if self.started else self._sessions.missing
@@ -109,6 +116,11 @@ class Membership:
     def departed(self) -> frozenset[int]:
         """Workers that left and whose sessions may come back."""
         return self._sessions.departed
+
+    def is_unfit(self, worker: int, reason: str) -> bool:
+        """Return whether a worker of the beginning has left because not even its first batches fit into its memory."""
+        never_pushed = worker < self.expected and self._stats.of(worker).rounds == 0
+        return self.sizes.counts_samples and never_pushed and DOES_NOT_FIT in reason
 
     @property
     def bases(self) -> tuple[list[int], list[int]]:
@@ -181,7 +193,9 @@ class Membership:
             reason = self.quarantined.get(worker) or (
                 inactive_session(worker, session_id).text if ended else self.check_number(worker)
             )
+            reason = reason or self._check_step(hello)
             if reason is None:
+                self.sizes.announce(worker, hello.step_samples)
                 self._enter(worker, session_id, now)
                 self._note_traits(worker, WorkerTraits.of(hello))
             return reason
@@ -213,7 +227,7 @@ class Membership:
             if session.computing:
                 steps = max(steps, session.local_steps) + session.overlap_steps
             if steps > 0:
-                self._budget.reserve(worker, steps, now)
+                self._budget.reserve(worker, steps * self.sizes.of(worker), now)
         self._update_worker_count()
         return session
 
@@ -282,6 +296,15 @@ class Membership:
         self._forget_late_joiners()
 
     # ------------------------------------------------------------------ internal
+
+    def _check_step(self, hello: Hello) -> str | None:
+        """Return why a worker cannot take part whose steps are counted in another way; None if it can."""
+        if self.sizes.counts_samples == (hello.step_samples > 0):
+            return None
+        run, worker = ("has", "has not") if self.sizes.counts_samples else ("has not", "has")
+        return (
+            f"the run {run} the option batch_size and worker {hello.worker} {worker}; use the same option on every host"
+        )
 
     def _enter(self, worker: int, session_id: str, now: float) -> None:
         """Admit a new session, which replaces an older one of the worker."""

@@ -28,7 +28,8 @@ class MergeOptions:
 
     Args:
         weights: weight of a push: ``"equal"``, its number of ``"samples"``, or ``"tokens^2/steps"``. Weights are
-            relative to the mean over the group, or, without groups, over the latest pushes of the live workers.
+            relative to the mean over the group, or, without groups, over the latest pushes of the live workers. If
+            workers have batch sizes of their own, ``"equal"`` is the samples of a step.
         average: average of a group: the ``"mean"``, or ``"rda"``, which takes for each tensor the direction of the
             mean of the unit vectors and the mean of the norms as its length.
         clip_norm: largest L2 norm of a weighted push. Longer pushes are scaled down to it. ``None`` scales nothing.

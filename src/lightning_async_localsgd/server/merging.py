@@ -61,6 +61,7 @@ class Merging:
     Args:
         model: the global model.
         policy: quorum, staleness stage, weights and limits. The default merges each push when it arrives.
+        sizes_differ: whether workers have batch sizes of their own. Each step then counts by its samples.
 
     Attributes:
         held: pushes that wait for their group, by worker.
@@ -72,8 +73,10 @@ class Merging:
         self,
         model: GlobalModel,
         policy: MergePolicy | None = None,
+        sizes_differ: bool = False,
     ) -> None:
         self._policy = policy = policy if policy is not None else MergePolicy()
+        self._sizes_differ = sizes_differ
         self._stage = policy.staleness
         self._options = options = policy.options
         self.held: dict[int, HeldPush] = {}
@@ -88,7 +91,8 @@ class Merging:
         self._bases: dict[int, Tensor] = {}
         # Buffers of earlier groups, for the next group.
         self._free_buffers: list[Tensor] = []
-        changes = policy.staleness is not None or options.weights != "equal" or options.clip_norm is not None
+        self._weighs = options.weights != "equal" or sizes_differ
+        changes = policy.staleness is not None or self._weighs or options.clip_norm is not None
         self._scratch = torch.empty_like(model.theta) if changes else None
 
     # ------------------------------------------------------------------- groups
@@ -194,7 +198,7 @@ class Merging:
                 if holds:
                     self._free_buffers.append(gradient)
                 return stale(f"{self._stage!r} makes its norm infinite")
-        if self._options.weights != "equal":
+        if self._weighs:
             self._weights = {worker: weight for worker, weight in self._weights.items() if worker in live}
             self._weights[push.worker] = self._weight(push)
         self._misdirected = 0
@@ -300,10 +304,11 @@ class Merging:
             return float(push.samples)
         if self._options.weights == "tokens^2/steps":
             return float(push.tokens) ** 2 / push.steps
-        return 1.0
+        # A push is as long as its steps. Of two steps, the one on more samples has more to say.
+        return push.samples / push.steps if self._sizes_differ else 1.0
 
     def _relative_weight(self, weight: float, weights: Collection[float]) -> float:
-        if self._options.weights == "equal":
+        if not self._weighs:
             return 1.0
         total = sum(weights)
         return weight * len(weights) / total if total > 0.0 else 1.0

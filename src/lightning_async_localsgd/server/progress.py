@@ -1,4 +1,4 @@
-"""Estimates how many local steps all workers have taken, between two pushes and during a round."""
+"""Estimates how much work all workers have done, between two pushes and during a round."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class ProgressEstimate:
-    """Progress of the run in local steps of all workers together.
+    """Progress of the run in local steps of all workers together, or in other units, see :class:`.StepSizes`.
 
     Args:
         live: live sessions by worker.
@@ -33,18 +33,18 @@ class ProgressEstimate:
         self._latest = float(self._budget.done)
 
     def at(self, now: float, speeds: Mapping[int, float | None]) -> float:
-        """Return the steps that all workers have taken by ``now``. The estimate never decreases.
+        """Return the units that all workers have done by ``now``. The estimate never decreases.
 
         Args:
             now: seconds.
-            speeds: steps per second of the workers that still take steps, None while unknown.
+            speeds: units per second of the workers that still take steps, None while unknown.
 
         """
         self._latest = max(self._latest, self._budget.progress(now, speeds))
         return self._latest
 
     def per_step(self, worker: int, lock_step: bool) -> float:
-        """Return how many steps all workers together take during one step of ``worker``, at least 1.
+        """Return how many units all workers together do during one step of ``worker``, at least those of the step.
 
         Args:
             worker: a worker that is computing.
@@ -52,9 +52,11 @@ class ProgressEstimate:
                 their own rounds and no more, whatever their speeds.
 
         """
+        sizes, size = self._pacing.sizes, float(self._pacing.sizes.of(worker))
         if lock_step and self._live[worker].local_steps > 0:
-            steps = sum(session.local_steps for session in self._live.values() if session.computing)
-            return max(1.0, steps / self._live[worker].local_steps)
+            computing = {other: session for other, session in self._live.items() if session.computing}
+            units = sum(session.local_steps * sizes.of(other) for other, session in computing.items())
+            return max(size, units / self._live[worker].local_steps)
         active = [other for other, session in self._live.items() if not session.final]
-        speed, total = self._pacing.speed(worker), self._pacing.total_speed(active)
-        return max(1.0, total / speed if speed and total else float(len(active)))
+        speed, total = self._pacing.speed(worker), self._pacing.total_rate(active)
+        return max(size, total / speed if speed and total else float(sum(map(sizes.of, active))))

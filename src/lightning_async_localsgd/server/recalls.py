@@ -78,7 +78,7 @@ class Recalls:
 
     def recall_unknown_speeds(self) -> None:
         """Recall workers of unknown speed, after another worker has finished a round."""
-        if self._pacing.dynamic and self._pacing.total_speed(self._live) is not None:
+        if self._pacing.dynamic and self._pacing.total_rate(self._live) is not None:
             for worker, session in self._live.items():
                 if self._pacing.speed(worker) is None and session.dispatched_at < self._last_arrival:
                     session.recalled = True

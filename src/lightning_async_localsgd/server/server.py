@@ -68,7 +68,8 @@ class Server(ServerQueries):
         received_metrics: workers and the values that their modules logged, in order of arrival.
         lost_workers: the last workers that were lost before the end of training, each with time and reason.
         gave_up: why the run ends because a pause for lack of workers was too long; None if it does not.
-        misfit: why the run ends before training begins, because its evaluator cannot validate; None if it does not.
+        misfit: why the run ends at its beginning, because its evaluator cannot validate, or a worker's first batches do
+            not fit into its memory; None if it does not.
         evaluations: validations by the evaluator.
 
     """
@@ -322,7 +323,7 @@ class Server(ServerQueries):
         Raises:
             RuntimeError: The server has failed or is closed.
             TooFewWorkersError: A pause for lack of workers was too long.
-            ExchangeError: The evaluator cannot validate.
+            ExchangeError: The evaluator cannot validate, or the first batches of a worker do not fit into its memory.
 
         """
         self._loop.raise_failure()
@@ -435,6 +436,9 @@ class Server(ServerQueries):
             self._traffic.forget(worker)
             if not self._coordinator.finished:
                 self.lost_workers.append((worker, self._clock(), reason))
+                if self._coordinator.membership.is_unfit(worker, reason):
+                    self.misfit = reason.removeprefix("it ended with ")
+                    self._refuse_all(self.misfit)
 
     def _on_revive(self, worker: int, session: str) -> None:
         if worker == EVALUATOR:

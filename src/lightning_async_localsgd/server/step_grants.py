@@ -21,7 +21,7 @@ class StepGrants:
     budget. They belong to the next round, so the number of steps of a run stays exact.
 
     Args:
-        budget: local steps of all workers together.
+        budget: work of all workers together, in the units of ``pacing.sizes``.
         pacing: local steps of each worker's round.
         live: live sessions by worker.
         overlap: whether workers go on training while their pushes are in flight.
@@ -43,23 +43,27 @@ class StepGrants:
             worker: the worker's number.
             version: version of the global model that it is sent.
             now: seconds.
-            speeds: steps per second of the workers that share what is left of the budget, None while unknown.
+            speeds: units per second of the workers that share what is left of the budget, None while unknown.
 
         """
         session = self._live[worker]
         if session.final:
             self.refuse(worker)
             return
-        wanted = self._pacing.steps_for(worker, sorted(self._live), self._budget.total)
-        begun = session.begun_steps
-        steps = self._budget.grant(worker, wanted, now, speeds, begun, session.arrived_at if begun else None)
-        if steps == 0:
+        size = self._pacing.sizes.of(worker)
+        wanted = self._pacing.steps_for(worker, sorted(self._live), self._budget.total) * size
+        begun = session.begun_steps * size
+        since = session.arrived_at if begun else None
+        # The run ends as exactly as whole steps allow if the worker with the smallest ones takes the last.
+        takes_rest = size == self._pacing.sizes.smallest(other for other in self._live if not self._live[other].final)
+        units = self._budget.grant(worker, wanted, now, speeds, begun, since, size, takes_rest)
+        if units == 0:
             self.refuse(worker)
             return
         # A single worker waits for no other worker, and exchanges within its process.
         overlaps = self._overlap and len(self._live) > 1
-        ahead = self._budget.grant_ahead(worker, wanted, now, speeds) if overlaps else 0
-        session.dispatch(version, steps, now, ahead)
+        ahead = self._budget.grant_ahead(worker, wanted, now, speeds, size) if overlaps else 0
+        session.dispatch(version, units // size, now, ahead // size)
 
     def refuse(self, worker: int) -> None:
         """Let a waiting worker rest, because there are no steps for it."""
@@ -76,8 +80,9 @@ class StepGrants:
             now: seconds.
 
         """
-        self._budget.complete_round(push.worker, push.steps if counts else 0)
+        sizes = self._pacing.sizes
+        self._budget.complete_round(push.worker, sizes.units(push) if counts else 0)
         goes_on = session.rejection is None and not push.final
         session.begun_steps = session.overlap_steps if goes_on else 0
         if session.begun_steps > 0:
-            self._budget.reserve(push.worker, session.begun_steps, now)
+            self._budget.reserve(push.worker, session.begun_steps * sizes.of(push.worker), now)

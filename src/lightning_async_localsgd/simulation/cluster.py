@@ -129,7 +129,8 @@ class ClusterSimulator(Simulator):
     @property
     @override
     def steps_in_transit(self) -> int:
-        return sum(event[-1].push.steps for event in self._events if isinstance(event[-1], LatePush))
+        late = [event[-1] for event in self._events if isinstance(event[-1], LatePush)]
+        return sum(one.push.samples if one.worker.step_samples else one.push.steps for one in late)
 
     @property
     @override

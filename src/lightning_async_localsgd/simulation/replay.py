@@ -82,6 +82,7 @@ class Recording:
                 f"({', '.join(precisions)}), but a replay computes all workers with one; log a run with one precision"
             )
         self._min_workers = int(begin.get("min_workers", 1))
+        self._step_samples = int(begin.get("step_samples", 0))
         self._total = begin["total"]
         self._fingerprint = begin["fingerprint"]
         if begin["version"] or begin["done"]:
@@ -98,7 +99,12 @@ class Recording:
         return seconds
 
     def check(
-        self, binding: Binding, total: int | None, options: ExchangeOptions | None = None, min_workers: int = 1
+        self,
+        binding: Binding,
+        total: int | None,
+        options: ExchangeOptions | None = None,
+        min_workers: int = 1,
+        step_samples: int = 0,
     ) -> None:
         """Check that a module and a budget match the logged run.
 
@@ -107,6 +113,7 @@ class Recording:
             total: budget in local steps of all workers together; None if the run has no end.
             options: how pushes and models travel; without rounding if not given.
             min_workers: fewest live workers with which training goes on.
+            step_samples: samples in a step of the script's own batch size, if workers have batch sizes of their own.
 
         Raises:
             ValueError: They do not match.
@@ -116,6 +123,14 @@ class Recording:
             raise ValueError(
                 f"replay={self.path!r} is the log of a run whose module had other parameters or buffers; use the "
                 "module of that run"
+            )
+        if step_samples != self._step_samples:
+            texts = [
+                f"steps of {samples} samples" if samples else "none" for samples in (self._step_samples, step_samples)
+            ]
+            raise ValueError(
+                f"replay={self.path!r} is the log of a run whose workers' own batch sizes refer to {texts[0]}, but "
+                f"those of this strategy refer to {texts[1]}; use the option batch_size and the data loader of that run"
             )
         if total != self._total:
             raise ValueError(

@@ -76,7 +76,9 @@ class SimulatedRuntime(Runtime):
         if len(scenario.worker_numbers) > 1:
             binding.on_own = warn_of_own_buffer
         if isinstance(scenario, Recording):
-            scenario.check(self.binding, settings.budget.total, settings.exchange, settings.min_workers)
+            scenario.check(
+                self.binding, settings.budget.total, settings.exchange, settings.min_workers, settings.step_samples
+            )
         ranks = scenario.ranks if isinstance(scenario, Recording) else None
         coordinator = build_coordinator(settings, layout, self.workers, scenario.incarnation, ranks=ranks)
         coordinator.model.read(self.binding)
@@ -85,7 +87,7 @@ class SimulatedRuntime(Runtime):
         simulation_state = {} if restored is None else restored.get("simulation", {})
         self._start_time = scenario.start_time
         self._clock = clock = VirtualClock(simulation_state.get("seconds", scenario.start_time))
-        # Local steps of all workers that were computed before the current round.
+        # Local steps of all workers, or samples, that were computed before the current round.
         self._steps_before_round: float = coordinator.budget.done
         self.has_data: Callable[[VirtualWorker], bool] = lambda _: True
         # Local steps of all workers that were computed before the last validation.
@@ -119,6 +121,7 @@ class SimulatedRuntime(Runtime):
                 server, clock, scenario, self.binding, seed, simulation_state, frozen, options
             )
         self.simulator.optimizer_weights = settings.optimizer_weights
+        self.simulator.samples_of = settings.samples_of
         self.simulator.start()
         self.next_round()
 
@@ -151,12 +154,12 @@ class SimulatedRuntime(Runtime):
         """Global steps that have been computed, whatever their virtual times are."""
         if self._stopped:
             return self._to_global_steps(self._server.snapshot.progress)
-        return self._to_global_steps(self._steps_before_round + self.worker.round_steps)
+        return self._to_global_steps(self._steps_before_round + self.worker.round_units)
 
     @property
     @override
     def next_global_steps(self) -> float:
-        return self._to_global_steps(self._steps_before_round + self.worker.round_steps + 1)
+        return self._to_global_steps(self._steps_before_round + self.worker.round_units + self.worker.step_units)
 
     @property
     def global_steps_of_worker(self) -> float:
@@ -204,8 +207,8 @@ class SimulatedRuntime(Runtime):
         return self.simulator.bytes_received
 
     @override
-    def lease_buffer(self, stream: str, items: int, unit: int, ordered: bool) -> LeaseBuffer:
-        return self.worker.lease_client.buffer(stream, items, unit, ordered)
+    def lease_buffer(self, stream: str, items: int, unit: int, ordered: bool, own_unit: bool) -> LeaseBuffer:
+        return self.worker.lease_client.buffer(stream, items, unit, ordered, own_unit)
 
     @override
     def end_step(self) -> bool:
@@ -300,11 +303,11 @@ class SimulatedRuntime(Runtime):
     @override
     def recall_rounds(self) -> bool:
         # Only the current worker has steps that are computed and not pushed. A replay takes its rounds from the log.
-        steps = self._steps_before_round + self.worker.round_steps
+        steps = self._steps_before_round + self.worker.round_units
         interval, self._validated_steps = steps - self._validated_steps, steps
         if self._stopped or self._in_step or self.replays or self.worker.synchronous:
             return False
-        return self.worker.round_steps * _SHARE_OF_INTERVAL > interval
+        return self.worker.round_units * _SHARE_OF_INTERVAL > interval
 
     @override
     def end_round(self) -> None:

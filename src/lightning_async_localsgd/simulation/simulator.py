@@ -54,6 +54,7 @@ class Simulator(ABC):
 
     Attributes:
         optimizer_weights: what the inner optimizers remember of weights; None if there are no optimizers.
+        samples_of: returns the samples in a step of a worker; 0 if the run counts steps.
         clock: the server's clock.
         live: the live workers by number.
         bytes_sent: bytes that the server has sent to workers.
@@ -70,6 +71,7 @@ class Simulator(ABC):
         exchange_options: ExchangeOptions | None = None,
     ) -> None:
         self.optimizer_weights: OptimizerWeights | None = None
+        self.samples_of: Callable[[int], int] = lambda worker: 0
         self.clock = clock
         self.live: dict[int, VirtualWorker] = {}
         # Time at which the current worker's push reaches the server. The clock is set to this time only then:
@@ -178,7 +180,7 @@ class Simulator(ABC):
 
     @property
     def steps_in_transit(self) -> int:
-        """Steps of rounds that have been computed and have not reached the server yet."""
+        """Steps, or samples, of rounds that have been computed and have not reached the server yet."""
         return 0
 
     @property
@@ -254,6 +256,7 @@ class Simulator(ABC):
         worker = VirtualWorker(
             number, session, self._binding, source, self._gradient, clock, self._options, self._packed
         )
+        worker.step_samples = self.samples_of(number)
         if self._frozen is not None and self._frozen.names:
             worker.shared = SharedParameters(self._frozen, LocalExchange(self._server).share)
         return worker

@@ -20,11 +20,12 @@ def used(count: int, stream: str = "0") -> str:
 class LeasingWorker:
     """A worker of one stream that keeps what it is given, as a rank does."""
 
-    def __init__(self, leases: DataLeases, worker: int, items: int, unit: int = 1) -> None:
+    def __init__(self, leases: DataLeases, worker: int, items: int, unit: int = 1, own_unit: bool = False) -> None:
         self.leases = leases
         self.worker = worker
         self.items = items
         self.unit = unit
+        self.own_unit = own_unit
         self.epoch = 0
         self.restart()
 
@@ -38,7 +39,13 @@ class LeasingWorker:
     def request(self, again: bool = False, allow_later_epoch: bool = False, workers: int = 2) -> Lease:
         self.number += not again
         request = ask(
-            self.worker, self.number, self.epoch, self.items, unit=self.unit, allow_later_epoch=allow_later_epoch
+            self.worker,
+            self.number,
+            self.epoch,
+            self.items,
+            unit=self.unit,
+            allow_later_epoch=allow_later_epoch,
+            own_unit=self.own_unit,
         )
         lease = self.leases.grant(request, workers)
         assert lease.refused is None

@@ -342,3 +342,69 @@ def test_number_of_steps_is_exact_with_steps_granted_ahead(total: int, lengths: 
         if budget.finished:
             break
     assert budget.done == total
+
+
+# ----------------------------------------------------------------------------------------- batch sizes of workers' own
+
+
+def test_grants_are_whole_steps_of_the_worker() -> None:
+    budget = Budget(1000, unit=64)
+    speeds = {0: 300.0, 1: 100.0}
+    assert budget.grant(0, 640, 0.0, speeds, size=64) == 640
+    assert budget.grant(1, 320, 0.0, speeds, size=32, takes_rest=True) == 256, "a quarter, rounded up to whole steps"
+    assert budget.state_dict() == {"done": 0, "unit": 64}
+
+
+def test_rest_of_less_than_a_step_is_left_to_the_worker_with_the_smallest_steps() -> None:
+    budget = Budget(100)
+    assert budget.grant(0, 64, 0.0, NO_SPEEDS, size=64, takes_rest=False) == 64
+    budget.complete_round(0, 64)
+    assert budget.grant(0, 64, 0.0, NO_SPEEDS, size=64, takes_rest=False) == 0
+    assert not budget.exhausted
+    assert budget.grant(1, 32, 0.0, NO_SPEEDS, size=16) == 32
+    budget.complete_round(1, 32)
+    assert budget.grant(0, 64, 0.0, NO_SPEEDS, size=64, takes_rest=False) == 0
+    assert budget.grant(1, 32, 0.0, NO_SPEEDS, size=16) == 16, "4 samples are left, less than the smallest step"
+    budget.complete_round(1, 16)
+    assert (budget.done, budget.finished) == (112, True)
+
+
+@given(
+    total=st.integers(1, 3000),
+    workers=st.lists(st.tuples(st.integers(1, 70), st.integers(1, 20)), min_size=1, max_size=5),
+    order=st.lists(st.integers(0, 4), max_size=60),
+    overlap=st.booleans(),
+)
+def test_number_of_samples_is_exact_up_to_the_smallest_step(
+    total: int, workers: list[tuple[int, int]], order: list[int], overlap: bool
+) -> None:
+    budget, taken, ahead = Budget(total, unit=8), {}, {}
+    speeds: dict[int, float | None] = {worker: float(size * steps) for worker, (size, steps) in enumerate(workers)}
+    smallest = min(size for size, _ in workers)
+    turns = [worker % len(workers) for worker in order] + list(range(len(workers))) * (2 * total)
+    for now, worker in enumerate(turns):
+        size, steps = workers[worker]
+        begun = 0
+        if taken.get(worker):
+            begun = ahead[worker]
+            budget.complete_round(worker, taken[worker])
+            if begun:
+                budget.reserve(worker, begun, now)
+        granted = budget.grant(worker, size * steps, now, speeds, begun, size=size, takes_rest=size == smallest)
+        taken[worker] = max(granted, begun)
+        ahead[worker] = budget.grant_ahead(worker, size * steps, now, speeds, size) if overlap else 0
+        assert granted % size == ahead[worker] % size == 0
+        if budget.finished:
+            break
+    assert total <= budget.done < total + smallest
+
+
+def test_resumed_run_counts_in_the_unit_of_its_own_batches() -> None:
+    state = {"budget": {"done": 640, "unit": 64}, "initial_workers": 2}
+    assert restored_done(state, RunBudget(100 * 2 * 32, 100, "max_steps", unit=32), 2) == 320
+    assert restored_done(state, RunBudget(200, 100, "max_steps"), 2) == 10, "a run without own sizes counts steps"
+    assert restored_done({**state, "budget": {"done": 10}}, RunBudget(6400, 100, "max_steps", unit=32), 4) == 640
+    by_epochs = RunBudget.of_epochs([EpochSteps(600, 20)] * 2, unit=10)
+    assert by_epochs.upper_bound(3) == 1200 + 3 * 2 * 10
+    assert restored_done({**state, "position": [0.5, 3, 1]}, by_epochs, 2) == 300
+    assert RunBudget(None, None, unit=16).total_per_rank_step(3) == 48

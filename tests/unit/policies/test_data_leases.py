@@ -22,12 +22,21 @@ events = st.lists(st.tuples(st.sampled_from(ACTIONS), st.integers(0, 3), st.inte
 
 
 class Run:
-    """Four workers that train on some epochs, with everything that may go wrong."""
+    """Four workers that train on some epochs, with everything that may go wrong.
 
-    def __init__(self, items: int, unit: int, count: int) -> None:
+    Args:
+        items: items of an epoch.
+        unit: items that are leased together, or those of each worker.
+        count: number of shards.
+
+    """
+
+    def __init__(self, items: int, unit: int | list[int], count: int) -> None:
         self.leases = DataLeases(count, seed=7)
         self.count = count
-        self.takers = [LeasingWorker(self.leases, worker, items, unit) for worker in range(4)]
+        own = isinstance(unit, list)
+        units = unit if isinstance(unit, list) else [unit] * 4
+        self.takers = [LeasingWorker(self.leases, worker, items, units[worker], own) for worker in range(4)]
         self.away: set[int] = set()
         self.consumed: Counter[tuple[int, int]] = Counter()
 
@@ -84,10 +93,16 @@ class Run:
 
 
 @settings(max_examples=300)
-@given(st.integers(1, 60), st.integers(1, 3), st.integers(1, 4), events)
+@given(
+    st.integers(1, 60),
+    st.integers(1, 3) | st.lists(st.integers(1, 20), min_size=4, max_size=4),
+    st.integers(1, 4),
+    events,
+)
 def test_every_item_is_in_exactly_one_applied_push(
-    items: int, unit: int, count: int, history: list[tuple[str, int, int]]
+    items: int, unit: int | list[int], count: int, history: list[tuple[str, int, int]]
 ) -> None:
+    """With a list, workers join, die and restart that have batches of their own sizes."""
     run = Run(items, unit, count)
     for event in history:
         run.act(*event)
@@ -334,3 +349,52 @@ def test_worker_that_requests_without_pushing_is_refused() -> None:
     refused = leases.grant(ask(0, MAX_OPEN + 1, epoch=MAX_OPEN, items=1), 1).refused
     assert refused is not None
     assert "has not pushed" in refused
+
+
+def test_leases_are_whole_units_of_the_worker_that_asks() -> None:
+    leases = DataLeases(1)
+    small, large = (LeasingWorker(leases, worker, 100, unit, own_unit=True) for worker, unit in enumerate([4, 24]))
+    lengths = {small: [], large: []}  # type: dict[LeasingWorker, list[int]]
+    while sum(map(sum, lengths.values())) < 100:
+        for worker, found in lengths.items():
+            lease = worker.request()
+            found.append(lease.stop - lease.start)
+    assert all(length % 4 == 0 for length in lengths[small][:-1])
+    assert all(length % 24 == 0 for length in lengths[large] if length >= 24)
+    assert max(lengths[large]) >= 24 > max(lengths[small])
+
+
+def test_own_units_are_no_contradiction_but_other_numbers_of_samples_are() -> None:
+    leases = DataLeases(2)
+    assert leases.grant(ask(0, items=100, unit=8, own_unit=True), 2).refused is None
+    assert leases.grant(ask(1, items=100, unit=3, own_unit=True), 2).refused is None
+    refused = leases.grant(ask(2, items=90, unit=3, own_unit=True), 2).refused
+    assert refused is not None
+    assert "worker 2 has 90 items" in refused
+    refused = leases.grant(ask(3, items=100, unit=8), 2).refused
+    assert refused is not None
+    assert "units of 8" in refused
+
+
+def test_position_in_an_epoch_is_restored_with_other_sizes() -> None:
+    leases = DataLeases(1)
+    first = LeasingWorker(leases, 0, 50, 8, own_unit=True)
+    before = first.request()
+    first.train(50)
+    first.push()
+    restored = DataLeases(1)
+    restored.load_state_dict(json.loads(json.dumps(leases.state_dict())))
+    lease = restored.grant(ask(0, items=50, unit=3, own_unit=True), 1)
+    assert (lease.epoch, lease.start) == (0, before.stop)
+
+
+def test_lead_has_a_step_of_its_own_size_in_every_epoch() -> None:
+    leases = DataLeases(2, lead_unit=12)
+    leases.lead(0)
+    fast = LeasingWorker(leases, 1, 60, 5, own_unit=True)
+    while (lease := fast.request()).start < lease.stop:
+        fast.train(60)
+        fast.push()
+    host = LeasingWorker(leases, 0, 60, 12, own_unit=True)
+    lease = host.request()
+    assert (lease.start, lease.stop) == (48, 60)

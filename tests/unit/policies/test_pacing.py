@@ -8,6 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lightning_async_localsgd.policies.pacing import SpeedAwareSteps
+from lightning_async_localsgd.policies.step_sizes import StepSizes
 
 seconds = st.floats(1e-4, 1e4)
 
@@ -109,12 +110,12 @@ def test_windows_without_steps_or_time_are_ignored(count: int, each: float) -> N
     assert pacing.speed(0) is None
 
 
-def test_total_speed_counts_unknown_workers_as_the_mean() -> None:
+def test_total_rate_counts_unknown_workers_as_the_mean() -> None:
     pacing = measured(SpeedAwareSteps(50), [1.0, 0.5])
-    assert pacing.total_speed([0, 1]) == pytest.approx(3.0)
-    assert pacing.total_speed([0, 1, 2, 3]) == pytest.approx(6.0)
-    assert pacing.total_speed([2]) is None
-    assert pacing.total_speed([]) is None
+    assert pacing.total_rate([0, 1]) == pytest.approx(3.0)
+    assert pacing.total_rate([0, 1, 2, 3]) == pytest.approx(6.0)
+    assert pacing.total_rate([2]) is None
+    assert pacing.total_rate([]) is None
 
 
 def test_state_is_saved_and_restored() -> None:
@@ -142,3 +143,40 @@ def test_state_is_saved_and_restored() -> None:
 def test_invalid_values_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SpeedAwareSteps(**arguments)
+
+
+def with_sizes(sizes: list[int], seconds_per_step: list[float], **options: Any) -> SpeedAwareSteps:
+    pacing = SpeedAwareSteps(20, **options)
+    pacing.sizes = StepSizes(reference=64)
+    for worker, (size, seconds) in enumerate(zip(sizes, seconds_per_step, strict=True)):
+        pacing.sizes.announce(worker, size)
+        pacing.observe(worker, 1, seconds)
+    return pacing
+
+
+def test_fastest_worker_is_the_one_with_the_most_samples_a_second() -> None:
+    # 128, 64 and 32 samples a second. All rounds take 10 seconds, those of worker 0 have H of its own steps.
+    pacing = with_sizes([64, 16, 64], [0.5, 0.25, 2.0])
+    assert [pacing.rate(worker) for worker in range(3)] == [128.0, 64.0, 32.0]
+    assert steps(pacing, 3) == [20, 40, 5]
+    assert pacing.total_rate(range(3)) == pytest.approx(224.0)
+
+
+def test_equal_sizes_change_no_round() -> None:
+    seconds = [0.58, 0.75, 1.51, 3.33]
+    plain = measured(SpeedAwareSteps(20), seconds)
+    assert steps(with_sizes([64] * 4, seconds), 4) == steps(plain, 4)
+
+
+def test_length_of_rounds_in_a_short_run_follows_from_the_steps_of_the_fastest_worker() -> None:
+    pacing = SpeedAwareSteps("auto")
+    pacing.sizes = StepSizes(reference=10)
+    for worker in range(2):
+        pacing.sizes.announce(worker, 40)
+        pacing.observe(worker, 1, 1.0)
+    for _ in range(20):
+        for worker in range(2):
+            pacing.observe_exchange(worker, 2, seconds=1.0)
+        pacing.steps_for(0, [0, 1], total=64_000)
+    # 64,000 samples are 800 steps for each worker, of which 1/200 are 4.
+    assert pacing.local_steps == 4

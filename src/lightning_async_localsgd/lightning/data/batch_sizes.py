@@ -14,14 +14,41 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
 
 
+class OwnAccumulation(int):
+    """A worker's own ``accumulate_grad_batches``, which knows the script's value.
+
+    Lightning divides losses by the own value and ends windows after it. ``trainer.estimated_stepping_batches`` divides
+    a number of batches by it, which are those of the script.
+    """
+
+    of_script: int
+
+    def __new__(cls, own: int, of_script: int) -> OwnAccumulation:
+        """Return the worker's own value."""
+        value = super().__new__(cls, own)
+        value.of_script = of_script
+        return value
+
+    def __rtruediv__(self, batches: float) -> float:
+        """Return how many steps of the script a number of its batches is."""
+        return batches / self.of_script
+
+    def __reduce__(self) -> tuple[type[OwnAccumulation], tuple[int, int]]:
+        return OwnAccumulation, (int(self), self.of_script)
+
+
 def accumulated_batches(trainer: pl.Trainer, epoch: int) -> int:
-    """Return the number of batches in an optimizer step of an epoch. With manual optimization it counts as 1."""
+    """Return the number of batches in an optimizer step of an epoch. With manual optimization it counts as 1.
+
+    If workers have batch sizes of their own, this is the number that the script has set, the same on all of them.
+    """
     if not trainer.lightning_module.automatic_optimization:
         return 1
     for callback in callbacks_of(trainer):
         if isinstance(callback, GradientAccumulationScheduler):
             return int(callback.get_accumulate_grad_batches(epoch))
-    return int(trainer.accumulate_grad_batches)
+    accumulated = trainer.accumulate_grad_batches
+    return accumulated.of_script if isinstance(accumulated, OwnAccumulation) else int(accumulated)
 
 
 def batch_tokens(batch: Any) -> int:

@@ -13,7 +13,7 @@ import random
 import sys
 from collections import deque
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -49,6 +49,24 @@ def can_be_leased(loader: object) -> bool:
     return True
 
 
+def why_samples_cannot_be_leased(loader: object) -> str | None:
+    """Return why the single samples of a data loader cannot be leased, so that workers make batches of them.
+
+    Returns:
+        A phrase about the loader; None if they can.
+
+    """
+    if not isinstance(loader, DataLoader):
+        return f"is a {type(loader).__name__}, not a DataLoader"
+    if isinstance(loader.dataset, IterableDataset):
+        return "has an IterableDataset, whose samples have no numbers"
+    if loader.batch_sampler is None:
+        return "has batch_size=None, so that its items are no batches of samples"
+    if type(loader.batch_sampler) is not BatchSampler:
+        return f"has batches made by a {type(loader.batch_sampler).__name__}, whose sizes cannot be changed"
+    return None if can_be_leased(loader) else "has a sampler whose samples cannot be leased by number"
+
+
 class EpochOrder:
     """The items of a data loader's epochs by their numbers.
 
@@ -65,49 +83,60 @@ class EpochOrder:
         loader: the user's loader, see :func:`can_be_leased`.
         seed: seed of the permutations, the same on all ranks.
         single_worker: whether the run has one worker, and no other can join.
+        by_samples: whether items are samples, of which workers make batches of their own sizes, see
+            :func:`why_samples_cannot_be_leased`. With ``drop_last``, an epoch has those of whole batches.
 
     Attributes:
-        items: number of items in an epoch: batches, or single samples if ``batch_size`` is None.
+        items: number of items in an epoch: batches, or single samples if ``batch_size`` is None or ``by_samples``.
+        batches: number of the loader's batches in an epoch.
+        batch_size: size of the loader's batches; None if a batch sampler of the user makes them.
+        drop_last: whether incomplete batches are dropped.
+        by_samples: see above.
         shuffled: whether the order is a random permutation. Any other order may have a meaning.
 
     """
 
-    def __init__(self, loader: DataLoader[Any], seed: int, single_worker: bool) -> None:
+    def __init__(self, loader: DataLoader[Any], seed: int, single_worker: bool, by_samples: bool = False) -> None:
         self._seed = seed
         self._single_worker = single_worker
         self._drawn_from: dict[str, Any] = {}
         self._orders: dict[int, Any] = {}
-        self._batch_size: int | None = None
-        self._drop_last = False
+        self.batch_size: int | None = None
+        self.drop_last = False
+        self.by_samples = by_samples
         batch_sampler = loader.batch_sampler
         if batch_sampler is None:
             self._source: Any = loader.sampler
             self.items = len(cast("Any", self._source))
         elif type(batch_sampler) is BatchSampler:
             self._source = loader.sampler
-            self._batch_size = batch_sampler.batch_size
-            self._drop_last = batch_sampler.drop_last
+            self.batch_size = batch_sampler.batch_size
+            self.drop_last = batch_sampler.drop_last
             samples, size = len(cast("Any", self._source)), batch_sampler.batch_size
             self.items = samples // size if batch_sampler.drop_last else -(-samples // size)
         else:
             self._source = batch_sampler
             self.items = len(cast("Any", batch_sampler))
+        self.batches = self.items
+        if by_samples:
+            assert self.batch_size is not None
+            self.items = min(samples, self.batches * self.batch_size)
         self.shuffled = type(self._source) is RandomSampler
 
     def has(self, epoch: int, number: int) -> bool:
         """Return whether an item exists, because the sampler has yielded that many."""
         length = len(self._order(epoch))
-        if self._batch_size is None:
+        if self.batch_size is None or self.by_samples:
             return number < length
-        return length - number * self._batch_size >= (self._batch_size if self._drop_last else 1)
+        return length - number * self.batch_size >= (self.batch_size if self.drop_last else 1)
 
     def item(self, epoch: int, number: int) -> Any:
         """Return what a sampler would yield: the indices of a batch, or one index."""
         order = self._order(epoch)
-        if self._batch_size is None:
+        if self.batch_size is None or self.by_samples:
             item = order[number]
             return item.item() if isinstance(item, torch.Tensor) else item
-        batch = order[number * self._batch_size : (number + 1) * self._batch_size]
+        batch = order[number * self.batch_size : (number + 1) * self.batch_size]
         return batch.tolist() if isinstance(batch, torch.Tensor) else list(batch)
 
     def state_dict(self) -> dict[str, Any]:
@@ -172,8 +201,30 @@ def _seed_generators(seed: int) -> None:
         sys.modules["numpy"].random.seed(seed % 2**32)
 
 
+class _Taken(NamedTuple):
+    """Leased items that were taken for one item of the sampler, and are not used yet.
+
+    Attributes:
+        epoch: epoch of the first of them.
+        position: position of the first of them in its epoch.
+        items: number of leased items: 1, or those of a batch.
+        samples: number of the samples among them that exist.
+        yielded: whether the sampler has yielded them. Otherwise they count as used when all items before them are.
+
+    """
+
+    epoch: int
+    position: int
+    items: int
+    samples: int
+    yielded: bool
+
+
 class LeasedSampler:
     """A sampler, or batch sampler, that yields the items that this rank has leased.
+
+    If samples are leased, it makes batches of them. The last batch of an epoch may be incomplete. With ``drop_last`` it
+    is dropped, and its samples count as used.
 
     Args:
         order: the items of the epochs.
@@ -185,6 +236,7 @@ class LeasedSampler:
         bound_to_epoch: whether one iteration is one epoch of the run, which :meth:`set_epoch` sets. Otherwise an
             iteration takes items of the epoch that the server is leasing.
         endless: whether an iteration continues from one epoch to the next.
+        batch_size: size of the batches, if samples are leased.
 
     """
 
@@ -195,12 +247,9 @@ class LeasedSampler:
         self.endless = False
         self.ranks = ranks
         self._epoch = 0
+        self.batch_size = order.batch_size
         self._epoch_is_new = False
-        self._yielded = 0
-        self._used = 0
-        self._missing: set[int] = set()
-        # Epoch and position of the items that were yielded and are not used.
-        self._places: deque[tuple[int, int]] = deque()
+        self._taken: deque[_Taken] = deque()
 
     @property
     def sampler(self) -> LeasedSampler:
@@ -221,20 +270,31 @@ class LeasedSampler:
     def start(self, leases: LeaseBuffer) -> None:
         """Yield items from ``leases`` from now on."""
         self.leases = leases
-        self._yielded = self._used = 0
-        self._missing.clear()
-        self._places.clear()
+        self._taken.clear()
 
     def position_in(self, epoch: int) -> int | None:
         """Return the position of the next item to train on in the order of its epoch; None if it is of another one."""
-        return self._places[0][1] if self._places and self._places[0][0] == epoch else None
+        return self._taken[0].position if self._taken and self._taken[0].epoch == epoch else None
 
-    def mark_used(self) -> None:
-        """Count the next yielded item as used. The rank is about to train on it."""
+    @property
+    def items_of_next(self) -> int:
+        """Number of leased items in the next item to train on."""
+        return self._taken[0].items if self._taken else 0
+
+    def mark_used(self) -> int:
+        """Count the next yielded item as used. The rank is about to train on it.
+
+        Returns:
+            The number of its samples, if samples are leased.
+
+        """
         # If several loaders are combined, one may be exhausted while others continue.
-        if self.leases is not None and self._used < self._yielded:
-            self._mark_used()
-            self._skip_missing()
+        if self.leases is None or not self._taken:
+            return 0
+        samples = self._taken[0].samples
+        self._mark_used()
+        self._skip_missing()
+        return samples
 
     def __iter__(self) -> Iterator[Any]:
         if not self.can_iterate:
@@ -243,51 +303,64 @@ class LeasedSampler:
         self._epoch_is_new = False
         leases = self.leases
         # If a hook has skipped the rest of an earlier epoch, the remaining yielded items will not be trained on.
-        leases.mark_used(self._yielded - self._used)
-        self._used = self._yielded
-        self._missing.clear()
-        self._places.clear()
+        leases.mark_used(sum(taken.items for taken in self._taken))
+        self._taken.clear()
         if self.bound_to_epoch:
             leases.discard(before=self._epoch)
         is_empty = True
         while True:
-            leased = leases.next(self._epoch, allow_later_epoch=not self.bound_to_epoch)
-            if leased is None:
+            item = self._take(leases)
+            if item is None:
                 if self.bound_to_epoch:
                     return
                 self._epoch += 1
                 if self.endless or is_empty:  # Other ranks have used up the epoch.
                     continue
                 return
-            epoch, number = leased
             is_empty = False
-            if not self.bound_to_epoch:
-                self._epoch = max(self._epoch, epoch)
-            self._yielded += 1
-            self._places.append((epoch, number))
-            if self.order.has(epoch, number):
-                yield self.order.item(epoch, number)
+            if self._taken[-1].yielded:
+                yield item
             else:
-                # The item does not exist. It counts as used when all items before it are used.
-                self._missing.add(self._yielded - 1)
                 self._skip_missing()
 
+    def _take(self, leases: LeaseBuffer) -> Any:
+        """Take the leased items of the next item to yield. Return it, or None if the epoch is over."""
+        by_samples = self.order.by_samples
+        wanted = self.batch_size if by_samples and self.batch_size is not None else 1
+        found: list[Any] = []
+        first, count = None, 0
+        while len(found) < wanted:
+            leased = leases.next(self._epoch, allow_later_epoch=not self.bound_to_epoch)
+            if leased is None:
+                break
+            first, count = first or leased, count + 1
+            if not self.bound_to_epoch:
+                self._epoch = max(self._epoch, leased[0])
+            if self.order.has(*leased):
+                found.append(self.order.item(*leased))
+            if not by_samples:
+                break
+        if first is None:
+            return None
+        is_whole = len(found) == wanted or (bool(found) and not self.order.drop_last)
+        self._taken.append(_Taken(*first, count, len(found), is_whole))
+        return found if by_samples or not found else found[0]
+
     def _skip_missing(self) -> None:
-        """Count items that do not exist as used, if they are next."""
-        assert self.leases is not None
-        while self._used in self._missing:
-            self._missing.remove(self._used)
+        """Count items that are not yielded as used, if they are next."""
+        while self._taken and not self._taken[0].yielded:
             self._mark_used()
 
     def _mark_used(self) -> None:
         assert self.leases is not None
-        self._used += 1
-        self._places.popleft()
-        self.leases.mark_used(1)
+        self.leases.mark_used(self._taken.popleft().items)
 
     def __len__(self) -> int:
-        """Return the number of items in an epoch for each rank if all were equally fast, as under DDP."""
-        return -(-self.order.items // self.ranks)
+        """Return the number of items in an epoch for each rank if all were equally fast, as under DDP.
+
+        If samples are leased, this is the number of the loader's own batches.
+        """
+        return -(-self.order.batches // self.ranks)
 
 
 class _LeasedLoader(DataLoader[Any]):
@@ -300,7 +373,9 @@ class _LeasedLoader(DataLoader[Any]):
         return super().__iter__() if self.leased.can_iterate else iter(())
 
 
-def leased_loader(loader: DataLoader[Any], ranks: int, seed: int, single_worker: bool = False) -> DataLoader[Any]:
+def leased_loader(
+    loader: DataLoader[Any], ranks: int, seed: int, single_worker: bool = False, by_samples: bool = False
+) -> DataLoader[Any]:
     """Return a copy of the user's loader that yields leased items, and is otherwise the same.
 
     Args:
@@ -309,10 +384,11 @@ def leased_loader(loader: DataLoader[Any], ranks: int, seed: int, single_worker:
         seed: seed of the permutations, the same on all ranks.
         single_worker: whether the run has one worker, and no other can join. The order is then that of the user's
             sampler.
+        by_samples: whether single samples are leased, see :class:`EpochOrder`.
 
     """
     leased = copy.copy(loader)
-    _set_sampler(leased, LeasedSampler(EpochOrder(loader, seed, single_worker), ranks))
+    _set_sampler(leased, LeasedSampler(EpochOrder(loader, seed, single_worker, by_samples), ranks))
     mixed_in(leased, _LeasedLoader)
     return leased
 

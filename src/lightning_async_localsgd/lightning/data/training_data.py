@@ -7,6 +7,7 @@ gets more batches and a slow rank fewer, so the epoch ends when the server has n
 from __future__ import annotations
 
 import math
+import socket
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
-from lightning_async_localsgd.lightning.data.batch_sizes import accumulated_batches
+from lightning_async_localsgd.lightning.data.batch_sizes import OwnAccumulation, accumulated_batches
 from lightning_async_localsgd.lightning.data.duplicate_check import DuplicateCheck
 from lightning_async_localsgd.lightning.data.rank_aware import make_rank_aware
 from lightning_async_localsgd.lightning.data.rng_state import random_state, set_random_state
@@ -23,6 +24,7 @@ from lightning_async_localsgd.lightning.data.sampling import (
     can_be_leased,
     leased_loader,
     leased_sampler_of,
+    why_samples_cannot_be_leased,
 )
 from lightning_async_localsgd.lightning.mixed_in import mixed_in
 from lightning_async_localsgd.lightning.trainer_access.callbacks import callbacks_of
@@ -35,6 +37,7 @@ from lightning_async_localsgd.lightning.trainer_access.data import (
     split_among_ranks,
 )
 from lightning_async_localsgd.lightning.trainer_access.loop import end_epochs_with_data
+from lightning_async_localsgd.policies.worker_batches import StepBatch
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -43,7 +46,7 @@ if TYPE_CHECKING:
     from lightning_async_localsgd.launch.rendezvous import Rendezvous
     from lightning_async_localsgd.runtime.leases import LeaseBuffer
 
-    OpenLeases = Callable[[str, int, int, bool], LeaseBuffer]
+    OpenLeases = Callable[[str, int, int, bool, bool], LeaseBuffer]
 
 
 class _UnknownLength(DataFetcher):
@@ -65,9 +68,12 @@ class TrainingData:
         leased: whether the strategy divides the data among ranks (the trainer's ``use_distributed_sampler``).
         rendezvous: where ranks meet; None for a single rank.
         single_worker: whether the run has one worker, and no other can join.
+        by_samples: whether workers have batch sizes of their own, so that samples are leased.
 
     Attributes:
         global_epochs: whether all ranks have the same epochs, those of the run.
+        batch_of: returns the batches of a worker's step, if workers have batch sizes of their own. Those of the script,
+            until it is set.
 
     """
 
@@ -79,7 +85,10 @@ class TrainingData:
         leased: bool,
         rendezvous: Rendezvous | None,
         single_worker: bool = False,
+        by_samples: bool = False,
     ) -> None:
+        self._by_samples = by_samples
+        self.batch_of: Callable[[int], StepBatch] = lambda worker: self.reference
         self._trainer = cast("Any", trainer)  # Many of its attributes are set by its connectors.
         self._ranks = ranks
         self._single_worker = single_worker
@@ -95,7 +104,19 @@ class TrainingData:
         self.global_epochs = False
 
     def wrap(self, loader: object) -> object:
-        """Return the loader that Lightning uses in place of the user's training data loader."""
+        """Return the loader that Lightning uses in place of the user's training data loader.
+
+        Raises:
+            ValueError: Workers have batch sizes of their own, and those of the loader cannot be changed.
+
+        """
+        if self._by_samples:
+            reason = (
+                why_samples_cannot_be_leased(loader) if self._leased else "is split among ranks by the script itself"
+            )
+            if reason is not None:
+                raise ValueError(_no_own_sizes(f"the training data {reason}"))
+            return leased_loader(loader, self._ranks, self._seed, by_samples=True)  # type: ignore[arg-type]
         if self._leased and can_be_leased(loader):
             return leased_loader(loader, self._ranks, self._seed, self._single_worker)  # type: ignore[arg-type]
         if self._ranks > 1:
@@ -106,8 +127,60 @@ class TrainingData:
         return loader
 
     @property
+    def reference(self) -> StepBatch:
+        """The batches of a step of the script: those of the data loader, as the trainer accumulates them.
+
+        Raises:
+            ValueError: There is more than one loader. Only with batch sizes of the workers' own.
+
+        """
+        loaders = self._loader().flattened
+        if len(loaders) != 1:
+            raise ValueError(_no_own_sizes(f"the training data has {len(loaders)} data loaders"))
+        sampler = leased_sampler_of(loaders[0])
+        assert sampler is not None
+        assert sampler.order.batch_size is not None
+        return StepBatch(sampler.order.batch_size, accumulated_batches(self._trainer, 0))
+
+    @property
+    def step_samples(self) -> int:
+        """Samples in a step of the script's batch size, if workers have sizes of their own; otherwise 0."""
+        return self.reference.samples if self._by_samples else 0
+
+    @property
+    def items_per_batch(self) -> int:
+        """Items in a batch of the data loader: 1, or its samples if these are leased."""
+        return self.reference.size if self._by_samples else 1
+
+    def items_per_step(self, epoch: int) -> int:
+        """Return the items in a step of the script: accumulated batches, or samples if these are leased."""
+        return self.step_samples or accumulated_batches(self._trainer, epoch)
+
+    @property
+    def own_items_per_step(self) -> int:
+        """Items in a step of this rank, in the first epoch."""
+        if self._by_samples:
+            return self.batch_of(self._trainer.global_rank).samples
+        return accumulated_batches(self._trainer, 0)
+
+    @property
+    def items_of_batch(self) -> int:
+        """Items in the next batch to train on."""
+        sampler = self._epoch_sampler(self._loader())
+        return 1 if sampler is None else sampler.items_of_next
+
+    def accumulate_own(self) -> Callable[[], None]:
+        """Let the trainer accumulate as many batches as this worker does, until the returned function is called."""
+        trainer = self._trainer
+        if not self._by_samples:
+            return lambda: None
+        before = trainer.accumulate_grad_batches
+        trainer.accumulate_grad_batches = OwnAccumulation(self.batch_of(trainer.global_rank).accumulate, before)
+        return lambda: setattr(trainer, "accumulate_grad_batches", before)
+
+    @property
     def items_per_epoch(self) -> int | None:
-        """Batches of an epoch for all ranks together; None if each rank has epochs of its own."""
+        """Batches, or leased samples, of an epoch for all ranks together; None if each rank has epochs of its own."""
         sampler = self._epoch_sampler(self._loader())
         return None if sampler is None else self._items(self._loader(), sampler)
 
@@ -120,8 +193,8 @@ class TrainingData:
 
         Args:
             open_leases: returns the buffer of leases for a loader. Its arguments are the loader's name, the number of
-                items in an epoch of all ranks together, the number of items that are leased together, and whether items
-                are leased in order.
+                items in an epoch of all ranks together, the number of items that are leased together, whether items are
+                leased in order, and whether other workers lease other numbers of them together.
             restored: state of a single worker's data, see :meth:`state_dict`.
 
         """
@@ -166,14 +239,14 @@ class TrainingData:
             return False
         self._prepared_loader = loader
         self.global_epochs = self._epoch_sampler(loader) is not None
-        self._samplers = self._start_samplers(loader, self._open_leases)
+        self._samplers = self._start_samplers(loader, self._open_leases, self._trainer.global_rank)
         if not self._samplers and self._rendezvous is not None and self._duplicate_check is None:
             self._duplicate_check = DuplicateCheck(self._rendezvous)
         self._end_epochs_with_data(loader)
         return True
 
-    def _start_samplers(self, loader: CombinedLoader, open_leases: OpenLeases) -> dict[str, LeasedSampler]:
-        """Give the leased loaders their leases, and return their samplers by the names of the leases.
+    def _start_samplers(self, loader: CombinedLoader, open_leases: OpenLeases, worker: int) -> dict[str, LeasedSampler]:
+        """Give a worker's leased loaders their leases, and return their samplers by the names of the leases.
 
         Raises:
             ValueError: An epoch is too short to be shared.
@@ -195,19 +268,30 @@ class TrainingData:
             changes = any(isinstance(c, GradientAccumulationScheduler) for c in callbacks_of(self._trainer))
             unit = 1 if changes or not sampler.bound_to_epoch else accumulated_batches(self._trainer, 0)
             items = self._items(loader, sampler)
-            if sampler is epoch_sampler and self._ranks > 1 and 0 < items <= unit:
-                raise ValueError(_too_short(items, unit, self._ranks))
+            if sampler is epoch_sampler and self._ranks > 1 and 0 < items <= self.items_per_step(0):
+                raise ValueError(_too_short(-(-items // self.items_per_batch), unit, self._ranks))
+            if self._by_samples:
+                sampler.batch_size, unit = self.batch_of(worker).size, self.batch_of(worker).samples
             ordered = self._single_worker or not sampler.order.shuffled
-            sampler.start(open_leases(name, items, unit, ordered))
+            sampler.start(open_leases(name, items, unit, ordered, self._by_samples))
             samplers[name] = sampler
         return samplers
 
-    def count_batch(self, batch: Any) -> None:
-        """Count a batch's items as used. Training on the batch is next."""
-        for sampler in self._samplers.values():
-            sampler.mark_used()
+    def count_batch(self, batch: Any) -> int | None:
+        """Count a batch's items as used. Training on the batch is next.
+
+        Returns:
+            The number of its samples, if samples are leased; otherwise None.
+
+        """
+        samples = self._mark_used(self._samplers)
         if self._duplicate_check is not None:
             self._duplicate_check.add_batch(batch)
+        return samples
+
+    def _mark_used(self, samplers: dict[str, LeasedSampler]) -> int | None:
+        samples = [sampler.mark_used() for sampler in samplers.values()]
+        return sum(samples) if self._by_samples else None
 
     def check_duplicates(self) -> None:
         """Compare the ranks' first batches for the last time, after training."""
@@ -252,7 +336,7 @@ class TrainingData:
         items = sampler.order.items
         at = next(at for at, part in enumerate(loader.flattened) if leased_sampler_of(part) is sampler)
         limit = math.inf if loader.limits is None else loader.limits[at]
-        return items if limit >= len(sampler) else min(items, int(limit) * self._ranks)
+        return items if limit >= len(sampler) else min(items, int(limit) * self._ranks * self.items_per_batch)
 
     def _end_epochs_with_data(self, loader: CombinedLoader) -> None:
         """End an epoch when the server has no more items of it."""
@@ -266,6 +350,14 @@ class TrainingData:
         if isinstance(fetcher, PrefetchDataFetcher):
             fetcher.prefetch_batches = max(1, fetcher.prefetch_batches)
         self._restores.callback(end_epochs_with_data(self._trainer))
+
+
+def _no_own_sizes(reason: str) -> str:
+    """Return the error text for training data of which workers cannot make batches of their own sizes."""
+    return (
+        f"host {socket.gethostname()}: the option batch_size lets workers make batches of samples, but {reason}; use "
+        "one DataLoader(dataset, batch_size=...) with a map-style dataset, or leave batch_size out"
+    )
 
 
 def _too_short(batches: int, unit: int, ranks: int) -> str:

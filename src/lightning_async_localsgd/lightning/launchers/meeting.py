@@ -1,23 +1,36 @@
-"""Where the ranks of a Trainer call meet."""
+"""Where the ranks of a Trainer call meet, and what data libraries are shown of them."""
 
 from __future__ import annotations
 
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 from lightning.fabric.utilities.seed import reset_seed
 
 from lightning_async_localsgd.launch.children import ended_ranks
 from lightning_async_localsgd.launch.lost_ranks import raise_if_rank_missing
+from lightning_async_localsgd.launch.rank_environment import rank_environment
 from lightning_async_localsgd.launch.rendezvous import Rendezvous
+from lightning_async_localsgd.lightning.trainer_access.loop import run_validations_in
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import lightning.pytorch as pl
     from lightning.pytorch.strategies import DDPStrategy
 
     from lightning_async_localsgd.launch.joining import JoinGrant
+    from lightning_async_localsgd.policies.worker_batches import WorkerBatches
 
 
 def meet_ranks(
-    strategy: DDPStrategy, grant: JoinGrant | None, call: int, timeout: float, expected_workers: int | None
+    strategy: DDPStrategy,
+    grant: JoinGrant | None,
+    call: int,
+    timeout: float,
+    expected_workers: int | None,
+    batches: WorkerBatches | None,
 ) -> Rendezvous | None:
     """Meet the other ranks. A single rank and a late joiner meet no rank.
 
@@ -27,6 +40,7 @@ def meet_ranks(
         call: number of the Trainer call in the script.
         timeout: seconds to wait for other ranks.
         expected_workers: the strategy's option.
+        batches: the strategy's option ``batch_size``.
 
     """
     if strategy.world_size == 1 or (grant is not None and grant.late_joiner):
@@ -45,4 +59,23 @@ def meet_ranks(
         call=call,
         rejoins=grant is not None,
         expected_workers=expected_workers,
+        batch_size="" if batches is None else str(batches),
     )
+
+
+@contextmanager
+def shown_ranks(strategy: DDPStrategy, trainer: pl.Trainer, ranks: int, validates_all: bool) -> Iterator[None]:
+    """Let data libraries know this rank, for the duration of a ``with`` block.
+
+    Args:
+        strategy: the strategy, which knows this rank.
+        trainer: the trainer.
+        ranks: number of ranks with a share of the data. A late joiner has none of its own.
+        validates_all: whether a rank that validates in ``fit`` does so on all data.
+
+    """
+    place = strategy.global_rank % ranks, ranks, strategy.local_rank, strategy.num_processes
+    with rank_environment(*place), ExitStack() as stack:
+        if validates_all:
+            stack.callback(run_validations_in(trainer, partial(rank_environment, 0, 1, 0, 1)))
+        yield

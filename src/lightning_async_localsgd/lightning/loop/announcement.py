@@ -14,7 +14,6 @@ from lightning_async_localsgd.lightning.trainer_access.strategy import strategy_
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
-    from lightning_async_localsgd.policies.plan import RunBudget
     from lightning_async_localsgd.runtime.settings import RuntimeSettings
 
 
@@ -30,7 +29,7 @@ def announce(trainer: pl.Trainer, settings: RuntimeSettings, workers: int, name:
     """
     every = strategy_of(trainer).checkpoint_every
     folder = folder_of(trainer) if trainer.is_global_zero and every is not None else None
-    text = f"{name}: {_budget_text(settings.budget, workers, trainer)}."
+    text = f"{name}: {_budget_text(settings, workers, trainer)}."
     if settings.sync_warmup_steps > 0 and workers > 1:
         text += f" Until step {settings.sync_warmup_steps}, they average gradients (sync_warmup_steps)."
     elif workers > 1 and (part := pretrained_text(trainer, settings)) is not None:
@@ -40,12 +39,16 @@ def announce(trainer: pl.Trainer, settings: RuntimeSettings, workers: int, name:
     rank_zero_info(text)
 
 
-def _budget_text(budget: RunBudget, workers: int, trainer: pl.Trainer) -> str:
+def _budget_text(settings: RuntimeSettings, workers: int, trainer: pl.Trainer) -> str:
+    budget = settings.budget
     train = "1 worker trains" if workers == 1 else f"{workers} workers train"
     if budget.total is None:
         return f"{train} until something stops the run"
     limit = f"{budget.limit}={int((trainer.max_steps if budget.limit == 'max_steps' else trainer.max_epochs) or 0)}"
     steps = f"{train} for {budget.total} local steps"
+    if settings.step_samples:
+        rest = f"{budget.steps_per_rank} steps of {settings.step_samples} samples per worker on average"
+        return f"{train} for {budget.total} samples of all together ({limit}, {rest})"
     if workers == 1:
         return f"{steps} ({limit})"
     return f"{steps} of all together ({limit}, {budget.steps_per_rank} per worker on average)"

@@ -110,6 +110,7 @@ class FitController:
             trainer.limit_val_batches = 0
             restores.callback(RestingCallbacks(trainer).restore)
         restores.callback(self._data.end)
+        restores.callback(self._data.accumulate_own())
         if self._grant is not None:
             self._set_epoch(self._grant.info.epoch)
         self._data.begin(runtime.lease_buffer, restored)
@@ -196,8 +197,8 @@ class FitController:
 
     def count_batch(self, batch: Any) -> None:
         """Count the samples of a batch. All callbacks have seen the batch, and training on it is next."""
-        self._data.count_batch(batch)
-        self.runtime.count_batch(batch_size(batch), batch_tokens(batch))
+        samples = self._data.count_batch(batch)
+        self.runtime.count_batch(batch_size(batch) if samples is None else samples, batch_tokens(batch))
 
     def average_gradients(self) -> None:
         """In the synchronous beginning, average the gradients of all ranks. The optimizer's step is next."""
@@ -343,7 +344,7 @@ class FitController:
         trainer, epochs = self._trainer, self._budget.epochs
         remaining = epoch_steps(trainer, self._data, range(trainer.current_epoch, len(epochs)))
         if remaining and remaining != list(epochs[trainer.current_epoch :]):
-            self._budget = RunBudget.of_epochs([*epochs[: trainer.current_epoch], *remaining])
+            self._budget = RunBudget.of_epochs([*epochs[: trainer.current_epoch], *remaining], self._budget.unit)
             self.runtime.replan(self._budget)
             self._schedulers.replan(self._budget)
 

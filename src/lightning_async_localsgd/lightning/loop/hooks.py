@@ -20,6 +20,8 @@ class _Strategy(Protocol):
     @property
     def controller(self) -> FitController | None: ...
 
+    def before_fit(self) -> None: ...
+
 
 class LoopHooks(Callback):
     """Forward the training loop's hooks to the :class:`.FitController`. The first callback of the trainer in a fit.
@@ -43,6 +45,10 @@ class LoopHooks(Callback):
         """End as the trainer's callback."""
         callbacks_of(trainer).remove(self)
         self._loader_deaths.end()
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._strategy.before_fit()
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -29,7 +29,8 @@ def run_budget(trainer: pl.Trainer, workers: int, data: TrainingData | None = No
     step for each batch.
 
     ``max_epochs=E`` means that every sample is used E times, by any worker. If data cannot be leased, it means as many
-    steps for each worker as E epochs have on a rank under DDP. If the data has no length, epochs cannot be counted in
+    steps for each worker as E epochs have on a rank under DDP. If workers have batch sizes of their own, a step is one
+    of the script's own batch size, and samples are counted. If the data has no length, epochs cannot be counted in
     advance, and ``max_steps`` is the only limit.
 
     Args:
@@ -43,9 +44,10 @@ def run_budget(trainer: pl.Trainer, workers: int, data: TrainingData | None = No
     """
     by_steps: RunBudget | None = None
     by_epochs: RunBudget | None = None
+    unit = 1 if data is None else data.step_samples or 1
     if trainer.max_steps != -1:
         steps_per_rank = math.ceil(trainer.max_steps / counted_optimizers(trainer))
-        by_steps = RunBudget(steps_per_rank * workers, steps_per_rank, "max_steps")
+        by_steps = RunBudget(steps_per_rank * workers * unit, steps_per_rank, "max_steps", unit=unit)
     epochs = trainer.fit_loop.max_epochs
     # The strategy's setup calls this function before Lightning has set data up, and the number of batches is known.
     if epochs is not None and epochs != -1 and combined_loader(trainer) is not None:
@@ -60,13 +62,13 @@ def run_budget(trainer: pl.Trainer, workers: int, data: TrainingData | None = No
             return by_steps
         by_epoch = None if data is None else epoch_steps(trainer, data, range(epochs))
         if by_epoch:
-            by_epochs = RunBudget.of_epochs(by_epoch)
+            by_epochs = RunBudget.of_epochs(by_epoch, unit)
         else:
             steps_per_rank = sum(epoch_steps_per_rank(trainer, epoch) for epoch in range(epochs))
             by_epochs = RunBudget(steps_per_rank * workers, steps_per_rank, "max_epochs")
     # The smaller budget counts. If both are equal, the budget by epochs comes first, because it uses every sample.
     budgets = [budget for budget in (by_epochs, by_steps) if budget is not None]
-    return min(budgets, key=lambda budget: budget.steps_per_rank or 0, default=RunBudget(None, None))
+    return min(budgets, key=lambda budget: budget.steps_per_rank or 0, default=RunBudget(None, None, unit=unit))
 
 
 def _no_length_text(epochs: int) -> str:
@@ -79,12 +81,18 @@ def _no_length_text(epochs: int) -> str:
 
 
 def epoch_steps(trainer: pl.Trainer, data: TrainingData, epochs: range) -> list[EpochSteps] | None:
-    """Return the number of steps in each epoch with the current data, or None if each rank has epochs of its own."""
+    """Return the number of steps, or of samples if these are counted, in each epoch with the current data.
+
+    None if each rank has epochs of its own.
+    """
     items = data.items_per_epoch
     if items is None:
         return None
     return [
-        EpochSteps(math.ceil(items / accumulated_batches(trainer, epoch)), epoch_steps_per_rank(trainer, epoch))
+        EpochSteps(
+            items if data.step_samples else math.ceil(items / accumulated_batches(trainer, epoch)),
+            epoch_steps_per_rank(trainer, epoch),
+        )
         for epoch in epochs
     ]
 

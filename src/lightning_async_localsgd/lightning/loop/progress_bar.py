@@ -38,9 +38,9 @@ class _GlobalProgress:
 
     @property
     def total_train_batches(self) -> float:
-        """Local steps of all workers."""
-        total = self._runtime.budget.total
-        return float("inf") if total is None else total
+        """Local steps of all workers, of the script's own batch size."""
+        budget = self._runtime.budget
+        return float("inf") if budget.total is None else round(budget.total / budget.unit)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, *args: Any) -> None:
         super().on_train_epoch_start(trainer, *args)  # type: ignore[misc]

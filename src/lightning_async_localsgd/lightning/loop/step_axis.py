@@ -46,8 +46,8 @@ def reserved_units(trainer: pl.Trainer, data: TrainingData, workers: int) -> int
     changes = any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks_of(trainer))
     if items is None or workers == 1 or changes:
         return 1
-    equal_part = math.ceil(items / accumulated_batches(trainer, 0) / workers)
-    most = math.ceil(equal_part / _LARGEST_RESERVED_PART)
+    equal_part = math.ceil(items / data.items_per_step(0) / workers)
+    most = math.ceil(equal_part * data.items_per_step(0) / data.own_items_per_step / _LARGEST_RESERVED_PART)
     # An interval that does not divide an epoch has one more step in some epochs than in others.
     needed = 1 + sum(math.ceil(equal_part / interval - TOLERANCE) for interval in _intervals(trainer))
     needed -= sum(equal_part % interval == 0 for interval in _intervals(trainer))
@@ -173,6 +173,8 @@ class StepAxis:
             return planned[epoch].steps_per_rank if epoch < len(planned) else 0
         if self._items is None:
             return 0.0
+        if self._data.step_samples:
+            return self._items / self._data.step_samples / self._workers
         return math.ceil(self._items / accumulated_batches(self._trainer, epoch)) / self._workers
 
     def _steps_left(self, position: int | None) -> float:
@@ -180,8 +182,14 @@ class StepAxis:
 
         Before, the number is not known. It is at least the number of reserved steps.
         """
-        unit = accumulated_batches(self._trainer, 0)
-        if position is None or self._items is None or position < reserved_start(self._items, unit, self._reserved):
+        unit = self._data.own_items_per_step
+        if position is None or self._items is None:
+            return math.inf
+        if self._data.step_samples:
+            # Units of other workers end anywhere, so the reserved part is counted from the end.
+            left = self._items - position - self._data.items_of_batch
+            return math.inf if position < self._items - self._reserved * unit else math.ceil(max(0, left) / unit)
+        if position < reserved_start(self._items, unit, self._reserved):
             return math.inf
         return (self._items - 1) // unit - position // unit
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lightning_async_localsgd.lightning.data.batch_sizes import accumulated_batches
+from lightning_async_localsgd.lightning.data.batch_sizes import OwnAccumulation, accumulated_batches
 from lightning_async_localsgd.lightning.trainer_access.loop import control_steps
 
 if TYPE_CHECKING:
@@ -106,8 +106,13 @@ class SynchronousSteps:
 
         Lightning has divided each batch's loss by the number of batches in a usual step.
         """
-        return self._trainer.accumulate_grad_batches / self._batches
+        return int(self._trainer.accumulate_grad_batches) / self._batches
 
     @property
     def _accumulated(self) -> int:
-        return accumulated_batches(self._trainer, self._trainer.current_epoch)
+        own = self._trainer.accumulate_grad_batches
+        return (
+            int(own)
+            if isinstance(own, OwnAccumulation)
+            else accumulated_batches(self._trainer, self._trainer.current_epoch)
+        )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from typing_extensions import override
 
-from lightning_async_localsgd.lightning.data.batch_sizes import accumulated_batches
+from lightning_async_localsgd.lightning.data.batch_sizes import OwnAccumulation, accumulated_batches
 from lightning_async_localsgd.lightning.data.rng_state import set_random_state
 from lightning_async_localsgd.lightning.data.sampling import can_be_leased, copy_with_own_leases, leased_sampler_of
 from lightning_async_localsgd.lightning.data.training_data import TrainingData
@@ -131,6 +131,7 @@ class SimulatedData(TrainingData):
         seed: seed of the order of leased data.
         leased: whether the trainer's data may be leased (``use_distributed_sampler``).
         worker_data: returns each worker's own loader; None leases the trainer's data.
+        by_samples: whether workers have batch sizes of their own, so that samples are leased.
 
     Attributes:
         last: whether the last returned batch is the last one of Lightning's epoch.
@@ -147,8 +148,9 @@ class SimulatedData(TrainingData):
         seed: int,
         leased: bool,
         worker_data: Callable[[int], Any] | None,
+        by_samples: bool = False,
     ) -> None:
-        super().__init__(trainer, workers, seed, leased and worker_data is None, None)
+        super().__init__(trainer, workers, seed, leased and worker_data is None, None, by_samples=by_samples)
         self.last = False
         self.ends_local_step = self.begins_contribution = self.ends_contribution = True
         self._worker_data = worker_data
@@ -159,7 +161,7 @@ class SimulatedData(TrainingData):
         self._runtime: SimulatedRuntime | None = None
         self._on_exhausted: Callable[[], None] = lambda: None
         self._epochs: int | None = None
-        # Batches of Lightning's current epoch so far.
+        # Items of Lightning's current epoch so far: batches, or samples if these are leased.
         self._batches = 0
         self._epoch_batches = math.inf
         self._window_begins = self._window_ends = True
@@ -174,6 +176,8 @@ class SimulatedData(TrainingData):
         """
         if self._worker_data is not None:
             return loader
+        if self._by_samples:
+            return super().wrap(loader)
         if not self._leased or not can_be_leased(loader):
             reason = (
                 f"the training data is a {type(loader).__name__} whose items cannot be leased by number"
@@ -221,11 +225,12 @@ class SimulatedData(TrainingData):
         else:
             self._epoch_batches = self._items(loader, bound)
             accumulated = accumulated_batches(trainer, 0)
-            if math.ceil(self._epoch_batches / accumulated) < self._ranks:
+            if math.ceil(self._epoch_batches / self.items_per_step(0)) < self._ranks:
                 per_step = f", and a local step takes {accumulated} of them (accumulate_grad_batches)"
                 raise ValueError(
                     f"seconds_per_step has {self._ranks} workers, but an epoch of the training data has only "
-                    f"{self._epoch_batches} batches for all workers together{per_step if accumulated > 1 else ''}; use "
+                    f"{-(-int(self._epoch_batches) // self.items_per_batch)} batches for all workers together"
+                    f"{per_step if accumulated > 1 else ''}; use "
                     "fewer workers, more data or a smaller batch_size"
                 )
         fetcher = data_fetcher(trainer)
@@ -238,7 +243,19 @@ class SimulatedData(TrainingData):
             set_random_state(restored["random"])
         self._hold(fetcher)
         if trainer.fit_loop.restarted_mid_epoch:
-            self._batches = int(trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+            ready = int(trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+            self._batches = (restored or {}).get("epoch_samples", 0) if self._by_samples else ready
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        return {**state, "epoch_samples": self._batches} if self._by_samples else state
+
+    @override
+    def accumulate_own(self) -> Callable[[], None]:
+        # Each worker accumulates its own number of batches, see next_batch().
+        trainer, before = self._trainer, self._trainer.accumulate_grad_batches
+        return lambda: setattr(trainer, "accumulate_grad_batches", before)
 
     def place_of_batch(self) -> tuple[int, bool]:
         """Return the epoch of the last returned batch, and whether the batch is its worker's last one in the epoch.
@@ -252,6 +269,12 @@ class SimulatedData(TrainingData):
     def position_of_batch(self, epoch: int) -> int | None:
         assert self._current is not None
         return self._position_in(self._current.loader, epoch)
+
+    @property
+    @override
+    def items_of_batch(self) -> int:
+        assert self._current is not None
+        return sum(sampler.items_of_next for sampler in self._current.samplers.values())
 
     @override
     def prepare(self) -> bool:
@@ -277,11 +300,14 @@ class SimulatedData(TrainingData):
             self._on_exhausted()
         self._current = batches
         accumulated = accumulated_batches(self._trainer, self._trainer.current_epoch)
+        if self._by_samples:
+            of_script, accumulated = accumulated, self.batch_of(runtime.worker.number).accumulate
+            self._trainer.accumulate_grad_batches = OwnAccumulation(accumulated, of_script)
         self._window_begins = batches.batches_in_step == 0
         # A window of accumulated batches may cross the end of an epoch of a worker's own data, but not of leased data.
         self._window_ends = batches.batches_in_step + 1 >= accumulated or (self.global_epochs and batches.epoch_ended())
         batches.batches_in_step = 0 if self._window_ends else batches.batches_in_step + 1
-        self._batches += 1
+        self._batches += self.items_of_batch if self._by_samples else 1
         self.last = self._window_ends and self._is_last(batches)
         self.ends_local_step = self._window_ends
         if runtime.worker.synchronous:
@@ -329,10 +355,9 @@ class SimulatedData(TrainingData):
         self.last = False
 
     @override
-    def count_batch(self, batch: Any) -> None:
+    def count_batch(self, batch: Any) -> int | None:
         assert self._current is not None
-        for sampler in self._current.samplers.values():
-            sampler.mark_used()
+        return self._mark_used(self._current.samplers)
 
     @override
     def end(self) -> None:
@@ -378,7 +403,8 @@ class SimulatedData(TrainingData):
         shared = self._loader()
         loader = with_loaders(shared, [copy_with_own_leases(part) for part in shared.flattened])
         assert all(leased_sampler_of(part) is not None for part in loader.flattened)
-        return _WorkerBatches(loader, self._start_samplers(loader, worker.lease_client.buffer), epoch, self._epochs)
+        samplers = self._start_samplers(loader, worker.lease_client.buffer, worker.number)
+        return _WorkerBatches(loader, samplers, epoch, self._epochs)
 
     def _own_loader(self, number: int) -> CombinedLoader:
         if number not in self._own_loaders:

@@ -21,6 +21,7 @@ from lightning_async_localsgd.lightning.checkpoints.run_folder import prepare_fi
 from lightning_async_localsgd.lightning.fit_state import FitState
 from lightning_async_localsgd.lightning.loop.controller import FitController
 from lightning_async_localsgd.lightning.option_checks import check_minimum, check_plugins, check_simulated_callbacks
+from lightning_async_localsgd.lightning.own_batches import check_virtual_batches, settle_virtual_batches
 from lightning_async_localsgd.lightning.registration import register_simulated
 from lightning_async_localsgd.lightning.simulated.controller import SimulatedFitController
 from lightning_async_localsgd.lightning.simulated.data import SimulatedData, as_combined_loader
@@ -28,6 +29,7 @@ from lightning_async_localsgd.lightning.strategy_base import _StrategyBase
 from lightning_async_localsgd.lightning.trainer_access.data import has_training_data, set_training_data
 from lightning_async_localsgd.lightning.trainer_access.strategy import Launcher
 from lightning_async_localsgd.outer import OuterOptimizer
+from lightning_async_localsgd.policies.worker_batches import BatchSize
 from lightning_async_localsgd.protocol.options import ExchangeOptions
 from lightning_async_localsgd.server.merge_policy import MergeOptions
 from lightning_async_localsgd.simulation.devices import Arrival, Cluster, Death, Link, Slowdown, StepSeconds
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
 
     from lightning_async_localsgd.policies.plan import RunBudget
+    from lightning_async_localsgd.policies.worker_batches import WorkerBatches
     from lightning_async_localsgd.runtime.settings import RuntimeSettings
 
 
@@ -105,6 +108,8 @@ class SimulatedAsyncLocalSGDStrategy(_StrategyBase):
         upload: how the parameters of pushes travel, see :attr:`.ExchangeOptions.upload`.
         download: how the parameters of models travel, see :attr:`.ExchangeOptions.download`.
         min_workers: fewest live workers with which training goes on.
+        batch_size: batch sizes of workers that differ from the data loader's, by worker, such as
+            ``{0: 64, 1: (16, 4)}``. ``seconds_per_step`` is then the time of a worker's own steps.
         pause_timeout: virtual seconds after which a pause for lack of workers ends the run with an error.
         checkpoint_every: interval of the run's own checkpoints; a ``timedelta`` is real time.
         accelerator: see :class:`~lightning.pytorch.strategies.SingleDeviceStrategy`.
@@ -148,6 +153,7 @@ class SimulatedAsyncLocalSGDStrategy(_StrategyBase):
         upload: Literal["fp32", "bf16", "int8", "int4"] = "fp32",
         download: Literal["fp32", "bf16", "int8"] = "fp32",
         min_workers: int = 1,
+        batch_size: dict[int, BatchSize] | None = None,
         pause_timeout: float = 1800.0,
         checkpoint_every: int | timedelta | None = timedelta(minutes=10),
         accelerator: Accelerator | None = None,
@@ -190,10 +196,12 @@ class SimulatedAsyncLocalSGDStrategy(_StrategyBase):
             ExchangeOptions(overlap=overlap, upload=upload, download=download, pause_timeout=pause_timeout),
             checkpoint_every,
             min_workers,
+            batch_size,
             accelerator=accelerator,
             checkpoint_io=checkpoint_io,
             precision_plugin=precision_plugin,
         )
+        check_virtual_batches(self.batches, worker_data)
         self.worker_data = worker_data
         self._worker_loaders: dict[int, Any] = {}
         self.inner_states_on_cpu = inner_states_on_cpu
@@ -227,6 +235,8 @@ class SimulatedAsyncLocalSGDStrategy(_StrategyBase):
         arrivals = isinstance(self.scenario, Cluster) and bool(self.scenario.arrivals)
         check_minimum(self.min_workers, len(self.scenario.worker_numbers), "give the schedule more arrivals")
         self.merge_policy.check_workers(self.scenario.initial_workers, arrivals, self.outer_optimizer, self.grace)
+        if self.batches is not None:
+            self.batches.check_workers(len(self.scenario.worker_numbers), others_may_join=False)
 
     @property
     @override
@@ -238,7 +248,7 @@ class SimulatedAsyncLocalSGDStrategy(_StrategyBase):
         _, fit_number = begin_call(fitting)
         self.set_world_ranks()
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        return FitState(fit_number, seed) if fitting else None
+        return FitState(fit_number, seed, workers=self._initial_workers) if fitting else None
 
     # ------------------------------------------------------------------- set-up
 
@@ -309,7 +319,12 @@ class SimulatedAsyncLocalSGDStrategy(_StrategyBase):
                 "different epochs at the same time; set it to 0"
             )
         loader_of = None if self.worker_data is None else self._loader_of
-        return SimulatedData(trainer, self._initial_workers, fit.seed, fit.uses_distributed_sampler, loader_of)
+        leased, by_samples = fit.uses_distributed_sampler, self.batches is not None
+        return SimulatedData(trainer, self._initial_workers, fit.seed, leased, loader_of, by_samples)
+
+    @override
+    def _settle_batches(self, batches: WorkerBatches, fit: FitState) -> None:
+        settle_virtual_batches(batches, self.scenario.worker_numbers, self._trainer, fit)
 
     @override
     def _start_training(

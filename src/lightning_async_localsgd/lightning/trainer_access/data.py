@@ -28,6 +28,17 @@ def has_training_data(trainer: pl.Trainer) -> bool:
     return bool(trainer.fit_loop._data_source.is_defined())
 
 
+def data_is_a_hook(trainer: pl.Trainer) -> bool:
+    """Return whether the training loader comes from a hook of the module or datamodule, so that it can be asked for."""
+    return bool(trainer.fit_loop._data_source.is_module())
+
+
+def forget_data(trainer: pl.Trainer) -> None:
+    """Let Lightning ask for the loaders of training and validation again."""
+    trainer.fit_loop._combined_loader = None
+    trainer.fit_loop.epoch_loop.val_loop._combined_loader = None
+
+
 def set_training_data(trainer: pl.Trainer, data: Any) -> None:
     """Set the training data, as ``trainer.fit(train_dataloaders=data)`` does."""
     trainer.fit_loop._data_source.instance = data

@@ -18,7 +18,13 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
-from lightning_async_localsgd.lightning.data.sampling import EpochOrder, can_be_leased, leased_loader, leased_sampler_of
+from lightning_async_localsgd.lightning.data.sampling import (
+    EpochOrder,
+    can_be_leased,
+    leased_loader,
+    leased_sampler_of,
+    why_samples_cannot_be_leased,
+)
 
 DATA = torch.arange(23)
 
@@ -239,3 +245,85 @@ def test_iteration_that_is_not_bound_to_an_epoch_continues_with_the_next_epoch()
     sampler.endless = True
     endless = iter(leased)
     assert len([next(endless) for _ in range(15)]) == 15
+
+
+# ---------------------------------------------------------------------------------------- batches of a rank's own size
+
+
+def own_batches(loader: DataLoader[Any], size: int, epochs: int = 1) -> tuple[list[list[int]], Leases]:
+    """Return the batches of a rank that takes all samples, and its leases. Each batch is used when it was yielded."""
+    leased = leased_loader(loader, ranks=2, seed=1, by_samples=True)
+    sampler = leased_sampler_of(leased)
+    assert sampler is not None
+    leases = Leases(sampler.order.items)
+    sampler.start(leases)  # type: ignore[arg-type]
+    sampler.batch_size = size
+    found = []
+    for number in range(epochs):
+        sampler.set_epoch(number)
+        for batch in leased:
+            found.append(batch.tolist())
+            assert sampler.mark_used() == len(batch)
+    return found, leases
+
+
+@pytest.mark.parametrize("size", [1, 4, 7, 23, 100])
+def test_samples_become_batches_of_the_ranks_own_size(size: int) -> None:
+    batches, leases = own_batches(DataLoader(DATA, batch_size=4, shuffle=True), size)
+    assert {len(batch) for batch in batches[:-1]} <= {size}
+    assert sorted(number for batch in batches for number in batch) == DATA.tolist()
+    assert leases.used == 23
+
+
+def test_incomplete_batch_is_dropped_and_its_samples_count_as_used() -> None:
+    batches, leases = own_batches(DataLoader(DATA, batch_size=4, shuffle=True, drop_last=True), 6, epochs=2)
+    assert [len(batch) for batch in batches] == [6] * 6, "the loader itself has 20 samples in an epoch"
+    assert leases.used == 40
+
+
+def test_samples_that_a_sampler_does_not_yield_count_as_used() -> None:
+    class Short(Shuffling):
+        def __iter__(self) -> Iterator[int]:
+            return iter(range(15))
+
+    batches, leases = own_batches(DataLoader(DATA, batch_size=4, sampler=Short()), 10)
+    assert [len(batch) for batch in batches] == [10, 5]
+    assert leases.used == 23
+
+
+def test_length_is_that_of_the_loaders_own_batches() -> None:
+    leased = leased_loader(DataLoader(DATA, batch_size=4), ranks=2, seed=1, by_samples=True)
+    sampler = leased_sampler_of(leased)
+    assert sampler is not None
+    sampler.batch_size = 1
+    assert (len(leased), sampler.order.items, sampler.order.batches) == (3, 23, 6)
+
+
+def test_position_and_items_of_the_next_batch() -> None:
+    leased = leased_loader(DataLoader(DATA, batch_size=4), ranks=2, seed=1, by_samples=True)
+    sampler = leased_sampler_of(leased)
+    assert sampler is not None
+    sampler.start(Leases(23))  # type: ignore[arg-type]
+    sampler.batch_size = 10
+    sampler.set_epoch(0)
+    iterator = iter(sampler)
+    next(iterator), next(iterator)  # One is fetched ahead.
+    assert (sampler.position_in(0), sampler.items_of_next) == (0, 10)
+    sampler.mark_used()
+    assert (sampler.position_in(0), sampler.position_in(1), sampler.items_of_next) == (10, None, 10)
+
+
+@pytest.mark.parametrize(
+    ("loader", "reason"),
+    [
+        ([1, 2], "is a list, not a DataLoader"),
+        (DataLoader(DATA, batch_size=None), "has batch_size=None"),
+        (DataLoader(DATA, batch_sampler=[[1], [2]]), "has batches made by a list"),
+        (DataLoader(DATA, sampler=DistributedSampler(DATA, 2, 0)), "has a sampler whose samples cannot be leased"),
+        (DataLoader(DATA, batch_size=4), None),
+    ],
+)
+def test_samples_of_which_loaders_can_be_leased(loader: Any, reason: str | None) -> None:
+    found = why_samples_cannot_be_leased(loader)
+    assert (found is None) == (reason is None)
+    assert (reason or "") in (found or "")

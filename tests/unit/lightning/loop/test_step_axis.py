@@ -27,8 +27,19 @@ def make_trainer(val_check: Any = 32, checkpoint_every: int | None = None, **cha
     )
 
 
+def data_of(items: int, step_samples: int = 0, own: int = 1, batch: int = 1) -> Any:
+    return SimpleNamespace(
+        items_per_epoch=items,
+        global_epochs=True,
+        step_samples=step_samples,
+        items_per_step=lambda epoch: step_samples or 1,
+        own_items_per_step=own,
+        items_of_batch=batch,
+    )
+
+
 def make_axis(trainer: Any, items: int = 64, epochs: int = 4, max_steps: int = 0, **changes: Any) -> StepAxis:
-    data: Any = SimpleNamespace(items_per_epoch=items, global_epochs=True)
+    data: Any = data_of(items)
     budget = RunBudget.of_epochs([EpochSteps(items, items // WORKERS)] * epochs)
     if max_steps:
         budget = RunBudget(max_steps * WORKERS, max_steps, "max_steps")
@@ -71,7 +82,7 @@ def test_epochs_of_a_resumed_run_begin_where_it_resumes() -> None:
 def test_rank_zero_reserves_a_step_for_each_of_its_tasks(
     val_check: float, checkpoint_every: int | None, units: int
 ) -> None:
-    data: Any = SimpleNamespace(items_per_epoch=64)
+    data = data_of(64)
     assert reserved_units(make_trainer(val_check, checkpoint_every), data, WORKERS) == units
 
 
@@ -103,3 +114,25 @@ def test_epochs_of_its_own_do_not_limit_a_worker() -> None:
     axis = make_axis(make_trainer(), max_steps=100)
     axis._data.global_epochs = False
     assert axis.step_of(10, 77.5, 0, is_last=True) == 77
+
+
+def test_rank_zero_with_own_batches_reserves_steps_of_its_own_size() -> None:
+    """An epoch of 640 samples, of which a step of the script has 8. Rank 0 has steps of 20."""
+    data = data_of(640, step_samples=8, own=20, batch=20)
+    # An equal part are 40 steps of the script, so at most a third of them is reserved: five of rank 0's own.
+    assert reserved_units(make_trainer(10), data, WORKERS) == 4
+    assert reserved_units(make_trainer(5), data, WORKERS) == 1, "too many"
+    trainer = make_trainer(10)
+    budget = RunBudget.of_epochs([EpochSteps(640, 40)] * 4, unit=8)
+    axis = StepAxis(trainer, budget, WORKERS, 0, data, steps=0, reserved=4)
+    # Its last steps begin at these samples. At each of the first three it must validate.
+    steps = [0]
+    for position, is_last in [(540, False), (560, False), (580, False), (600, False), (620, True)]:
+        steps.append(axis.step_of_host(steps[-1], steps[-1] + 0.5, 0, is_last, position))
+    assert steps == [0, 0, 10, 20, 30, 40]
+
+
+def test_epochs_of_samples_have_a_length_in_steps_of_the_script() -> None:
+    trainer, data = make_trainer(), data_of(600, step_samples=16)
+    axis = StepAxis(trainer, RunBudget(1600, 50, "max_steps", unit=16), WORKERS, 0, data, steps=0, reserved=1)
+    assert axis.begin(2) == pytest.approx(37.5)

@@ -137,3 +137,19 @@ def test_loader_can_be_split_among_ranks_without_the_distributed_sampler_option(
     assert not data.set_distributed_sampler(trainer, False), "the option is as before"
     numbers = [1, 2, 3]
     assert data.split_among_ranks(trainer, numbers) is numbers
+
+
+def test_loader_of_a_hook_can_be_asked_for_again() -> None:
+    class Asks(L.Callback):
+        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            self.is_hook = data.data_is_a_hook(trainer)
+            before = data.combined_loader(trainer)
+            data.forget_data(trainer)
+            assert data.combined_loader(trainer) is None
+            trainer.fit_loop.setup_data()
+            assert data.combined_loader(trainer) is not before
+
+    for given in (None, loader(3)):
+        callback = Asks()
+        trainer_with(callback, max_steps=1).fit(Model(), given)
+        assert callback.is_hook == (given is None)

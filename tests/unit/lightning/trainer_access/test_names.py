@@ -55,7 +55,7 @@ NAMES = {
         "_accelerator_connector", "_checkpoint_connector", "_data_connector", "_fit_impl", "_logger_connector",
         "_teardown",
     },
-    "Trainer(logger=False)._checkpoint_connector": {"_hpc_resume_path"},
+    "Trainer(logger=False)._checkpoint_connector": {"_ckpt_path", "_hpc_resume_path", "_loaded_checkpoint"},
     "Trainer(logger=False)._data_connector": {"_prepare_dataloader"},
     "Trainer(logger=False)._logger_connector": {
         "_callback_metrics", "_first_loop_iter", "_logged_metrics", "_progress_bar_metrics",
@@ -71,6 +71,7 @@ NAMES = {
     "trainer.connectors.logger_connector.result._ResultMetric(_Metadata('f', 'x'), True)": {
         "_forward_cache", "_update_count",
     },
+    "tuner.batch_size_scaling": {"_scale_batch_size"},
     "tuner.lr_finder": {"_LRCallback"},
     "utilities.combined_loader.CombinedLoader([])": {"_iterator", "_mode"},
     "fabric.strategies.launchers.multiprocessing": {"_check_bad_cuda_fork", "_check_missing_main_guard"},
