@@ -49,6 +49,7 @@ from lightning_async_localsgd.lightning.registration import register_names
 from lightning_async_localsgd.lightning.strategy_base import _StrategyBase
 from lightning_async_localsgd.lightning.trainer_access.launchers import script_command
 from lightning_async_localsgd.lightning.trainer_access.loop import run_validations_in
+from lightning_async_localsgd.lightning.trainer_access.metrics import gather_states_of_unequal_dtypes
 from lightning_async_localsgd.lightning.trainer_access.strategy import sync_module_states, trainer_of
 from lightning_async_localsgd.lightning.waiting import WaitCheck
 from lightning_async_localsgd.outer import OuterOptimizer
@@ -341,7 +342,11 @@ class AsyncLocalSGDStrategy(_StrategyBase):
             check_can_evaluate(trainer)
         if self._fit is None and self._rendezvous is not None:
             assert self.model is not None
-            (self._group.sync_weights if self._group.mixed else sync_module_states)(self.model)
+            if self._group.mixed:
+                self._group.sync_weights(self.model)
+                self._environment.callback(gather_states_of_unequal_dtypes(self.model))
+            else:
+                sync_module_states(self.model)
 
     @override
     def _close_stage(self) -> None:
