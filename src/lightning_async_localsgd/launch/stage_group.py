@@ -39,7 +39,7 @@ class GroupMember:
     chosen: str | None
     usual: str
     precision: str
-    software: str = torch.__version__
+    software: str = str(torch.__version__)
 
     @property
     def kind(self) -> tuple[str, str, str]:
