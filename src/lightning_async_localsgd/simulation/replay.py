@@ -80,6 +80,8 @@ class Recording:
                 f"replay={self.path!r} is the log of a run whose workers had unequal precision "
                 f"({', '.join(precisions)}), but a replay computes all workers with one; log a run with one precision"
             )
+        self._precision = precisions[0] if precisions else ""
+        self._dtypes = hellos[0].dtypes if hellos else ""
         self._min_workers = int(begin.get("min_workers", 1))
         self._total = begin["total"]
         self._fingerprint = begin["fingerprint"]
@@ -115,6 +117,12 @@ class Recording:
             raise ValueError(
                 f"replay={self.path!r} is the log of a run whose module had other parameters or buffers; use the "
                 "module of that run"
+            )
+        if self._dtypes not in ("", binding.layout.dtypes):
+            precision = f" (precision={self._precision!r})" if self._precision else ""
+            raise ValueError(
+                f"replay={self.path!r} is the log of a run whose module had tensors of {self._dtypes}{precision}, but "
+                f"this module has {binding.layout.dtypes}; use the precision of that run"
             )
         if total != self._total:
             raise ValueError(

@@ -31,6 +31,8 @@ def test_replay_gives_the_same_weights_and_reports_differences(tmp_path: Path) -
             fit(Simulated(replay=events, **options))
     with pytest.raises(ValueError, match=r"is the log of a run with 90 local steps .* allow 60"):
         fit(Simulated(replay=events, local_steps=5), max_steps=20)
+    with pytest.raises(ValueError, match=r"module had tensors of float32, but this module has bfloat16"):
+        fit(Simulated(replay=events, local_steps=5), precision="bf16-true")
     with pytest.raises(RuntimeError, match=r"the trainer stopped before the end of the logged run"):
         fit(Simulated(replay=events, local_steps=5), callbacks=[StopAt()])
     lines = events.read_text().splitlines(keepends=True)
