@@ -8,7 +8,6 @@ uses :class:`.LocalExchange`, which takes the same path without the wire.
 from __future__ import annotations
 
 import dataclasses
-import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -37,8 +36,6 @@ if TYPE_CHECKING:
     from lightning_async_localsgd.protocol.messages import Hello, LeaseRequest, Push, Reply, Share
     from lightning_async_localsgd.protocol.ports import ReplyChannel
     from lightning_async_localsgd.server.observers import RunObserver
-
-_log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
@@ -381,9 +378,7 @@ class Server(ServerQueries):
         reason = reason or self._coordinator.beginning.check_dtypes(hello)
         reason = reason or self._coordinator.join(hello, self._clock())
         if reason is not None:
-            if not hello.reconnecting and not self._coordinator.finished:
-                # Rank 0 may wait for this worker, whose own error is on another host.
-                _log.warning("a process that wants to join as worker %d is refused: %s", hello.worker, reason)
+            self._coordinator.membership.log_refusal(hello, reason)
             channel.refuse(reason)
             return
         outdated = self._channels.get(hello.worker)

@@ -79,7 +79,7 @@ class Recording:
         if len(precisions) > 1:
             raise ValueError(
                 f"replay={self.path!r} records a run whose workers had unequal precision "
-                f"({', '.join(precisions)}), but a replay computes all workers with one; record a run with one precision"
+                f"({', '.join(precisions)}), but a replay computes all workers with one; record one with equal precision"
             )
         self._precision = precisions[0] if precisions else ""
         self._dtypes = hellos[0].dtypes if hellos else ""

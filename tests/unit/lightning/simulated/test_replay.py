@@ -71,7 +71,7 @@ def test_run_with_workers_that_had_joined_before_it_began_is_replayed(tmp_path: 
 
 def test_log_of_workers_with_unequal_precision_is_refused(tmp_path: Path) -> None:
     events = tmp_path / "events.jsonl"
-    fit(Simulated(SPEEDS, local_steps=5), callbacks=[RunRecorder(events=events)])
+    fit(Simulated(SPEEDS, local_steps=5), callbacks=[RunRecorder(recording=events)])
     for precision in ("32-true", "bf16-mixed"):
         events.write_text(events.read_text().replace('"precision":""', f'"precision":"{precision}"', 1))
     with pytest.raises(ValueError, match=r"workers had unequal precision \(32-true, bf16-mixed\)"):
