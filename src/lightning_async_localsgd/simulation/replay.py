@@ -78,8 +78,8 @@ class Recording:
         precisions = sorted({hello.precision for hello in hellos if hello.precision})
         if len(precisions) > 1:
             raise ValueError(
-                f"replay={self.path!r} records a run whose workers had unequal precision ({', '.join(precisions)}), but "
-                "a replay computes all workers with one; record a run with equal precision"
+                f"replay={self.path!r} records a run whose workers had unequal precision ({', '.join(precisions)}), "
+                "but a replay computes all workers with one; record a run with equal precision"
             )
         self._precision = precisions[0] if precisions else ""
         self._dtypes = hellos[0].dtypes if hellos else ""
