@@ -8,12 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
+from lightning.pytorch.loggers import CSVLogger
 from rich.console import Console
 
+from lightning_async_localsgd import AsyncLocalSGDCallback, SimulatedAsyncLocalSGDStrategy
 from lightning_async_localsgd.commands import watch
-from lightning_async_localsgd.server.event_file import find_event_file
+from lightning_async_localsgd.server.event_file import find_event_file, read_lines
 from tests.commands.conftest import TOKEN, Command, LiveRun
+from tests.unit.lightning.simulated.support import fit
 
 
 def test_finished_run_is_shown_as_its_summary_says(finished: Path, command: Command) -> None:
@@ -29,6 +33,31 @@ def test_finished_run_is_shown_as_its_summary_says(finished: Path, command: Comm
     assert "finished after" in output
     assert "worker 2 lost: it died, as scheduled" in output
     assert output.count("away") == 1
+
+
+def test_run_that_counts_samples_is_shown_in_samples(tmp_path: Path, command: Command) -> None:
+    strategy = SimulatedAsyncLocalSGDStrategy([0.1, 0.3], batch_size={0: 16, 1: (2, 2)}, local_steps=5)
+    callbacks: list[L.Callback] = [AsyncLocalSGDCallback(table=False)]
+    fit(strategy, callbacks=callbacks, logger=CSVLogger(tmp_path), max_steps=60, log_every_n_steps=5)
+    summary = json.loads(next(tmp_path.rglob("async_localsgd_summary.json")).read_text())
+    samples = sum(worker["samples"] for worker in summary["workers"])
+    state = json.loads(command("watch", tmp_path, "--json")[1])
+    assert summary["budget"] <= samples == state["progress"] == state["total"] < summary["budget"] + 4
+    for worker, expected in zip(state["workers"], summary["workers"], strict=True):
+        assert worker["share"] == pytest.approx(expected["share"])
+    lines = list(read_lines(find_event_file(tmp_path)))
+    before = 0
+    for line in lines:  # What rank 0 says now and then is the sum of the pushes before.
+        if line["kind"] == "push":
+            before += line["samples"]
+        elif "progress" in line:
+            assert line["progress"] == before
+    assert f"{samples} samples of all workers" in command("watch", tmp_path, "--once")[1]
+    code, _, error = command("report", tmp_path, "-o", tmp_path / "page.html")
+    assert code == 0, error
+    page = (tmp_path / "page.html").read_text()
+    assert "Loss over samples of all workers" in page
+    assert "samples a second" in page
 
 
 def test_terminal_view_has_every_worker(finished: Path, command: Command) -> None:

@@ -35,13 +35,24 @@ SECONDS = (0.004, 0.008, 0.02)
 
 
 class Model(Regression):
-    """Notes what it trains on. A batch above ``largest`` samples needs more memory than there is."""
+    """Notes what it trains on.
 
-    def __init__(self, largest: int | None, batch_size: int, victim: dict[str, int] | None) -> None:
+    Args:
+        largest: a batch of more samples needs more memory than there is.
+        batch_size: size of the data loader's batches.
+        victim: a rank, and the number of the batch in which its first process is killed.
+        later: size of the batches after the first epoch, if it is another one.
+
+    """
+
+    def __init__(
+        self, largest: int | None, batch_size: int, victim: dict[str, int] | None, later: int | None = None
+    ) -> None:
         super().__init__(network(8), torch.optim.AdamW, 1e-2, cosine)
         self.batch_size = batch_size
         self.largest = largest
         self.victim = victim
+        self.later = later
         self.batches: list[list[int]] = []
         self.steps: list[int] = []
 
@@ -51,18 +62,28 @@ class Model(Regression):
         strategy: Any = self.trainer.strategy
         if strategy.runtime is not None:
             self.batches.append(batch[2].tolist())
-            if self.victim == {"rank": self.global_rank, "batch": len(self.batches)}:
+            killed = Path(self.trainer.default_root_dir, "killed")
+            if self.victim == {"rank": self.global_rank, "batch": len(self.batches)} and not killed.exists():
+                killed.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
         return super().training_step(batch, index)
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        super().validation_step(batch, index)
+        Path(self.trainer.default_root_dir, f"validated_by_{role()}").touch()
 
     def on_train_batch_end(self, *_: Any) -> None:
         self.steps.append(self.trainer.global_step)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        return loader(SAMPLES, self.batch_size)
+        return loader(SAMPLES, self.later if self.later and self.trainer.current_epoch > 0 else self.batch_size)
 
     def val_dataloader(self) -> DataLoader[Any]:
         return loader(64, self.batch_size, shuffle=False)
+
+
+def role() -> str:
+    return os.environ.get("ASYNC_LOCALSGD_ROLE", "rank")
 
 
 def half_of_it(memory: int) -> int:
@@ -89,6 +110,7 @@ def main(out: Path, options: dict[str, Any]) -> None:
     L.seed_everything(1, verbose=False)
     torch.set_num_threads(1)
     rank = int(os.environ.get("LOCAL_RANK", "0"))
+    options = {"batch": BATCH, **options}
     options |= options.get("of_rank", {}).get(str(rank), {})
     callbacks: list[L.Callback] = [
         Pace(SECONDS),
@@ -120,9 +142,11 @@ def main(out: Path, options: dict[str, Any]) -> None:
         logger=CSVLogger(out, name="", version=""),
         **options.get("trainer", {}),
     )
-    module = Model(options.get("largest"), options.get("batch", BATCH), options.get("victim"))
-    train = loader(SAMPLES, options.get("batch", BATCH)) if options.get("passes_loader") else None
+    module = Model(*map(options.get, ("largest", "batch", "victim", "batch_later")))
+    train = loader(SAMPLES, options["batch"]) if options.get("passes_loader") else None
     trainer.fit(module, train, ckpt_path=options.get("ckpt_path"))
+    if role() == "evaluator":
+        return
     notes = {
         "batches": module.batches,
         "steps": module.steps,

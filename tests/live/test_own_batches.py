@@ -85,6 +85,36 @@ def test_samples_of_a_dead_worker_go_to_others(started: Jobs, tmp_path: Path) ->
     assert "worker 1 left the run" in outcome.text
 
 
+@pytest.mark.parametrize(
+    ("sizes", "largest"), [({"0": 32, "1": [4, 2]}, 4), pytest.param("auto", 16, marks=pytest.mark.slow)]
+)
+def test_worker_that_is_restarted_has_its_own_batches_again(
+    started: Jobs, tmp_path: Path, sizes: Any, largest: int
+) -> None:
+    # With min_workers, rank 0 waits for the new process.
+    outcome = start(
+        started, tmp_path, ranks=2, batch_size=sizes, victim={"rank": 1, "batch": 5}, largest=40,
+        of_rank={"1": {"largest": 20}}, strategy={"min_workers": 2}, trainer={"max_epochs": 2},
+    )  # fmt: skip
+    assert merged_samples(outcome) == 2 * SAMPLES
+    assert [worker["sessions"] for worker in outcome.summary["workers"]] == [1, 2]
+    assert largest_batches(outcome) == [32, largest]
+    assert max(samples_of(outcome).values()) == 2
+    for rank in outcome.ranks:
+        assert (rank["global_step"], rank["epoch"], rank["accumulates"]) == (38, 2, 1)
+        assert rank["rate"] == pytest.approx(0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("sizes", [SIZES, pytest.param("auto", marks=pytest.mark.slow)])
+def test_evaluator_validates_and_uses_no_samples(started: Jobs, tmp_path: Path, sizes: Any) -> None:
+    outcome = start(
+        started, tmp_path, batch_size=sizes, largest=40, strategy={"evaluator": True}, trainer={"max_epochs": 2}
+    )
+    assert samples_of(outcome) == Counter(dict.fromkeys(range(SAMPLES), 2))
+    assert {rank["global_step"] for rank in outcome.ranks} == {26}
+    assert (tmp_path / "validated_by_evaluator").exists()
+
+
 @pytest.mark.slow
 def test_sizes_from_memory(started: Jobs, tmp_path: Path) -> None:
     outcome = start(started, tmp_path, batch_size="half_of_it", ranks=2, trainer={"max_steps": 10})
@@ -158,6 +188,15 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "too large": (
         {"batch_size": {"1": 32}, "of_rank": {"1": {"largest": 20}}, "trainer": {"max_steps": 100_000}},
         "a batch of 32 samples of worker 1 does not fit into the memory of cpu on host HOST (batch_size={1: 32});",
+    ),
+    "other batches in a later epoch": (
+        {
+            "batch_size": {"1": 32},
+            "batch_later": 8,
+            "trainer": {"max_epochs": 3, "reload_dataloaders_every_n_epochs": 1},
+        },
+        "host HOST: with the option batch_size, samples are counted in steps of one size, but the data loader of epoch "
+        "1 has batches of 8 samples, and those before had 16; use one batch size, or leave batch_size out",
     ),
     "rank 0 too large": (
         {"batch_size": {"0": 32}, "of_rank": {"0": {"largest": 20}}, "trainer": {"max_steps": 100_000}},

@@ -61,7 +61,7 @@ class History:
     Attributes:
         state: the state at the end.
         spans: for each worker, what it did when.
-        values: for each logged value, (seconds, steps of all workers, value).
+        values: for each logged value, (seconds, progress of the run, value).
         validations: the same for values of validations.
         staleness: for each worker, (seconds, staleness) of its merged pushes.
         waits: for each worker, (seconds, seconds that it waited).

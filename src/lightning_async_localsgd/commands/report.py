@@ -114,7 +114,7 @@ def make_page(history: History) -> str:
         else ""
     )
     sections = [
-        ("Loss", f'<div class="charts">{_losses(history)}</div>'),
+        ("Loss", f'<div class="charts">{_losses(history, state)}</div>'),
         ("Timeline", charts.timeline(history.spans, history.end, history.faults)),
         ("Workers", f'<div class="scroll">{_workers(state)}</div>'),
         ("Over time", f'<div class="charts">{_over_time(history)}</div>'),
@@ -144,13 +144,13 @@ def _style() -> str:
 
 
 def _tiles(history: History, state: Mapping[str, Any]) -> str:
-    run, total = history.run, state["total"]
+    run, total, unit = history.run, state["total"], text.progress_unit(state)
     waits = [span.end - span.begin for spans in history.spans.values() for span in spans if span.state == "waiting"]
     present = sum(span.end - span.begin for spans in history.spans.values() for span in spans if span.state != "away")
     tiles = {
-        "local steps of all workers": f"{state['progress']}" + (f" of {total}" if total else ""),
+        f"{unit} of all workers": f"{state['progress']}" + (f" of {total}" if total else ""),
         "virtual duration" if state["virtual"] else "duration": text.duration(history.end),
-        "steps a second": text.number(state["progress"] / history.end if history.end else None),
+        f"{unit.split()[-1]} a second": text.number(state["progress"] / history.end if history.end else None),
         "workers": str(len(state["workers"])),
         "pushes merged": str(state["version"]),
         "pushes refused": str(sum(state["refusals"].values())),
@@ -170,16 +170,17 @@ def _tiles(history: History, state: Mapping[str, Any]) -> str:
     )
 
 
-def _losses(history: History) -> str:
-    """Return the charts of all values whose names say loss, over steps and over time; if there are none, of all."""
+def _losses(history: History, state: Mapping[str, Any]) -> str:
+    """Return the charts of all values whose names say loss, over progress and over time; if there are none, of all."""
+    unit = text.progress_unit(state)
     values = {**history.values, **history.validations}
     own = values.get("loss")
     if any(points == own for name, points in values.items() if name != "loss"):
         del values["loss"]  # The module has logged it under another name.
     chosen = {name: points for name, points in values.items() if "loss" in name} or values
-    by_steps = {name: [(steps, value) for _, steps, value in points] for name, points in chosen.items()}
+    by_progress = {name: [(progress, value) for _, progress, value in points] for name, points in chosen.items()}
     by_time = {name: [(seconds, value) for seconds, _, value in points] for name, points in chosen.items()}
-    found = charts.line_chart("Loss over local steps of all workers", by_steps, "local steps")
+    found = charts.line_chart(f"Loss over {unit} of all workers", by_progress, unit)
     found += charts.line_chart("Loss over time", by_time, "seconds")
     return found or "<p>Nothing was logged.</p>"
 

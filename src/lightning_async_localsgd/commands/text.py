@@ -104,14 +104,20 @@ def worker_rows(state: Mapping[str, Any]) -> list[tuple[str, ...]]:
     ]
 
 
+def progress_unit(state: Mapping[str, Any]) -> str:
+    """Return what the progress of a run is counted in."""
+    return "samples" if state["counts_samples"] else "local steps"
+
+
 def headlines(state: Mapping[str, Any]) -> list[str]:
     """Return some lines about the run as a whole."""
     total, progress = state["total"], state["progress"]
     share = f" of {total} ({progress / total:.1%})" if total else ""
     clock = "virtual " if state["virtual"] else ""
+    unit = progress_unit(state)
     lines = [
         f"run {state['run_name'] or '-'}: {_condition(state)} after {duration(state['seconds'])} {clock}".rstrip(),
-        f"{progress} local steps of all workers{share}, {number(state['steps_per_second'])} steps/s, "
+        f"{progress} {unit} of all workers{share}, {number(state['progress_per_second'])} {unit.split()[-1]}/s, "
         + ("finished" if state["ended"] else f"{duration(state['seconds_left'])} left"),
         f"{state['version']} pushes merged, {sum(state['refusals'].values())} refused, "
         f"{size(state['bytes_sent'])} sent, {size(state['bytes_received'])} received",

@@ -423,8 +423,9 @@ def format_table(summary: dict[str, Any]) -> str:
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in (columns, *rows)]
     lines.insert(1, "-" * len(lines[0]))
     kinds = sorted(summary["refusals"].items())
+    samples = f" on {sum(worker['samples'] for worker in summary['workers'])} samples" if sizes else ""
     lines.append(
-        f"{summary['steps']} local steps of all workers{_resumed_text(summary)} in {summary['seconds']:.1f} "
+        f"{summary['steps']} local steps{samples} of all workers{_resumed_text(summary)} in {summary['seconds']:.1f} "
         f"{'virtual ' if summary['virtual'] else ''}s, "
         f"{summary['version']} pushes merged, {summary['refused_pushes']} refused"
         + (f" ({', '.join(f'{count} {kind}' for kind, count in kinds)})" if kinds else "")
@@ -436,7 +437,8 @@ def format_table(summary: dict[str, Any]) -> str:
         )
     alone = summary["fastest_worker_seconds"]
     if alone is not None:
-        lines.append(f"at its last speed, the fastest worker alone would need {alone:.1f} s for as many steps")
+        unit = "samples" if sizes else "steps"
+        lines.append(f"at its last speed, the fastest worker alone would need {alone:.1f} s for as many {unit}")
     lines += [text for worker in summary["workers"] if (text := _departures_text(worker, summary["lost"]))]
     return "\n".join(lines)
 

@@ -40,7 +40,7 @@ def check_own_batches(trainer: pl.Trainer, batches: WorkerBatches | None) -> Non
     """Check that workers can have batch sizes of their own, before anything is trained.
 
     Raises:
-        ValueError: A callback changes the accumulation, or the module steps its optimizers itself.
+        ValueError: A callback changes the accumulation.
 
     """
     if batches is None:
@@ -148,6 +148,13 @@ def _own_batches(batches: WorkerBatches, trainer: pl.Trainer, fit: FitState, wor
             f"{batches} gives worker {worker} batches of {own.size} samples, but an epoch has only {items}; use a "
             "smaller size"
         )
+    if fit.data.drops_last and own.size > items // fit.workers:
+        # If no batch is larger than an equal part, at least one worker has a whole batch in each epoch.
+        raise ValueError(
+            f"{batches} gives worker {worker} batches of {own.size} samples, but each of {fit.workers} workers has "
+            f"only {items // fit.workers} of an epoch's {items} samples on average, and with drop_last=True it would "
+            "drop them; use a smaller size, or drop_last=False"
+        )
     return own
 
 
@@ -163,11 +170,15 @@ def device_memory(device: torch.device) -> int:
 
 
 def text_if_too_large(
-    batches: WorkerBatches | None, fit: FitState | None, device: torch.device, worker: int, error: BaseException
+    batches: WorkerBatches, fit: FitState, trainer: pl.Trainer, device: torch.device, error: BaseException
 ) -> str | None:
-    """Return and log what to tell all hosts if a worker's own batches do not fit into memory; None for other errors."""
-    if batches is None or fit is None or not fit.batch_size or not is_oom_error(error):
+    """Return and log what to tell all hosts if a worker's own batches do not fit into memory; None for other errors.
+
+    Validation has the batches of its own loader, which the option does not change.
+    """
+    if not fit.batch_size or not trainer.training or not is_oom_error(error):
         return None
+    worker = trainer.global_rank
     text = (
         f"a batch of {fit.data.batch_of(worker).size} samples of worker {worker} {DOES_NOT_FIT} of {device} on host "
         f"{socket.gethostname()} ({batches}); use a smaller size, with more accumulated batches such as (16, 4), or "

@@ -111,9 +111,9 @@ class _StrategyBase(DDPStrategy):
         self.merge_policy = MergePolicy(
             quorum, sync_warmup_steps, staleness, MergeOptions() if merge is None else merge
         )
-        self.merge_policy.check_with(self.outer_optimizer, self.grace)
-        self.min_workers = check_min_workers(min_workers)
         self.batches = parsed_batches(batch_size)
+        self.merge_policy.check_with(self.outer_optimizer, self.grace, self.batches is not None)
+        self.min_workers = check_min_workers(min_workers)
         self.exchange = checked_options(exchange)
         check_interval(checkpoint_every)
         self.checkpoint_every = checkpoint_every
@@ -459,9 +459,8 @@ class _StrategyBase(DDPStrategy):
         self._failed = True
         who = "rank 0" if self.is_global_zero else "it"  # Rank 0 tells its workers, and a worker tells rank 0.
         what = f"{type(exception).__name__}: {exception}".removesuffix(": ")
-        rank = self.global_rank
-        if (text := text_if_too_large(self.batches, self._fit, self.root_device, rank, exception)) is not None:
-            what = text
+        if self._fit is not None and self.batches is not None:
+            what = text_if_too_large(self.batches, self._fit, self._trainer, self.root_device, exception) or what
         self._abandon(f"{who} ended with {what}")
 
     def _abandon(self, reason: str) -> None:

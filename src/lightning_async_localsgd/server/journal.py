@@ -111,7 +111,9 @@ class Journal(RunObserver):
         self.write({"kind": "push", **vars(outcome)})
 
     def _first_line(self, seconds: float | None, content: Mapping[str, Any]) -> dict[str, Any]:
-        names = ("incarnation", "workers", "min_workers", "version", "done", "total")
+        names = ["incarnation", "workers", "min_workers", "version", "done", "total"]
+        if "step_samples" in content:  # Workers have batch sizes of their own.
+            names.append("step_samples")
         return {
             "kind": "run",
             "seconds": seconds,

@@ -126,19 +126,6 @@ class MergePolicy:
                 f"merge.quorum_seconds={options.quorum_seconds:g} limits how long pushes wait for a quorum, but with "
                 "quorum=1 no push waits; use quorum >= 2 or quorum='all', or leave it out"
             )
-        # Weights and stages can lengthen a push, so only an unchanged push is known to be refused before it is clipped.
-        unchanged = options.weights == "equal" and self.staleness is None
-        limit = options.max_update_norm
-        if (
-            options.clip_norm is not None
-            and isinstance(limit, float | int)
-            and unchanged
-            and options.clip_norm >= limit
-        ):
-            raise ValueError(
-                f"merge.clip_norm={options.clip_norm:g} has no effect: merge.max_update_norm={limit:g} refuses all "
-                "longer pushes; use a smaller clip_norm, or a larger max_update_norm"
-            )
 
     @property
     def uses_groups(self) -> bool:
@@ -155,13 +142,26 @@ class MergePolicy:
         """Return how many of ``live`` workers must push before a group is merged; with 1 there are no groups."""
         return live if self.quorum == "all" else min(self.quorum, live)
 
-    def check_with(self, outer_optimizer: OuterOptimizer, grace: GraceWindow) -> None:
+    def check_with(self, outer_optimizer: OuterOptimizer, grace: GraceWindow, sizes_differ: bool) -> None:
         """Check the policy against the other options, as far as possible without the number of workers.
+
+        Args:
+            outer_optimizer: the outer optimizer.
+            grace: the grace window.
+            sizes_differ: whether workers have batch sizes of their own, so that their pushes have weights.
 
         Raises:
             ValueError: Two options contradict each other, or one of them has no effect.
 
         """
+        clip, limit = self.options.clip_norm, self.options.max_update_norm
+        # Weights and stages can lengthen a push, so only an unchanged push is known to be refused before it is clipped.
+        unchanged = self.options.weights == "equal" and not sizes_differ and self.staleness is None
+        if clip is not None and isinstance(limit, float | int) and unchanged and clip >= limit:
+            raise ValueError(
+                f"merge.clip_norm={clip:g} has no effect: merge.max_update_norm={limit:g} refuses all longer pushes; "
+                "use a smaller clip_norm, or a larger max_update_norm"
+            )
         averages = outer_optimizer.averages_pushes
         if self.quorum != 1 and averages:
             raise ValueError(

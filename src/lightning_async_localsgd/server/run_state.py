@@ -100,6 +100,9 @@ class RunState:
     Attributes:
         run: the line that began the run; None before.
         workers: the workers by number.
+        progress: local steps in the merged pushes, or their samples if ``counts_samples``.
+        total: progress at the end of the run; None if the run has no end.
+        counts_samples: whether workers have batch sizes of their own, so that progress is counted in samples.
         ended: whether training is over, in this file.
         summary: the summary of the run at its end; None before.
 
@@ -124,6 +127,7 @@ class RunState:
         self.version = int(run.get("version", 0))
         self.progress = int(run.get("done", 0))
         self.total: int | None = run.get("total")
+        self.counts_samples = bool(run.get("step_samples"))
         self.update_norm: float | None = None
         self.momentum_cosine: float | None = None
         self.bytes_sent = self.bytes_received = 0
@@ -228,7 +232,7 @@ class RunState:
         worker.exchange_seconds = line.get("exchange_seconds", 0.0)
         worker.total_exchange_seconds += worker.exchange_seconds
         worker.wait_seconds += line.get("wait_seconds", 0.0)
-        self.progress += line["steps"]
+        self.progress += line["samples"] if self.counts_samples else line["steps"]
         self._note_progress()
         if line.get("update_norm") is not None:
             self.update_norm, self.momentum_cosine = line["update_norm"], line.get("momentum_cosine")
@@ -288,8 +292,8 @@ class RunState:
 
     # --------------------------------------------------------------------- views
 
-    def steps_per_second(self) -> float | None:
-        """Return the local steps of all workers per second of the last minute; None while unknown."""
+    def progress_per_second(self) -> float | None:
+        """Return the progress per second of the last minute; None while unknown."""
         (begin, first), now = self._history[0], self.now
         return (self.progress - first) / (now - begin) if now > begin and self.progress > first else None
 
@@ -301,9 +305,9 @@ class RunState:
 
         """
         now = self.now if now is None else max(now, self.now)
-        rate, run = self.steps_per_second(), self.run or {}
+        rate, run = self.progress_per_second(), self.run or {}
         left = None if self.total is None else max(0, self.total - self.progress)
-        steps = sum(worker.steps for worker in self.workers.values())
+        done = sum(map(self._progress_of, self.workers.values()))
         ordered = sorted(
             self.workers.values(), key=lambda worker: (worker.state in ("away", "finished"), worker.number)
         )
@@ -318,7 +322,8 @@ class RunState:
             "version": self.version,
             "progress": self.progress,
             "total": self.total,
-            "steps_per_second": rate,
+            "counts_samples": self.counts_samples,
+            "progress_per_second": rate,
             "seconds_left": None if self.ended or not rate or left is None else left / rate,
             "global_step": self.global_step,
             "values": self.values,
@@ -332,12 +337,15 @@ class RunState:
             "bytes_received": self.bytes_received,
             "more_workers": max(0, len(ordered) - MAX_WORKERS),
             "workers": sorted(
-                (self._worker_dict(worker, now, steps, run) for worker in ordered[:MAX_WORKERS]),
+                (self._worker_dict(worker, now, done, run) for worker in ordered[:MAX_WORKERS]),
                 key=lambda worker: int(worker["worker"]),
             ),
         }
 
-    def _worker_dict(self, worker: WorkerState, now: float, steps: int, run: Mapping[str, Any]) -> dict[str, Any]:
+    def _progress_of(self, worker: WorkerState) -> int:
+        return worker.samples if self.counts_samples else worker.steps
+
+    def _worker_dict(self, worker: WorkerState, now: float, done: int, run: Mapping[str, Any]) -> dict[str, Any]:
         return {
             "worker": worker.number,
             "state": worker.state_at(now),
@@ -349,7 +357,7 @@ class RunState:
             "rounds": worker.rounds,
             "steps": worker.steps,
             "samples": worker.samples,
-            "share": worker.steps / steps if steps else 0.0,
+            "share": self._progress_of(worker) / done if done else 0.0,
             "compute_seconds": worker.compute_seconds,
             "exchange_seconds": worker.exchange_seconds,
             "total_exchange_seconds": worker.total_exchange_seconds,

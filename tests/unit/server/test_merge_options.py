@@ -96,6 +96,8 @@ def test_options_that_make_no_sense_together(options: dict[str, Any], words: lis
         {"merge": MergeOptions(weights="samples", clip_norm=1.0), "staleness": Polynomial()},
         {"merge": MergeOptions(weights="samples", clip_norm=3.0, max_update_norm=2.0)},
         {"merge": MergeOptions(clip_norm=1.0, max_update_norm=2.0)},
+        # Batch sizes of single workers give pushes weights.
+        {"merge": MergeOptions(clip_norm=3.0, max_update_norm=2.0), "batch_size": {1: 8}},
     ],
 )
 def test_options_that_do(options: dict[str, Any]) -> None:

@@ -84,7 +84,7 @@ def test_faults_are_kept_with_their_times() -> None:
 def test_time_left_follows_the_latest_speed() -> None:
     lines = [BEGIN, join(0, 100.0), *(push(0, 100.0 + second) for second in range(1, 11))]
     view = state(*lines).as_dict()
-    assert view["steps_per_second"] == pytest.approx(5.0)
+    assert view["progress_per_second"] == pytest.approx(5.0)
     assert view["seconds_left"] == pytest.approx(10.0)
 
 
@@ -97,6 +97,17 @@ def test_restart_of_rank_0_continues_the_run_and_another_fit_does_not() -> None:
     assert state(*lines, {**again, "run_name": "b"}).as_dict()["workers"] == []
     continued = state(*lines, {**BEGIN, "continued": True}).as_dict()
     assert continued["workers"][0]["steps"] == 5, "the file was rotated"
+
+
+def test_progress_and_shares_are_those_of_samples_if_the_run_counts_samples() -> None:
+    begin = {**BEGIN, "done": 200, "total": 1000, "step_samples": 16}
+    lines = [begin, join(0, 100.0), join(1, 100.0), push(0, 102.0), push(1, 104.0, steps=30, samples=120)]
+    view = state(*lines).as_dict()
+    assert (view["progress"], view["total"], view["counts_samples"]) == (360, 1000, True)
+    assert [worker["share"] for worker in view["workers"]] == [0.25, 0.75]
+    assert view["seconds_left"] == pytest.approx(640 / (160 / 4.0))
+    skipped = state(*lines, push(1, 105.0, steps=0, samples=8)).as_dict()
+    assert skipped["progress"] == 360, "a round without a step is no progress"
 
 
 def test_unknown_lines_are_skipped() -> None:

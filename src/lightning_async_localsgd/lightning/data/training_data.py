@@ -88,6 +88,7 @@ class TrainingData:
         by_samples: bool = False,
     ) -> None:
         self._by_samples = by_samples
+        self._begun_with: StepBatch | None = None
         self.batch_of: Callable[[int], StepBatch] = lambda worker: self.reference
         self._trainer = cast("Any", trainer)  # Many of its attributes are set by its connectors.
         self._ranks = ranks
@@ -141,6 +142,12 @@ class TrainingData:
         assert sampler is not None
         assert sampler.order.batch_size is not None
         return StepBatch(sampler.order.batch_size, accumulated_batches(self._trainer, 0))
+
+    @property
+    def drops_last(self) -> bool:
+        """Whether the data loader drops incomplete batches. Only with batch sizes of the workers' own."""
+        sampler = leased_sampler_of(self._loader().flattened[0])
+        return sampler is not None and sampler.order.drop_last
 
     @property
     def step_samples(self) -> int:
@@ -233,10 +240,22 @@ class TrainingData:
         Returns:
             Whether data loaders are new.
 
+        Raises:
+            ValueError: Workers have batch sizes of their own, and the script's has changed.
+
         """
         loader = self._loader()
         if loader is self._prepared_loader or self._open_leases is None:
             return False
+        if self._by_samples:
+            self._begun_with = self._begun_with or self.reference
+            if self.reference != self._begun_with:
+                raise ValueError(
+                    f"host {socket.gethostname()}: with the option batch_size, samples are counted in steps of one "
+                    f"size, but the data loader of epoch {self._trainer.current_epoch} has batches of "
+                    f"{self.reference.size} samples, and those before had {self._begun_with.size}; use one batch size, "
+                    "or leave batch_size out"
+                )
         self._prepared_loader = loader
         self.global_epochs = self._epoch_sampler(loader) is not None
         self._samplers = self._start_samplers(loader, self._open_leases, self._trainer.global_rank)
@@ -304,7 +323,7 @@ class TrainingData:
         self._restores.close()
         for sampler in self._samplers.values():
             sampler.leases = None
-        self._prepared_loader = self._open_leases = None
+        self._prepared_loader = self._open_leases = self._begun_with = None
         self._samplers = {}
 
     def close(self) -> None:

@@ -15,7 +15,7 @@ from lightning_async_localsgd.lightning.loop.averaging import GlobalAverages
 from lightning_async_localsgd.lightning.loop.collective_warnings import CollectiveWarnings
 from lightning_async_localsgd.lightning.loop.counters import GlobalStepCounters
 from lightning_async_localsgd.lightning.loop.delegated_validations import DelegatedValidations
-from lightning_async_localsgd.lightning.loop.limits import epoch_steps, has_minimum
+from lightning_async_localsgd.lightning.loop.limits import epoch_steps, has_minimum, steps_of_an_optimizer
 from lightning_async_localsgd.lightning.loop.metric_sync import MetricSync
 from lightning_async_localsgd.lightning.loop.optimizer_reset import reset_after_adoption, torch_optimizer
 from lightning_async_localsgd.lightning.loop.progress_bar import GlobalProgressBar
@@ -122,7 +122,8 @@ class FitController:
             self._metric_sync = MetricSync(trainer, runtime)
             restores.callback(self._metric_sync.restore)
             self.collective_warnings = CollectiveWarnings(trainer)
-        steps_done = self._counters.steps if self._grant is None else 0
+        # The schedules in a checkpoint are at the trainer's steps. Merged rounds may be ahead of them.
+        steps_done = steps_of_an_optimizer(trainer) if self._grant is None else 0
         self._schedulers = ProgressSchedulers(
             trainer, steps_done, self._budget, runtime.step_offset, self._counters.counting
         )

@@ -199,13 +199,13 @@ def test_run_resumes_in_the_middle_of_an_epoch_also_with_other_sizes(
 
 @pytest.mark.parametrize("strategy", [{}, {"overlap": True}, {"sync_warmup_steps": 8}])
 def test_replay_equals_the_run_bit_for_bit(tmp_path: Path, strategy: dict[str, Any]) -> None:
-    events = tmp_path / "events.jsonl"
-    recorder = AsyncLocalSGDCallback(table=False, recording=events)
+    recording = tmp_path / "recording.jsonl"
+    recorder = AsyncLocalSGDCallback(table=False, recording=recording)
     first, _ = run(strategy=strategy, max_epochs=2, callbacks=[recorder])
     options = {name: value for name, value in strategy.items() if name != "speeds"}
     again, _ = fit(
         SimulatedAsyncLocalSGDStrategy(
-            replay=events, local_steps=5, checkpoint_every=None, batch_size=SIZES, **options
+            replay=recording, local_steps=5, checkpoint_every=None, batch_size=SIZES, **options
         ),
         data=loader(SAMPLES, BATCH),
         module=Model,
@@ -215,7 +215,7 @@ def test_replay_equals_the_run_bit_for_bit(tmp_path: Path, strategy: dict[str, A
     assert digest(first.state_dict()) == digest(again.state_dict())
     with pytest.raises(ValueError, match=r"own batch sizes refer to steps of 16 samples, but those .* refer to none"):
         fit(
-            SimulatedAsyncLocalSGDStrategy(replay=events, local_steps=5, **options),
+            SimulatedAsyncLocalSGDStrategy(replay=recording, local_steps=5, **options),
             data=loader(SAMPLES, BATCH),
             module=Model,
             max_steps=-1,
@@ -283,12 +283,39 @@ def test_data_whose_batches_cannot_have_other_sizes_is_refused(data: Any, text: 
         ({"callbacks": [GradientAccumulationScheduler({0: 2})]}, "GradientAccumulationScheduler changes the size"),
         ({"use_distributed_sampler": False}, "is split among ranks by the script itself"),
         ({"sizes": 64}, "batch_size=64 must have sizes by worker"),
+        (
+            {"sizes": {1: 350}, "data": loader(SAMPLES, BATCH, drop_last=True)},
+            "gives worker 1 batches of 350 samples, but each of 3 workers has only 197 of an epoch's 592 samples on",
+        ),
         ({"sizes": {0: 4, 1: 4, 2: 4}, "data": loader(20, 32)}, "an epoch of the training data has only 1 batches"),
     ],
 )
 def test_bad_input(options: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=re.escape(text)):
         run(max_epochs=1, **options)
+
+
+@pytest.mark.parametrize("part", ["training", "validation"])
+def test_option_is_named_if_a_training_batch_does_not_fit_and_not_for_validation(
+    part: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Large(Model):
+        def _allocate(self, *_: Any) -> torch.Tensor:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory")
+
+    setattr(Large, f"{part}_step", Large._allocate)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        run(module=Large, max_steps=20, val_check_interval=5)
+    text = "a batch of 32 samples of worker 0 does not fit into the memory of cpu"
+    assert (text in caplog.text) == (part == "training")
+
+
+@pytest.mark.parametrize("limit", [{"max_epochs": 2}, {"max_steps": 40}])
+def test_workers_that_drop_incomplete_batches_drop_less_than_an_epoch(limit: dict[str, int]) -> None:
+    size = 592 // 3
+    module, _ = run({0: size, 1: size, 2: size}, data=loader(SAMPLES, BATCH, drop_last=True), **limit)
+    assert {length for lengths in module.sizes.values() for length in lengths} == {size}
+    assert len(module.samples) >= (2 * size if "max_epochs" in limit else 40 * BATCH * 3)
 
 
 def test_samplers_that_the_user_has_chosen_are_kept() -> None:
