@@ -32,7 +32,8 @@ class Source(ABC):
 
         """
 
-    def close(self) -> None:  # noqa: B027 # A file is not kept open.
+    @abstractmethod
+    def close(self) -> None:
         """Free what the source holds."""
 
 
@@ -54,13 +55,14 @@ class FileSource(Source):
             raise CommandError(str(error)) from error
         self._reader = EventReader(self._path)
         self._state = RunState()
+        self._zero = 0.0
 
     @override
     def state(self) -> dict[str, Any]:
         try:
-            for line in self._reader.read():
-                self._state.add(line)
-        except NoEventFileError as error:
+            self._reader.feed(self._take_in)
+            silent = max(0.0, time.time() - self._path.stat().st_mtime)
+        except (NoEventFileError, OSError) as error:
             raise CommandError(str(error)) from error
         run = self._state.run
         if run is None:
@@ -68,9 +70,17 @@ class FileSource(Source):
         now = None
         if not self._state.ended and not run.get("virtual"):
             # The file is only followed on the machine that writes it, or on one whose clock agrees.
-            now = run["seconds"] + time.time() - run["time"]
-        silent = max(0.0, time.time() - self._path.stat().st_mtime)
+            now = self._zero + time.time()
         return {**self._state.as_dict(now), "silent_seconds": silent}
+
+    @override
+    def close(self) -> None:
+        self._reader.close()
+
+    def _take_in(self, line: dict[str, Any]) -> None:
+        if line["kind"] == "run":
+            self._zero = float(line["seconds"]) - float(line["time"])
+        self._state.add(line)
 
 
 class ServerSource(Source):

@@ -111,8 +111,9 @@ def headlines(state: Mapping[str, Any]) -> list[str]:
     clock = "virtual " if state["virtual"] else ""
     lines = [
         f"run {state['run_name'] or '-'}: {_condition(state)} after {duration(state['seconds'])} {clock}".rstrip(),
-        f"{progress} local steps of all workers{share}, {number(state['steps_per_second'])} steps/s, "
-        + ("finished" if state["ended"] else f"{duration(state['seconds_left'])} left"),
+        f"{progress} {state['unit']} of all workers{share}, {number(state['progress_per_second'])} "
+        f"{state['unit'].removeprefix('local ')}/s, "
+        + (_condition(state) if state["ended"] else f"{duration(state['seconds_left'])} left"),
         f"{state['version']} pushes merged, {sum(state['refusals'].values())} refused, "
         f"{size(state['bytes_sent'])} sent, {size(state['bytes_received'])} received",
     ]
@@ -149,6 +150,8 @@ def _activity(worker: Mapping[str, Any]) -> str:
 
 
 def _condition(state: Mapping[str, Any]) -> str:
+    if state["error"] is not None:
+        return "ended with an error"
     if state["ended"]:
         return "finished"
     return "paused for lack of workers" if state["paused"] else "running"

@@ -37,6 +37,9 @@ _log = logging.getLogger(__name__)
 
 SUMMARY_FILE = "async_localsgd_summary.json"
 
+_MAX_ERROR = 500
+"""Characters of an error that the event file keeps."""
+
 _PER_WORKER = ("staleness", "local_steps", "wait_seconds", "exchange_seconds", "steps_per_second")
 
 
@@ -156,9 +159,7 @@ class AsyncLocalSGDCallback(Callback):
             runtime.server.write_line("end", {**_run_fields(runtime), "summary": summary})
             # Without a logger the log directory is the working directory, where nothing is written without being asked.
             if trainer.loggers and trainer.log_dir is not None:
-                path = Path(trainer.log_dir) / SUMMARY_FILE
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps(summary, indent=2) + "\n")
+                _write_summary(Path(trainer.log_dir) / SUMMARY_FILE, summary)
             if not summary["virtual"] and (lost := lost_text(summary)):
                 _log.error("%s", lost)
             if summary["unapplied_pushes"]:
@@ -168,6 +169,10 @@ class AsyncLocalSGDCallback(Callback):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if self._recorder is not None:
+            # The server may have ended, and with it the clock of the other lines.
+            text = f"{type(exception).__name__}: {exception}".rstrip(": ").partition("\n")[0][:_MAX_ERROR]
+            self._recorder.on_line({"kind": "end", "seconds": None, "error": text})
         self._close_files()
 
     @override
@@ -246,6 +251,15 @@ class _Recorder(RunObserver):
                 file.close()
 
 
+def _write_summary(path: Path, summary: dict[str, Any]) -> None:
+    """Write the summary. A full disk does not make a finished training fail."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(summary, indent=2) + "\n")
+    except OSError as error:
+        rank_zero_warn(f"the summary of the run is not written to {path}: {error}")
+
+
 def _own_callbacks(trainer: pl.Trainer) -> list[AsyncLocalSGDCallback]:
     return [callback for callback in callbacks_of(trainer) if isinstance(callback, AsyncLocalSGDCallback)]
 
@@ -287,7 +301,6 @@ def _run_fields(runtime: Runtime) -> dict[str, Any]:
         "progress": view.progress,
         "total": view.total,
         "quarantined": sorted(view.quarantined),
-        "paused": view.paused,
         "bytes_sent": runtime.bytes_sent,
         "bytes_received": runtime.bytes_received,
     }
