@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lightning_async_localsgd.commands import watch
+from lightning_async_localsgd.commands import text, watch
 from lightning_async_localsgd.server.event_file import find_event_file
 from tests.commands.conftest import TOKEN, Command, LiveRun
 
@@ -38,6 +38,7 @@ def test_terminal_view_has_every_worker(finished: Path, command: Command) -> Non
     console.print(watch.as_renderable(state))
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "[red]a[/red] run" in shown, "names are no markup"
+    assert shown.splitlines()[2].strip() == text.headlines(state)[1], "below the bar"
     for worker in state["workers"]:
         assert f"{worker['share']:.1%}" in shown
 
@@ -64,7 +65,11 @@ def test_running_training_is_watched_over_the_wire_and_in_its_file(
     code, output, _ = command("watch", run.out, "--once")
     assert code == 0
     assert "running after" in output
-    run.stop()
+    monkeypatch.setattr(watch.sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(watch.time, "sleep", lambda seconds: run.stop())
+    code, output, _ = command("watch", run.address)
+    assert code == 0
+    assert "is gone (the connection was closed by the other side): the run is over" in " ".join(output.split())
     state = json.loads(command("watch", run.out, "--json")[1])
     summary = json.loads(next(run.out.rglob("async_localsgd_summary.json")).read_text())
     assert state["ended"]

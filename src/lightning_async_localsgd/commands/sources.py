@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+class SourceEndedError(CommandError):
+    """The server has ended, so there will be no other state."""
+
+
 class Source(ABC):
     """Gives the state of a run, again and again."""
 
@@ -99,9 +103,9 @@ class ServerSource(Source):
 
     def __init__(self, address: str, token: str, encrypted: bool, timeout: float) -> None:
         from lightning_async_localsgd.protocol.exchange import ExchangeError
-        from lightning_async_localsgd.wire.status import StatusClient
+        from lightning_async_localsgd.wire.status import ServerEndedError, StatusClient
 
-        self._error = ExchangeError
+        self._error, self._ended = ExchangeError, ServerEndedError
         try:
             self._client = StatusClient(address, token, encrypted=encrypted, timeout=timeout)
         except ExchangeError as error:
@@ -111,6 +115,8 @@ class ServerSource(Source):
     def state(self) -> dict[str, Any]:
         try:
             return self._client.request()
+        except self._ended as error:
+            raise SourceEndedError(str(error)) from error
         except self._error as error:
             raise CommandError(str(error)) from error
 
@@ -121,7 +127,8 @@ class ServerSource(Source):
 
 def server_address(target: str) -> str | None:
     """Return the server's address in ``tcp://HOST:PORT`` or ``HOST:PORT``; None if the target is neither."""
-    if re.fullmatch(r"(tcp://)?\S+:\d{1,5}", target):
+    match = re.fullmatch(r"(?:tcp://)?\S+:(\d{1,5})", target)
+    if match is not None and 0 < int(match[1]) < 65536:
         return target if target.startswith("tcp://") else f"tcp://{target}"
     return target if target.startswith("ipc://") else None
 
