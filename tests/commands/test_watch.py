@@ -38,6 +38,8 @@ def test_terminal_view_has_every_worker(finished: Path, command: Command) -> Non
     console.print(watch.as_renderable(state))
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "[red]a[/red] run" in shown, "names are no markup"
+    state["faults"].append({"seconds": 1.0, "worker": 1, "text": "lost: \x1b[2Jcleared\n"})
+    assert text.fault_lines(state)[-1] == "1.0 s: worker 1 lost: ?[2Jcleared?", "a terminal obeys nothing"
     assert shown.splitlines()[2].strip() == text.headlines(state)[1], "below the bar"
     for worker in state["workers"]:
         assert f"{worker['share']:.1%}" in shown

@@ -129,7 +129,7 @@ def headlines(state: Mapping[str, Any]) -> list[str]:
         lines.append(f"no event for {duration(state['silent_seconds'])}: rank 0 may have ended without a word")
     if state["more_workers"]:
         lines.append(f"and {state['more_workers']} more workers")
-    return lines
+    return [_printable(line) for line in lines]
 
 
 def fault_lines(state: Mapping[str, Any], count: int = 5) -> list[str]:
@@ -137,9 +137,14 @@ def fault_lines(state: Mapping[str, Any], count: int = 5) -> list[str]:
     return [
         f"{duration(fault['seconds'])}: "
         + ("" if fault["worker"] is None else f"worker {fault['worker']} ")
-        + str(fault["text"])
+        + _printable(str(fault["text"]))
         for fault in state["faults"][-count:]
     ]
+
+
+def _printable(line: str) -> str:
+    """Return a line without control characters, which a worker's reason may have, and a terminal would obey."""
+    return "".join(char if char.isprintable() else "?" for char in line)
 
 
 def _activity(worker: Mapping[str, Any]) -> str:

@@ -20,7 +20,7 @@ from typing_extensions import override
 from lightning_async_localsgd.lightning.lost_workers import lost_text
 from lightning_async_localsgd.lightning.trainer_access.callbacks import callbacks_of
 from lightning_async_localsgd.lightning.trainer_access.metrics import logs_this_step
-from lightning_async_localsgd.protocol.checks import check_bool
+from lightning_async_localsgd.protocol.checks import check_bool, is_number
 from lightning_async_localsgd.protocol.traits import TRAITS, WorkerTraits, differing_traits
 from lightning_async_localsgd.server.events import Event, fingerprint
 from lightning_async_localsgd.server.line_file import EVENT_FILE, LineFile
@@ -107,7 +107,8 @@ class AsyncLocalSGDCallback(Callback):
             raise ValueError(f"recording={str(recording)!r} must be the path of a file, or None for no recording")
         if events and recording and Path(events).absolute() == Path(recording).absolute():
             raise ValueError(f"events and recording are both {str(events)!r}; use two files")
-        if max_event_megabytes is not None and not 1 <= max_event_megabytes < math.inf:
+        limit = max_event_megabytes
+        if limit is not None and not (is_number(limit) and 1 <= limit < math.inf):
             raise ValueError(f"max_event_megabytes={max_event_megabytes!r} must be a number >= 1, or None for no limit")
         self.table = check_bool("table", table)
         self.per_worker = check_bool("per_worker", per_worker)

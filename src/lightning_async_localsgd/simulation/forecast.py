@@ -34,7 +34,7 @@ _MEASURED_ROUNDS = 25
 """Rounds of each worker that are measured."""
 
 _MOST_ROUNDS = 200
-"""Rounds of all workers, divided by their number, that may happen during one round of a worker. More would take too long."""
+"""Rounds of a worker during one round of the slowest worker, on average. More would take too long to simulate."""
 
 
 @dataclass(frozen=True)

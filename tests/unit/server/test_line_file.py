@@ -206,8 +206,8 @@ def test_files_that_are_no_event_files_are_refused(tmp_path: Path) -> None:
         read_lines(find_event_file(path))
 
 
-@pytest.mark.parametrize("limit", [0, -1, float("nan"), float("inf")])
-def test_limit_outside_its_range_is_refused(limit: float) -> None:
+@pytest.mark.parametrize("limit", [0, -1, float("nan"), float("inf"), "1GB", True])
+def test_limit_outside_its_range_is_refused(limit: Any) -> None:
     with pytest.raises(ValueError, match="max_event_megabytes"):
         AsyncLocalSGDCallback(max_event_megabytes=limit)
 
