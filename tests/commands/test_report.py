@@ -179,6 +179,24 @@ def test_long_runs_are_drawn_in_a_bounded_size() -> None:
     assert line_chart("x", {"y": []}, "s") == ""
 
 
+def test_worker_whose_push_is_held_waits() -> None:
+    push = {"worker": 0, "session": "s", "sequence": 1, "steps": 5, "exchange_seconds": 0.0}
+    history = history_of(
+        [
+            {"kind": "run", "format": 1, "time": 0.0, "seconds": 0.0, "run_name": "a", "incarnation": "i"},
+            {"kind": "join", "worker": 0, "session": "s", "seconds": 0.0},
+            {"kind": "dispatch", "seconds": 1.0, "steps": {"0": 5}},
+            {"kind": "held", "seconds": 3.0, **push},
+            {"kind": "push", "seconds": 7.0, "version": 2, "staleness": 1, "refused": None, **push},
+            {"kind": "dispatch", "seconds": 8.0, "steps": {"0": 5}},
+        ]
+    )
+    spans = [(span.state, span.begin, span.end) for span in history.spans[0]]
+    assert spans == [("waiting", 0.0, 1.0), ("computing", 1.0, 3.0), ("waiting", 3.0, 8.0)]
+    assert history.spans[0][1].facts == {"steps": 5, "staleness": 1, "version": 2}
+    assert history.waits == {0: [(8.0, 5.0)]}
+
+
 def test_page_stays_below_a_megabyte(finished: Path) -> None:
     begin = read_lines(find_event_file(finished))[0]
     lines, workers = [begin], 300
