@@ -99,4 +99,5 @@ TABLE_I: list[Cell] = list(dict.fromkeys(cell for group in GROUPS for cell in gr
 def plan(table: str, seeds: Sequence[int]) -> list[PlannedRun]:
     """Return the runs of the table."""
     runs = [PlannedRun(table, cell, seed) for group in GROUPS[:FIRST] for seed in seeds for cell in group]
-    return runs + [PlannedRun(table, cell, seed) for seed in seeds for group in GROUPS[FIRST:] for cell in group]
+    runs += [PlannedRun(table, cell, seed) for seed in seeds for group in GROUPS[FIRST:] for cell in group]
+    return list(dict.fromkeys(runs))

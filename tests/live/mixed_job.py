@@ -15,6 +15,7 @@ from typing import Any
 
 import lightning as L
 import torch
+import torchmetrics
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
@@ -37,6 +38,7 @@ class Model(Regression):
         super().__init__(net, optimizer=torch.optim.AdamW, lr=0.01)
         self.kill = kill
         self.steps = 0
+        self.auroc = torchmetrics.AUROC("binary")  # Keeps predictions in the dtype in which it gets them.
         self.backend = ""
         self.loss_dtype = ""
 
@@ -57,6 +59,8 @@ class Model(Regression):
         loss = self.loss(batch)
         self.loss_dtype = str(loss.dtype)
         self.log("test_loss", loss, sync_dist=True, on_step=True, on_epoch=True)
+        self.auroc(self.net(batch[0])[:, 0].sigmoid(), (batch[1][:, 0] > 0).int())
+        self.log("auroc", self.auroc)
         gathered = self.all_gather(loss)
         assert gathered.dtype == loss.dtype
         self.log("gathered", gathered.float().mean())

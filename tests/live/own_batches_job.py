@@ -79,7 +79,7 @@ def parsed(option: Any) -> Any:
 
 def replay(out: Path, batch_size: Any) -> None:
     strategy = SimulatedAsyncLocalSGDStrategy(
-        replay=out / "events.jsonl", local_steps=5, checkpoint_every=None, batch_size=batch_size
+        replay=out / "recording.jsonl", local_steps=5, checkpoint_every=None, batch_size=batch_size
     )
     trainer = quiet_trainer(strategy, max_epochs=2, num_sanity_val_steps=0, default_root_dir=out)
     trainer.fit(Model(None, BATCH, None))
@@ -92,7 +92,7 @@ def main(out: Path, options: dict[str, Any]) -> None:
     options |= options.get("of_rank", {}).get(str(rank), {})
     callbacks: list[L.Callback] = [
         Pace(SECONDS),
-        AsyncLocalSGDCallback(ledger=out / "ledger.jsonl", events=out / "events.jsonl"),
+        AsyncLocalSGDCallback(recording=out / "recording.jsonl"),
     ]
     if "save" in options:
         callbacks.append(ModelCheckpoint(dirpath=out, filename="saved", every_n_train_steps=options["save"]))

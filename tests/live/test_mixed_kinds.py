@@ -55,6 +55,7 @@ def test_ranks_of_unequal_precision_train_one_model(started: Jobs, tmp_path: Pat
     assert [rank["loss_dtype"] for rank in ranks] == ["torch.float32", "torch.float32", "torch.bfloat16"]
     assert len({rank["test_loss_epoch"] for rank in ranks}) == 1
     assert ranks[0]["gathered"] == pytest.approx(ranks[1]["gathered"])
+    assert [rank["auroc"] for rank in ranks] == pytest.approx([ranks[0]["auroc"]] * 3, abs=0.01)
     assert ranks[0]["test_loss_epoch"] == pytest.approx(ranks[0]["gathered"], rel=0.05)
 
 

@@ -126,7 +126,7 @@ def test_replay_equals_the_live_run_bit_for_bit(started: Jobs, tmp_path: Path) -
 
 
 def pushes(out: Path) -> list[Any]:
-    return [event.content["push"] for event in read_events(out / "events.jsonl") if event.kind == "push"]
+    return [event.content["push"] for event in read_events(out / "recording.jsonl") if event.kind == "push"]
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {

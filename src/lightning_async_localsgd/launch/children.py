@@ -25,6 +25,9 @@ _JOINED_PIPE_ENV = "ASYNC_LOCALSGD_JOINED_PIPE"
 """Environment variable of a restarted process: ``<file descriptor>:<pid of its launcher>``. The process writes to the
 pipe when it has joined the training, or why it cannot."""
 
+_JOINED = b"!"
+"""Report of a process that has joined."""
+
 _MAX_REPORT = 4096
 """Longest report of a process that cannot join, in bytes. A pipe takes it without waiting for a reader."""
 
@@ -133,7 +136,7 @@ def ended_ranks() -> set[int]:
 
 def report_joined() -> None:
     """Report to the launcher that this process has joined the training."""
-    _report(b"!")
+    _report(_JOINED)
 
 
 def report_failure(reason: str) -> None:
@@ -142,8 +145,9 @@ def report_failure(reason: str) -> None:
 
 
 def read_report(pipe: int) -> str:
-    """Return what a process that has ended has reported through its pipe; empty if it reported nothing."""
-    return os.read(pipe, _MAX_REPORT).decode(errors="replace") if _is_readable(pipe) else ""
+    """Return why a process that has ended could not join; empty if it has joined, or did not say why."""
+    report = os.read(pipe, _MAX_REPORT) if _is_readable(pipe) else b""
+    return "" if report == _JOINED else report.decode(errors="replace")
 
 
 def _report(data: bytes) -> None:

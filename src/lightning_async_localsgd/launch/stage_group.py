@@ -30,6 +30,7 @@ class GroupMember:
         chosen: backend that its Trainer was given; None without one.
         usual: backend that is usual for its device.
         precision: precision of its Trainer.
+        software: its version of torch.
 
     """
 
@@ -38,6 +39,12 @@ class GroupMember:
     chosen: str | None
     usual: str
     precision: str
+    software: str = str(torch.__version__)
+
+    @property
+    def kind(self) -> tuple[str, str, str]:
+        """What decides in which dtypes a rank computes. Autocast has another list of operations for each device."""
+        return self.device, self.precision, self.software
 
 
 def common_backend(members: Sequence[GroupMember]) -> str:
@@ -83,7 +90,7 @@ class StageGroup:
 
     Attributes:
         chosen: see above.
-        mixed: whether ranks have unequal precision, so that tensors of one name may have unequal dtypes.
+        mixed: whether ranks are of unequal kinds, so that tensors of one name may have unequal dtypes.
 
     """
 
@@ -120,7 +127,7 @@ class StageGroup:
         rendezvous.barrier("process group")
         members = rendezvous.gather(GroupMember(socket.gethostname(), device.type, self.chosen, usual, precision))
         backend = common_backend(members)
-        self.mixed = len({member.precision for member in members}) > 1
+        self.mixed = len({member.kind for member in members}) > 1
         rendezvous.open_group(backend, timeout, device_id=bound)
         return backend
 

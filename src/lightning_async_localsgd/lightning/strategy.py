@@ -31,7 +31,7 @@ from lightning_async_localsgd.lightning.data.training_data import TrainingData
 from lightning_async_localsgd.lightning.evaluator import check_can_evaluate, evaluate
 from lightning_async_localsgd.lightning.fit_state import FitState
 from lightning_async_localsgd.lightning.launchers.host_ranks import JoiningEnvironment, adopt_ranks
-from lightning_async_localsgd.lightning.launchers.meeting import meet_ranks, shown_ranks
+from lightning_async_localsgd.lightning.launchers.meeting import meet_ranks, share_model, shown_ranks
 from lightning_async_localsgd.lightning.launchers.process_launcher import AsyncProcessLauncher
 from lightning_async_localsgd.lightning.launchers.script_launcher import AsyncScriptLauncher
 from lightning_async_localsgd.lightning.loop.controller import FitController
@@ -47,7 +47,7 @@ from lightning_async_localsgd.lightning.own_batches import settle_batches
 from lightning_async_localsgd.lightning.registration import register_names
 from lightning_async_localsgd.lightning.strategy_base import _StrategyBase
 from lightning_async_localsgd.lightning.trainer_access.launchers import script_command
-from lightning_async_localsgd.lightning.trainer_access.strategy import sync_module_states, trainer_of
+from lightning_async_localsgd.lightning.trainer_access.strategy import trainer_of
 from lightning_async_localsgd.lightning.waiting import WaitCheck
 from lightning_async_localsgd.outer import OuterOptimizer
 from lightning_async_localsgd.policies.worker_batches import BatchSizes
@@ -345,7 +345,7 @@ class AsyncLocalSGDStrategy(_StrategyBase):
             check_can_evaluate(trainer)
         if self._fit is None and self._rendezvous is not None:
             assert self.model is not None
-            (self._group.sync_weights if self._group.mixed else sync_module_states)(self.model)
+            self._environment.callback(share_model(self._group, self.model))
 
     @override
     def _settle_batches(self, batches: WorkerBatches, fit: FitState) -> None:

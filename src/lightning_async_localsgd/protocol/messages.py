@@ -397,7 +397,7 @@ class JoinInfo(Message):
         seed: seed of the order of the training data.
         fit_number: number of the script's fits so far, this one included.
         run_name: name of the run's folder.
-        frozen_digest: hash of the frozen parameters, which all workers need and which are not exchanged.
+        frozen_digest: hashes of the frozen parameters, which all workers need and which are not exchanged.
         epoch: the epoch that rank 0 is in.
         step_offset: global steps that the trainer has counted beyond the steps of this run.
         incarnation: random name of this start of the server.

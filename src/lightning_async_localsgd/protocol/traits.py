@@ -75,7 +75,7 @@ def shuffle_digest() -> str:
 
     Each worker computes the order of the training data. With unequal orders, samples would be used twice or never.
     """
-    order = torch.randperm(4096, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(4096, generator=torch.Generator().manual_seed(0), device="cpu")
     return hashlib.sha256(order.numpy().tobytes()).hexdigest()[:16]
 
 

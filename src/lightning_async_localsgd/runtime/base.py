@@ -301,7 +301,7 @@ class Runtime(ABC):
         """Tell the server that rank 0's worker trains again. The current step is left out of its speed."""
         assert self.server is not None
         self.server.continue_round(self.worker.number)
-        self.worker.interrupt()
+        self.worker.leave_out_step()
 
     def show_global_model(self, snapshot: Tensor | None = None, version: int = 0) -> None:
         """Save the local weights, and load the global model into the module.
@@ -388,7 +388,7 @@ class Runtime(ABC):
         else:
             version = self.server.copy_model(flat)
             # The time of a save between two steps is not compute time.
-            self.worker.interrupt()
+            self.worker.leave_out_step()
         return self.binding.layout.views(flat, "parameter", "buffer"), version
 
     def with_global_weights(

@@ -12,7 +12,12 @@ from lightning_async_localsgd.protocol.frozen import FrozenParameters
 from lightning_async_localsgd.protocol.layout import Binding, Layout
 from lightning_async_localsgd.protocol.messages import EVALUATOR, MAX_TEXT, PROTOCOL_VERSION, Hello, Push
 from lightning_async_localsgd.runtime.shared_parameters import SharedParameters
-from lightning_async_localsgd.runtime.sync_state import frozen_digest, tensor_digests, unexchanged_tensors
+from lightning_async_localsgd.runtime.sync_state import (
+    frozen_digest,
+    same_frozen,
+    tensor_digests,
+    unexchanged_tensors,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -54,8 +59,9 @@ class EvaluatorClient:
         from lightning_async_localsgd.wire import WireExchange
 
         layout = Layout.of(module, exchange_frozen, moments)
-        digest = frozen_digest(module, tensor_digests(unexchanged_tensors(module, layout)))
-        if digest != grant.info.frozen_digest:
+        tensors = unexchanged_tensors(module, layout)
+        digest = frozen_digest(module, tensors, tensor_digests(tensors))
+        if not same_frozen(digest, grant.info.frozen_digest):
             raise ValueError(
                 "the evaluator cannot join: its frozen parameters differ from those of the run, and frozen parameters "
                 "are not exchanged; load the same weights, or call seed_everything() before the module is created"

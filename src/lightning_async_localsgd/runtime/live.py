@@ -28,6 +28,7 @@ from lightning_async_localsgd.runtime.sync_state import (
     broadcast_tensors,
     frozen_digest,
     persistent_buffers,
+    same_frozen,
     set_buffer,
     sync_buffers,
     sync_differing,
@@ -106,7 +107,7 @@ class LiveRuntime(Runtime):
                 settings.seed,
                 settings.fit_number,
                 settings.run_name,
-                frozen_digest(module, self._digests),
+                frozen_digest(module, tensors, self._digests),
                 step_offset=settings.step_offset,
                 batch_size=settings.batch_size,
             )
@@ -428,7 +429,7 @@ class LiveRuntime(Runtime):
             return self._reply
 
     def _join(self, grant: JoinGrant, info: JoinInfo) -> WireExchange:
-        if info.frozen_digest != grant.info.frozen_digest:
+        if not same_frozen(info.frozen_digest, grant.info.frozen_digest):
             raise ValueError(
                 f"worker {self._rank} cannot join: its frozen parameters differ from those of the run, and frozen "
                 "parameters are not exchanged; load the same weights, or call seed_everything() before the module is "

@@ -159,27 +159,27 @@ class ServerAccess:
                 "waiting for %d worker(s) to join at %s, so that training begins with expected_workers=%d",
                 joiners, self.join_address, self._workers,
             )  # fmt: skip
-        while self.server.missing_workers > 1:  # Rank 0's own worker joins after this.
-            self._settings.check_wait()
-            if time.monotonic() > deadline:
-                ranks = [f"worker {rank}" for rank in self.server.missing if rank > 0]
-                joiners = self.server.missing_joiners
-                names = [*ranks, *([f"{joiners} worker(s) that join"] if joiners else [])]
-                raise RendezvousError(
-                    f"{', '.join(names)} of {self._workers} did not join within exchange.start_timeout={timeout:g} s; "
-                    "see the output of these workers"
-                )
-            time.sleep(_POLL_SECONDS)
-        evaluator = self._settings.evaluator
-        while evaluator is not None and not self.server.evaluations.present:
+        while missing := self._missing():
             self.server.raise_failure()
-            evaluator.raise_if_ended()
+            if self._settings.evaluator is not None:
+                self._settings.evaluator.raise_if_ended()
             self._settings.check_wait()
             if time.monotonic() > deadline:
                 raise RendezvousError(
-                    f"the evaluator did not join within exchange.start_timeout={timeout:g} s; see its output"
+                    f"{', '.join(missing)} did not join within exchange.start_timeout={timeout:g} s, and training "
+                    f"begins with {self._workers} worker(s); see the output of the missing processes"
                 )
             time.sleep(_POLL_SECONDS)
+
+    def _missing(self) -> list[str]:
+        """Return what has to join before training begins. Rank 0's own worker joins last."""
+        assert self.server is not None
+        names = [f"worker {rank}" for rank in self.server.missing if rank > 0]
+        if joiners := self.server.missing_joiners:
+            names.append(f"{joiners} worker(s) that join")
+        if self._settings.evaluator is not None and not self.server.evaluations.present:
+            names.append("the evaluator")
+        return names
 
     def close(self, reason: str | None = None) -> None:
         """Close the server on rank 0. Workers that still wait for it are refused with ``reason``."""

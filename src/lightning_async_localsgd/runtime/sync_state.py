@@ -54,22 +54,37 @@ def tensor_digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Return two hashes of each tensor, with a colon in between.
 
     The first one is of the shape and the values in bf16, and is equal for fp64, fp32 and bf16 versions of a tensor. The
-    second one is of the dtype, the shape and the exact bytes.
+    second one is of the dtype, the shape and the exact bytes. Dtypes of 8 and 4 bits, in which weights are quantized,
+    are no precision of a Trainer, and count with their exact bytes.
     """
     return {name: _digest(tensor) for name, tensor in tensors.items()}
 
 
-def frozen_digest(module: nn.Module, digests: Mapping[str, str]) -> str:
-    """Return one hash of all tensors that must be equal on all workers, which excludes the module's counters.
+def frozen_digest(module: nn.Module, tensors: Mapping[str, Tensor], digests: Mapping[str, str]) -> str:
+    """Return three hashes of all tensors that must be equal on all workers, which excludes the module's counters.
+
+    They are of the dtypes, of the values in bf16, and of the exact values, see :func:`same_frozen`.
 
     Args:
         module: the module.
+        tensors: tensors by name.
         digests: hashes of each tensor, see :func:`tensor_digests`.
 
     """
-    counters = counter_buffers(module)
-    kept = {name: digest.partition(":")[0] for name, digest in digests.items() if name not in counters}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    kept = sorted(digests.keys() - counter_buffers(module).keys())
+    dtypes = [(name, str(tensors[name].dtype)) for name in kept]
+    rounded = [(name, digests[name].partition(":")[0]) for name in kept]
+    exact = [(name, digests[name].partition(":")[2]) for name in kept]
+    return ":".join(hashlib.sha256(json.dumps(pairs).encode()).hexdigest() for pairs in (dtypes, rounded, exact))
+
+
+def same_frozen(first: str, second: str) -> bool:
+    """Return whether two workers have the same frozen parameters, given the :func:`frozen_digest` of each.
+
+    Equal dtypes need exactly the same values. With unequal ones, the values count as bf16 has them.
+    """
+    one, other = first.split(":"), second.split(":")
+    return one == other or (one[0] != other[0] and one[1:2] == other[1:2])
 
 
 def sync_differing(tensors: Mapping[str, Tensor], digests: Mapping[str, str], rendezvous: Rendezvous) -> None:
@@ -187,7 +202,7 @@ def _plain_tensors(name: str, tensor: Any) -> Iterator[tuple[str, Tensor]]:
 def _digest(tensor: Tensor) -> str:
     data = tensor.detach().cpu().to_dense() if tensor.layout != torch.strided else tensor.detach().cpu()
     exact = _hash_of(data)
-    if not data.is_floating_point() or data.dtype == torch.bfloat16:
+    if not data.is_floating_point() or data.itemsize == 1 or data.dtype == torch.bfloat16:
         return f"{exact}:{exact}"
     return f"{_hash_of(data.to(torch.bfloat16))}:{exact}"
 

@@ -223,7 +223,7 @@ class WorkerBase:
         self._stepped = False
         self._step_started_at = now
 
-    def interrupt(self) -> None:
+    def leave_out_step(self) -> None:
         """Leave the current step out of the speed, because validation or saving takes time during the step."""
         self._step_started_at = None
 

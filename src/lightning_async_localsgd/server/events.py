@@ -1,4 +1,4 @@
-"""Events of a run's coordinator, and the event log that a run can be replayed from.
+"""Events of a run's coordinator, and the recording that a run can be replayed from.
 
 The coordinator uses no clock: the same events at the same times lead to the same decisions. The log does not contain
 what workers computed. A replay computes that again, see :mod:`.simulation.replay`.
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT = 3
-"""Format number of event logs. Raised when logs of the previous format cannot be read any more."""
+"""Format number of recordings. Raised when those of the previous format cannot be read any more."""
 
 Kind = Literal[
     "begin",
@@ -71,7 +71,7 @@ def read_events(path: str | PathLike[str]) -> list[Event]:
     """Return the events in a file that :class:`.AsyncLocalSGDCallback` has written.
 
     Raises:
-        ValueError: The file is no event log, has another format, or does not hold exactly one run.
+        ValueError: The file is no recording, has another format, or does not hold exactly one run.
 
     """
     events = []
@@ -83,14 +83,14 @@ def read_events(path: str | PathLike[str]) -> list[Event]:
             if found == FORMAT:
                 events.append(_event(fields))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path} is no event log: line {number} cannot be read ({error})") from error
+            raise ValueError(f"{path} is no recording: line {number} cannot be read ({error})") from error
         if found != FORMAT:
             raise ValueError(
-                f"{path} is an event log of format {found}, and only format {FORMAT} can be read; replay it with the "
+                f"{path} is a recording of format {found}, and only format {FORMAT} can be read; replay it with the "
                 "version of lightning-async-localsgd that wrote it"
             )
     if not events or events[0].kind != "begin":
-        raise ValueError(f"{path} is no event log: its first event is not the beginning of a run")
+        raise ValueError(f"{path} is no recording: its first event is not the beginning of a run")
     if sum(event.kind == "begin" for event in events) > 1:
         raise ValueError(
             f"{path} holds more than one run, and only one can be replayed; write each run to its own file"

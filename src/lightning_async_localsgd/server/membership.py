@@ -337,6 +337,11 @@ class Membership:
                 "all hosts", worker, traits.software, traits.system, torch.__version__,
             )  # fmt: skip
 
+    def log_refusal(self, hello: Hello, reason: str) -> None:
+        """Log why a process that wants to join is refused, because rank 0 may wait for it on another host."""
+        if not hello.reconnecting and not self.finished:
+            _log.warning("a process that wants to join as worker %d is refused: %s", hello.worker, reason)
+
     def _after_removal(self, worker: int) -> None:
         """Update everything that depends on a worker that is not live any more."""
         self._stats.forget_view(worker)

@@ -45,11 +45,6 @@ class ServerQueries(ABC):
         return self._ask(lambda coordinator: coordinator.membership.missing)
 
     @property
-    def missing_workers(self) -> int:
-        """Number of workers that have to join before training starts, whatever their numbers."""
-        return self._ask(lambda coordinator: coordinator.membership.missing_count)
-
-    @property
     def missing_joiners(self) -> int:
         """Number of workers that have to join by hand before training starts."""
 

@@ -378,6 +378,7 @@ class Server(ServerQueries):
         reason = reason or self._coordinator.beginning.check_dtypes(hello)
         reason = reason or self._coordinator.join(hello, self._clock())
         if reason is not None:
+            self._coordinator.membership.log_refusal(hello, reason)
             channel.refuse(reason)
             return
         outdated = self._channels.get(hello.worker)

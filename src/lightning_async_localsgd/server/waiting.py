@@ -162,7 +162,7 @@ class DispatchWindow:
     def _group_is_complete(self) -> bool:
         """Return whether the group has all the pushes that it needs.
 
-        Paused workers are waited for. Workers that rest or have left are not.
+        Interrupted workers are waited for, too. Workers that rest or have left are not.
         """
         awaited = sum(
             session.computing or (session.waiting and not (session.final or self._budget.exhausted))

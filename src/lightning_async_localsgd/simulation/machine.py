@@ -101,7 +101,7 @@ class VirtualWorker(WorkerBase):
         super()._load_moments()
 
     @override
-    def interrupt(self) -> None:
+    def leave_out_step(self) -> None:
         # Validation and saving take no virtual time.
         return
 

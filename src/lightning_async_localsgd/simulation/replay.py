@@ -1,9 +1,9 @@
 """Replays a run from the log of its events: rounds are computed again, everything else is taken from the log.
 
-Each event reaches the same coordinator at its logged time, and each worker trains on the data that it was leased in
-the logged run. The decisions are therefore the same. If the module computes the same from the same weights and batches,
-the global model is also the same, to the last bit. The replay compares all decisions with the log, and ends with an
-error at the first line at which it differs.
+Each event reaches the same coordinator at its recorded time, and each worker trains on the data that it was leased in
+the recorded run. The decisions are therefore the same. If the module computes the same from the same weights and
+batches, the global model is also the same, to the last bit. The replay compares all decisions with the recording, and
+ends with an error at the first line at which it differs.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_OTHER_OPTIONS = "use the options of the trainer and the strategy, the module and the data of the logged run"
+_OTHER_OPTIONS = "use the options of the trainer and the strategy, the module and the data of the recorded run"
 
 
 class Recording:
-    """The event log of a run.
+    """The recording of a run.
 
     Args:
         path: file that :class:`.AsyncLocalSGDCallback` has written.
@@ -48,12 +48,12 @@ class Recording:
         initial_workers: number of workers that the run was started with.
         ranks: how many of these have the numbers 0, 1, ...; the others had joined before training began.
         worker_numbers: numbers of all workers, including those that joined later.
-        is_live: whether the logged run was live, not simulated.
+        is_live: whether the recorded run was live, not simulated.
         incarnation: name of the server.
         events: all events in order.
 
     Raises:
-        ValueError: The file is not an event log, or the logged run was resumed from a checkpoint.
+        ValueError: The file is not a recording, or the recorded run was resumed from a checkpoint.
         OSError: The file cannot be read.
 
     """
@@ -78,16 +78,18 @@ class Recording:
         precisions = sorted({hello.precision for hello in hellos if hello.precision})
         if len(precisions) > 1:
             raise ValueError(
-                f"replay={self.path!r} is the log of a run whose workers had unequal precision "
-                f"({', '.join(precisions)}), but a replay computes all workers with one; log a run with one precision"
+                f"replay={self.path!r} records a run whose workers had unequal precision ({', '.join(precisions)}), "
+                "but a replay computes all workers with one; record a run with equal precision"
             )
+        self._precision = precisions[0] if precisions else ""
+        self._dtypes = hellos[0].dtypes if hellos else ""
         self._min_workers = int(begin.get("min_workers", 1))
         self._step_samples = int(begin.get("step_samples", 0))
         self._total = begin["total"]
         self._fingerprint = begin["fingerprint"]
         if begin["version"] or begin["done"]:
             raise ValueError(
-                f"replay={self.path!r} is the log of a run that was resumed from a checkpoint, after "
+                f"replay={self.path!r} records a run that was resumed from a checkpoint, after "
                 f"{begin['version']} pushes; only runs that are logged from their beginning can be replayed"
             )
 
@@ -106,7 +108,7 @@ class Recording:
         min_workers: int = 1,
         step_samples: int = 0,
     ) -> None:
-        """Check that a module and a budget match the logged run.
+        """Check that a module and a budget match the recorded run.
 
         Args:
             binding: exchanged tensors of the module.
@@ -121,7 +123,7 @@ class Recording:
         """
         if binding.layout.fingerprint != self._fingerprint:
             raise ValueError(
-                f"replay={self.path!r} is the log of a run whose module had other parameters or buffers; use the "
+                f"replay={self.path!r} records a run whose module had other parameters or buffers; use the "
                 "module of that run"
             )
         if step_samples != self._step_samples:
@@ -129,12 +131,18 @@ class Recording:
                 f"steps of {samples} samples" if samples else "none" for samples in (self._step_samples, step_samples)
             ]
             raise ValueError(
-                f"replay={self.path!r} is the log of a run whose workers' own batch sizes refer to {texts[0]}, but "
+                f"replay={self.path!r} records a run whose workers' own batch sizes refer to {texts[0]}, but "
                 f"those of this strategy refer to {texts[1]}; use the option batch_size and the data loader of that run"
+            )
+        if self._dtypes not in ("", binding.layout.dtypes):
+            precision = f" (precision={self._precision!r})" if self._precision else ""
+            raise ValueError(
+                f"replay={self.path!r} records a run whose module had tensors of {self._dtypes}{precision}, but "
+                f"this module has {binding.layout.dtypes}; use the precision of that run"
             )
         if total != self._total:
             raise ValueError(
-                f"replay={self.path!r} is the log of a run with {self._total} local steps of all "
+                f"replay={self.path!r} records a run with {self._total} local steps of all "
                 f"{self.initial_workers} workers together, but this trainer's limits allow {total}; use the max_steps "
                 "or max_epochs of that run"
             )
@@ -143,7 +151,7 @@ class Recording:
         for name, value in given.items():
             if value != getattr(self, f"_{name}"):
                 raise ValueError(
-                    f"replay={self.path!r} is the log of a run with {name}={getattr(self, f'_{name}')!r}, but this "
+                    f"replay={self.path!r} records a run with {name}={getattr(self, f'_{name}')!r}, but this "
                     f"strategy has {name}={value!r}; use that of the run"
                 )
 
@@ -156,7 +164,7 @@ class ReplayServer(Server):
         self._publish()
 
     def reserve_number(self, worker: int) -> None:
-        """Reserve a worker's number, as the logged run did for a worker that joined later."""
+        """Reserve a worker's number, as the recorded run did for a worker that joined later."""
         membership = self._coordinator.membership
         while membership.check_number(worker) is not None and not membership.finished and self.new_number() < worker:
             pass
@@ -237,7 +245,7 @@ class ReplaySimulator(Simulator):
     Args:
         server: dispatches only on request.
         clock: the server's clock.
-        recording: the logged run.
+        recording: the recorded run.
         binding: exchanged tensors of the module in which all rounds are computed.
         frozen: see :class:`.Simulator`.
         exchange_options: see :class:`.Simulator`.
@@ -329,7 +337,7 @@ class ReplaySimulator(Simulator):
 
     @override
     def finish(self, worker: VirtualWorker, stop: bool) -> None:
-        raise self._difference("the trainer stopped before the end of the logged run")
+        raise self._difference("the trainer stopped before the end of the recorded run")
 
     # ------------------------------------------------------------------ internal
 

@@ -42,7 +42,7 @@ class SimulatedRuntime(Runtime):
 
     Args:
         settings: policies and numbers of the run.
-        scenario: the machines, or the logged run that is replayed.
+        scenario: the machines, or the recorded run that is replayed.
         module: the model to train.
         seed: seed of the step times.
         restored: server state to resume from, see :meth:`state_dict`.
@@ -55,7 +55,7 @@ class SimulatedRuntime(Runtime):
         worker: the current worker.
         has_data: whether a worker has data for another step.
         replays: whether the run is a replay of a logged run.
-        replays_live_run: whether the logged run was live.
+        replays_live_run: whether the recorded run was live.
 
     """
 

@@ -1,4 +1,4 @@
-"""How a launcher detects that a restarted process has joined."""
+"""How a launcher detects that a process has joined, and why it could not."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 
+from lightning_async_localsgd.launch import children
 from lightning_async_localsgd.launch.children import Child
 
 
@@ -32,3 +34,19 @@ def test_joining_is_detected_with_a_descriptor_above_1023() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
             os.close(reader)
             os.close(writer)
+
+
+@pytest.mark.parametrize(
+    ("report", "read"),
+    [(lambda: children.report_failure("no data"), "no data"), (children.report_joined, ""), (lambda: None, "")],
+)
+def test_process_that_has_ended_has_said_why_it_could_not_join(
+    monkeypatch: pytest.MonkeyPatch, report: Callable[[], None], read: str
+) -> None:
+    reader, writer = os.pipe()
+    with os.fdopen(reader):
+        monkeypatch.setenv(children._JOINED_PIPE_ENV, f"{writer}:{os.getpid()}")
+        report()
+        if children._JOINED_PIPE_ENV in os.environ:
+            os.close(writer)
+        assert children.read_report(reader) == read

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -48,3 +50,18 @@ def test_only_ranks_of_unequal_precision_convert_what_they_exchange() -> None:
             assert result.dtype == value.dtype
             assert result == value * 2
     assert seen == [torch.bfloat16, torch.int64, torch.float64, torch.int64]
+
+
+@pytest.mark.parametrize(
+    ("other", "mixed"),
+    [({}, False), ({"host": "there"}, False), ({"precision": "bf16-mixed"}, True),
+     ({"device": "cuda"}, True), ({"software": "2.5.0"}, True)],
+)  # fmt: skip
+def test_dtypes_may_be_unequal_if_precision_device_or_torch_are(other: dict[str, Any], mixed: bool) -> None:
+    def gather(own: GroupMember) -> list[GroupMember]:
+        return [own, replace(own, **other)]
+
+    rendezvous: Any = SimpleNamespace(barrier=lambda _: None, gather=gather, open_group=lambda *_, **__: None)
+    group = StageGroup()
+    assert group.open(rendezvous, torch.device("cpu"), "gloo", "32-true", None) == "gloo"
+    assert group.mixed == mixed

@@ -8,7 +8,7 @@ import platform
 import torch
 
 from lightning_async_localsgd.protocol.messages import PROTOCOL_VERSION, Hello
-from lightning_async_localsgd.protocol.traits import TRAITS, WorkerTraits, differing_traits
+from lightning_async_localsgd.protocol.traits import TRAITS, WorkerTraits, differing_traits, shuffle_digest
 
 
 def test_traits_of_this_process_go_through_a_hello_to_the_server() -> None:
@@ -30,3 +30,10 @@ def test_only_known_traits_can_differ() -> None:
     assert differing_traits([cpu, gpu]) == ["device"]
     assert differing_traits([cpu, WorkerTraits(), cpu]) == []
     assert TRAITS == ("device", "precision", "software", "system")
+
+
+def test_order_does_not_depend_on_the_default_device() -> None:
+    expected = shuffle_digest()
+    shuffle_digest.cache_clear()
+    with torch.device("meta"):  # As after torch.set_default_device().
+        assert shuffle_digest() == expected

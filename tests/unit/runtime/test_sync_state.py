@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_async_localsgd.runtime.sync_state import (
     frozen_digest,
+    same_frozen,
     set_buffer,
     sync_differing,
     tensor_digests,
@@ -97,15 +98,23 @@ def test_integers_of_another_dtype_are_refused() -> None:
         together({"n": torch.zeros(2, dtype=torch.int64)}, {"n": torch.zeros(2, dtype=torch.int32)})
 
 
-def test_digest_of_frozen_weights_is_that_of_every_precision() -> None:
-    module = nn.Linear(4, 4)
-    digests = [
-        frozen_digest(module, tensor_digests({"w": VALUES.to(dtype)}))
-        for dtype in (torch.float32, torch.bfloat16, torch.float64)
-    ]
-    assert len(set(digests)) == 1
-    assert frozen_digest(module, tensor_digests({"w": VALUES + 1})) != digests[0]
-    assert frozen_digest(module, tensor_digests({"v": VALUES})) != digests[0]
+def digest_of(**tensors: torch.Tensor) -> str:
+    return frozen_digest(nn.Linear(4, 4), tensors, tensor_digests(tensors))
+
+
+def test_frozen_weights_are_the_same_in_every_precision() -> None:
+    own = digest_of(w=VALUES)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        assert same_frozen(own, digest_of(w=VALUES.to(dtype)))
+    assert not same_frozen(own, digest_of(w=(VALUES + 1).bfloat16()))
+    assert not same_frozen(own, digest_of(v=VALUES))
+
+
+def test_small_difference_between_frozen_weights_of_equal_dtypes_counts() -> None:
+    other = VALUES * (1 + 1e-6)
+    assert torch.equal(other.bfloat16(), VALUES.bfloat16())
+    assert not same_frozen(digest_of(w=VALUES), digest_of(w=other))
+    assert same_frozen(digest_of(w=VALUES), digest_of(w=other.double()))
 
 
 def test_floating_buffer_keeps_the_dtype_of_its_rank() -> None:
@@ -114,3 +123,12 @@ def test_floating_buffer_keeps_the_dtype_of_its_rank() -> None:
     assert torch.equal(module.running_mean, torch.ones(3, dtype=torch.bfloat16))
     set_buffer(module, "num_batches_tracked", torch.tensor(3))
     assert module.num_batches_tracked == 3
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float4_e2m1fn_x2"])
+def test_quantized_weights_count_with_their_exact_bytes(name: str) -> None:
+    if not hasattr(torch, name):
+        pytest.skip(f"torch {torch.__version__} has no {name}")
+    first, second = (torch.full((4,), byte, dtype=torch.uint8).view(getattr(torch, name)) for byte in (1, 2))
+    assert tensor_digests({"w": first}) == tensor_digests({"w": first.clone()})
+    assert tensor_digests({"w": first}) != tensor_digests({"w": second})

@@ -160,3 +160,15 @@ def test_names_of_optimizer_files_can_be_read(servers: list[Server]) -> None:
     push_and_wait(server, dataclasses.replace(push_of(0, 1, 0), optimizer_file="worker-0.pt"), channel)
     assert server.optimizer_files == {0: "worker-0.pt"}
     assert server.state_dict()["optimizer_files"] == {"0": "worker-0.pt"}
+
+
+def test_log_says_why_a_worker_is_refused_for_which_rank_0_waits(
+    servers: list[Server], caplog: pytest.LogCaptureFixture
+) -> None:
+    server = make_server(workers=2, total=100)
+    servers.append(server)
+    channel = RecordingChannel()
+    server.join(dataclasses.replace(hello(1, "s", server.layout), upload="int4"), channel)
+    assert server.missing == [0, 1]
+    [reason] = channel.refusals
+    assert f"a process that wants to join as worker 1 is refused: {reason}" in caplog.messages

@@ -211,7 +211,7 @@ class OptimizerStateSaver(Callback):
             writer.failed(error)
             return
         finally:
-            self._runtime.worker.interrupt()
+            self._runtime.worker.leave_out_step()
         writer.begin(lambda: self._write(state))
 
     def _write(self, state: dict[str, Any]) -> None:

@@ -162,7 +162,7 @@ class EpochOrder:
             return range(len(source))
         if type(source) is RandomSampler and not source.replacement and source.num_samples == len(source.data_source):
             generator = torch.Generator().manual_seed(self._seed + epoch)
-            return torch.randperm(len(source), generator=generator)
+            return torch.randperm(len(source), generator=generator, device="cpu")
         if callable(getattr(source, "set_epoch", None)):
             source.set_epoch(epoch)
         with isolate_rng(include_cuda=False):

@@ -13,14 +13,18 @@ from lightning_async_localsgd.launch.lost_ranks import raise_if_rank_missing
 from lightning_async_localsgd.launch.rank_environment import rank_environment
 from lightning_async_localsgd.launch.rendezvous import Rendezvous
 from lightning_async_localsgd.lightning.trainer_access.loop import run_validations_in
+from lightning_async_localsgd.lightning.trainer_access.metrics import gather_states_of_unequal_dtypes
+from lightning_async_localsgd.lightning.trainer_access.strategy import sync_module_states
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     import lightning.pytorch as pl
     from lightning.pytorch.strategies import DDPStrategy
+    from torch import nn
 
     from lightning_async_localsgd.launch.joining import JoinGrant
+    from lightning_async_localsgd.launch.stage_group import StageGroup
     from lightning_async_localsgd.policies.worker_batches import WorkerBatches
 
 
@@ -79,3 +83,25 @@ def shown_ranks(strategy: DDPStrategy, trainer: pl.Trainer, ranks: int, validate
         if validates_all:
             stack.callback(run_validations_in(trainer, partial(rank_environment, 0, 1, 0, 1)))
         yield
+
+
+def share_model(group: StageGroup, module: nn.Module) -> Callable[[], None]:
+    """Give all ranks the parameters and buffers of rank 0, and let metrics gather what may differ in its dtype.
+
+    Args:
+        group: the open process group of the stage.
+        module: the module of this rank.
+
+    Returns:
+        Ends what was begun.
+
+    """
+    if not group.mixed:
+        sync_module_states(module)
+        return _nothing
+    group.sync_weights(module)
+    return gather_states_of_unequal_dtypes(module)
+
+
+def _nothing() -> None:
+    pass

@@ -146,13 +146,8 @@ class DelegatedValidations:
         """Return whether a scheduler that is due has to wait for its metric, and let it wait."""
         if not self.waits(config.monitor):
             return False
-        self.wait(config, lambda: self._step_scheduler(config))
+        self.wait(config, lambda: step_plateau_scheduler(self._trainer, config))
         return True
-
-    def _step_scheduler(self, config: Any) -> None:
-        """Step a scheduler that has waited for its metric."""
-        if (value := self._trainer.callback_metrics.get(config.monitor)) is not None:
-            step_plateau_scheduler(self._trainer, config, value)
 
     def _is_due(self, planned: bool) -> bool:
         # Lightning would validate once more when it stops early.

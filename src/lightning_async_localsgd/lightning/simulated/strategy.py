@@ -337,7 +337,7 @@ class SimulatedAsyncLocalSGDStrategy(_StrategyBase):
         assert fit.limits is not None
         if restored is not None and isinstance(self.scenario, Recording):
             raise ValueError(
-                f"replay={self.scenario.path!r} starts at the beginning of the logged run, so it cannot be combined "
+                f"replay={self.scenario.path!r} starts at the beginning of the recorded run, so it cannot be combined "
                 "with ckpt_path; leave ckpt_path out"
             )
         runtime = SimulatedRuntime(settings, self.scenario, self.lightning_module, self.seed, restored)

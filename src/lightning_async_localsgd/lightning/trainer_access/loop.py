@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.trainer import call
@@ -208,12 +209,21 @@ def control_plateau_schedulers(trainer: pl.Trainer, postpone: Callable[[Any], bo
     return _replace_method(loop, "_update_learning_rates", update_unless_postponed)
 
 
-def step_plateau_scheduler(trainer: pl.Trainer, config: Any, value: Any) -> None:
-    """Step a scheduler that follows a metric as Lightning does, with the metric's value."""
-    progress = trainer.fit_loop.epoch_loop.scheduler_progress
-    progress.increment_ready()
-    call._call_lightning_module_hook(trainer, "lr_scheduler_step", config.scheduler, value)
-    progress.increment_completed()
+def step_plateau_scheduler(trainer: pl.Trainer, config: Any) -> None:
+    """Step a scheduler that follows a metric as Lightning does when it is due, with the present value of the metric.
+
+    Raises:
+        MisconfigurationException: There is no such metric, and the scheduler is ``strict``.
+
+    """
+    loop, strategy = trainer.fit_loop.epoch_loop, trainer.strategy
+    configs = strategy.lr_scheduler_configs
+    strategy.lr_scheduler_configs = [replace(config, frequency=1)]
+    try:
+        # Not through the loop's attribute: control_plateau_schedulers() has replaced it.
+        type(loop)._update_learning_rates(loop, config.interval, update_plateau_schedulers=True)
+    finally:
+        strategy.lr_scheduler_configs = configs
 
 
 def _replace_method(instance: Any, name: str, method: Callable[..., Any]) -> Callable[[], None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.trainer.connectors.logger_connector.result import (
@@ -10,10 +11,12 @@ from lightning.pytorch.trainer.connectors.logger_connector.result import (
     _ResultCollection,
     _ResultMetric,
 )
+from torchmetrics import Metric
+from torchmetrics.utilities.distributed import gather_all_tensors
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
-    from torch import Tensor
+    from torch import Tensor, nn
 
 Metadata = _Metadata
 """How a metric was logged: the arguments of ``self.log``."""
@@ -70,3 +73,26 @@ def step_value(metric: ResultMetric) -> Tensor | None:
 def update_count(metric: ResultMetric) -> int:
     """Return how often the metric was logged since its accumulator was reset."""
     return int(metric._update_count)
+
+
+def gather_states_of_unequal_dtypes(module: nn.Module) -> Callable[[], None]:
+    """Let a module's metrics gather their states from ranks with other dtypes, until the returned function is called.
+
+    Metrics of torchmetrics gather their states by themselves, not through the strategy. Some keep the predictions in
+    the dtype in which they get them. Metrics that have a ``dist_sync_fn`` of their own keep it.
+    """
+    metrics = [each for each in module.modules() if isinstance(each, Metric) and each.dist_sync_fn is None]
+    for metric in metrics:
+        metric.dist_sync_fn = _gather_as_double
+
+    def restore() -> None:
+        for metric in metrics:
+            metric.dist_sync_fn = None
+
+    return restore
+
+
+def _gather_as_double(state: Tensor, group: Any | None = None) -> list[Tensor]:
+    if not state.is_floating_point():
+        return gather_all_tensors(state, group)
+    return [each.to(state.dtype) for each in gather_all_tensors(state.double(), group)]

@@ -71,13 +71,13 @@ def worker_of(root: Path, steps: int, module: job.Module | None = None, **option
 def runtime_of(number: int = 1) -> Any:
     worker = SimpleNamespace(
         number=number, session="s", reply=SimpleNamespace(version=0, save_request=0), round_steps=0, total_steps=9,
-        diverged=False, optimizer_file=str, uplink=None, interruptions=0,
+        diverged=False, optimizer_file=str, uplink=None, steps_left_out=0,
     )  # fmt: skip
 
-    def interrupt() -> None:
-        worker.interruptions += 1
+    def leave_out_step() -> None:
+        worker.steps_left_out += 1
 
-    worker.interrupt = interrupt
+    worker.leave_out_step = leave_out_step
     return SimpleNamespace(worker=worker, stopped=False)
 
 
@@ -124,7 +124,7 @@ def test_state_is_saved_at_the_end_of_a_round_when_the_interval_is_over(tmp_path
     found = files(tmp_path)
     assert [path.name[:15] for path in found] == [f"worker-1-{n:06d}" for n in (3, 4, 5)], "three files are kept"
     assert runtime.worker.optimizer_file() == found[-1].name
-    assert runtime.worker.interruptions == 5, "saving does not count as computing"
+    assert runtime.worker.steps_left_out == 5, "saving does not count as computing"
     assert all(verified(path) and stat.S_IMODE(path.stat().st_mode) == 0o600 for path in found)
     state = torch.load(found[-1], weights_only=True)
     assert (state["worker"], state["session"], state["version"]) == (1, "s", 21)

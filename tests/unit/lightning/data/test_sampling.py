@@ -98,6 +98,8 @@ def test_permutation_depends_only_on_seed_and_epoch() -> None:
     # An epoch's order can be requested again after those of other epochs.
     assert epoch(first, 5) != epoch(first, 6)
     assert epoch(first, 0) == earlier[0]
+    with torch.device("meta"):  # As after torch.set_default_device().
+        assert epoch(order(loader), 0) == earlier[0]
 
 
 @pytest.mark.parametrize(

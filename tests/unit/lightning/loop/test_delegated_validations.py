@@ -10,7 +10,9 @@ from typing import Any
 
 import lightning as L
 import pytest
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_async_localsgd.lightning.loop.delegated_validations import DelegatedValidations
 from lightning_async_localsgd.protocol.buffers import BufferPool
@@ -96,7 +98,7 @@ class Delegating(L.Callback):
         self.delegated.restore()
 
 
-def run(folder: Path, text: str | None) -> Delegating:
+def run(folder: Path, text: str | None, module: L.LightningModule | None = None) -> Delegating:
     """Train with validations at the steps 2 and 4. The first one is out until training has ended."""
     delegating = Delegating(Server(text))
     saved = ModelCheckpoint(folder, monitor="val_loss", save_top_k=-1)
@@ -104,7 +106,7 @@ def run(folder: Path, text: str | None) -> Delegating:
         "auto", max_steps=STEPS, val_check_interval=2, num_sanity_val_steps=0, callbacks=[delegating, saved],
         default_root_dir=folder,
     )  # fmt: skip
-    trainer.fit(Regression(), loader(64), loader(32, shuffle=False))
+    trainer.fit(module or Regression(), loader(64), loader(32, shuffle=False))
     return delegating
 
 
@@ -120,3 +122,18 @@ def test_model_that_was_out_and_the_final_one_are_both_saved(text: str | None, t
 def test_global_model_is_up_to_date_before_a_validated_one_is_shown(tmp_path: Path) -> None:
     assert run(tmp_path / "result", RESULT).runtime.calls == ["flush", "show", "hide"]
     assert run(tmp_path / "lost", None).runtime.calls == ["flush"]
+
+
+@pytest.mark.parametrize("text", [RESULT, None], ids=["result", "lost"])
+def test_scheduler_whose_metric_the_validation_lacks_is_an_error_as_without_an_evaluator(
+    text: str | None, tmp_path: Path
+) -> None:
+    class Misspelled(Regression):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.01)
+            plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+            follows = {"scheduler": plateau, "monitor": "val_los", "interval": "step", "frequency": 3}
+            return {"optimizer": optimizer, "lr_scheduler": follows}
+
+    with pytest.raises(MisconfigurationException, match="metric val_los which is not available"):
+        run(tmp_path, text, Misspelled())

@@ -200,7 +200,7 @@ def test_run_resumes_in_the_middle_of_an_epoch_also_with_other_sizes(
 @pytest.mark.parametrize("strategy", [{}, {"overlap": True}, {"sync_warmup_steps": 8}])
 def test_replay_equals_the_run_bit_for_bit(tmp_path: Path, strategy: dict[str, Any]) -> None:
     events = tmp_path / "events.jsonl"
-    recorder = AsyncLocalSGDCallback(table=False, events=events)
+    recorder = AsyncLocalSGDCallback(table=False, recording=events)
     first, _ = run(strategy=strategy, max_epochs=2, callbacks=[recorder])
     options = {name: value for name, value in strategy.items() if name != "speeds"}
     again, _ = fit(

@@ -1,4 +1,4 @@
-"""Simulated runs that are replayed from their event log."""
+"""Simulated runs that are replayed from their recording."""
 
 from __future__ import annotations
 
@@ -29,9 +29,11 @@ def test_replay_gives_the_same_weights_and_reports_differences(tmp_path: Path) -
     ):
         with pytest.raises(RuntimeError, match=words):
             fit(Simulated(replay=events, **options))
-    with pytest.raises(ValueError, match=r"is the log of a run with 90 local steps .* allow 60"):
+    with pytest.raises(ValueError, match=r"records a run with 90 local steps .* allow 60"):
         fit(Simulated(replay=events, local_steps=5), max_steps=20)
-    with pytest.raises(RuntimeError, match=r"the trainer stopped before the end of the logged run"):
+    with pytest.raises(ValueError, match=r"module had tensors of float32, but this module has bfloat16"):
+        fit(Simulated(replay=events, local_steps=5), precision="bf16-true")
+    with pytest.raises(RuntimeError, match=r"the trainer stopped before the end of the recorded run"):
         fit(Simulated(replay=events, local_steps=5), callbacks=[StopAt()])
     lines = events.read_text().splitlines(keepends=True)
     (tmp_path / "broken.jsonl").write_text("".join(lines[: len(lines) // 2]))
@@ -69,7 +71,7 @@ def test_run_with_workers_that_had_joined_before_it_began_is_replayed(tmp_path: 
 
 def test_log_of_workers_with_unequal_precision_is_refused(tmp_path: Path) -> None:
     events = tmp_path / "events.jsonl"
-    fit(Simulated(SPEEDS, local_steps=5), callbacks=[RunRecorder(events=events)])
+    fit(Simulated(SPEEDS, local_steps=5), callbacks=[RunRecorder(recording=events)])
     for precision in ("32-true", "bf16-mixed"):
         events.write_text(events.read_text().replace('"precision":""', f'"precision":"{precision}"', 1))
     with pytest.raises(ValueError, match=r"workers had unequal precision \(32-true, bf16-mixed\)"):

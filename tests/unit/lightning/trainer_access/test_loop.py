@@ -10,9 +10,10 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from lightning_async_localsgd.lightning.trainer_access import loop
+from lightning_async_localsgd.lightning.trainer_access.metrics import shown_metrics
 from tests.unit.lightning.trainer_access.support import Model, RecordingLogger, at, fit, loader
 
 
@@ -202,17 +203,39 @@ def test_validations_are_controlled_until_restored() -> None:
     assert module.seen == [(2, 0), (12, 2)]
 
 
-def test_scheduler_of_a_metric_is_stepped_with_a_value() -> None:
+def test_scheduler_of_a_metric_is_stepped_although_it_is_not_due() -> None:
     rates: list[float] = []
 
     def step(trainer: L.Trainer) -> None:
+        shown_metrics(trainer)[0]["loss"] = torch.tensor(1.0)
         [config] = trainer.lr_scheduler_configs
-        loop.step_plateau_scheduler(trainer, config, torch.tensor(1.0))
+        loop.step_plateau_scheduler(trainer, config)
+        assert trainer.lr_scheduler_configs == [config]
+        assert config.frequency == 100
         rates.append(config.scheduler.optimizer.param_groups[0]["lr"])
 
     callback, _ = at(on_train_batch_end=step)
     fit(callback, module=Validated(), batches=2)
     assert rates == [0.1, pytest.approx(0.01)]
+
+
+def test_scheduler_of_a_metric_that_is_not_there() -> None:
+    class Misspelled(Validated):
+        def configure_optimizers(self) -> Any:
+            configured = super().configure_optimizers()
+            configured["lr_scheduler"]["monitor"] = "los"
+            return configured
+
+    def step(trainer: L.Trainer) -> None:
+        [config] = trainer.lr_scheduler_configs
+        with pytest.raises(MisconfigurationException, match="metric los which is not available"):
+            loop.step_plateau_scheduler(trainer, config)
+        config.strict = False
+        with pytest.warns(RuntimeWarning, match="metric los which is not available"):
+            loop.step_plateau_scheduler(trainer, config)
+
+    callback, _ = at(on_train_batch_end=step)
+    fit(callback, module=Misspelled(), batches=1)
 
 
 def test_schedulers_that_follow_a_metric_are_postponed_until_restored() -> None:

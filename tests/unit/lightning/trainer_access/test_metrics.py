@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
+import pytest
 import torch
-from torch import Tensor
+import torchmetrics
+from torch import Tensor, nn
 
 from lightning_async_localsgd.lightning.mixed_in import mixed_in
 from lightning_async_localsgd.lightning.trainer_access import metrics
@@ -110,3 +112,27 @@ def test_metadata_gives_the_names_and_the_reduction_of_a_metric() -> None:
     assert [metadata.forked_name(on_step) for on_step in (True, False)] == ["value_step", "value_epoch"]
     empty = metrics.Metrics(callback={}, log={}, pbar={})
     assert empty == {"callback": {}, "log": {}, "pbar": {}}
+
+
+def test_states_of_unequal_dtypes_are_gathered_as_double_until_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    gathered: list[torch.dtype] = []
+
+    def gather(state: Tensor, group: Any = None) -> list[Tensor]:
+        gathered.append(state.dtype)
+        return [state, state]
+
+    def own(state: Tensor, group: Any = None) -> list[Tensor]:
+        raise AssertionError("no state is gathered in this way")
+
+    monkeypatch.setattr(metrics, "gather_all_tensors", gather)
+    auroc, others = torchmetrics.AUROC("binary"), torchmetrics.AUROC("binary", dist_sync_fn=own)
+    restore = metrics.gather_states_of_unequal_dtypes(nn.ModuleDict({"mine": nn.Sequential(auroc), "own": others}))
+    auroc.update(torch.tensor([0.25, 0.75]).bfloat16(), torch.tensor([0, 1]))
+    auroc.sync(dist_sync_fn=auroc.dist_sync_fn, distributed_available=lambda: True)
+    assert gathered == [torch.float64, torch.int64]
+    assert auroc.preds.dtype == torch.bfloat16
+    assert auroc.preds.tolist() == [0.25, 0.75] * 2
+    assert others.dist_sync_fn is own
+    restore()
+    assert auroc.dist_sync_fn is None
+    assert others.dist_sync_fn is own
