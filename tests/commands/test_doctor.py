@@ -91,7 +91,7 @@ def test_cuda_driver_without_cuda_in_torch_is_found(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
-def test_rank_without_its_launcher_is_found(started: Any) -> None:
+def test_rank_without_its_launcher_is_found(started: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     program = (
         "import subprocess, sys\n"
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
@@ -107,6 +107,9 @@ def test_rank_without_its_launcher_is_found(started: Any) -> None:
         mine = [finding for finding in checks.check_processes() if "a-run-of-the-test" in finding.text]
         assert [finding.status for finding in mine] == ["warning"]
         assert mine[0].remedy.endswith(f"kill {pid}")
+        monkeypatch.setattr(checks, "_program", lambda _: sys.executable)
+        found = [finding.text for finding in checks.check_processes()]
+        assert not any("a-run-of-the-test" in text for text in found), "process 1 of a container is the launcher"
     finally:
         os.kill(pid, 9)
 
@@ -159,3 +162,14 @@ def test_text_has_a_line_for_each_finding_and_one_for_its_remedy() -> None:
         check=True, capture_output=True, text=True,
     )  # fmt: skip
     assert done.stdout == "PROBLEM  a: b\n         -> c\n"
+
+
+@pytest.mark.parametrize("address", ["..:80", "nowhere.invalid:80"])
+def test_names_that_are_no_names_are_unreachable(address: str, command: Command) -> None:
+    code, output, _ = command("doctor", address)
+    assert code == 3
+    assert f"no connection to {address}" in output
+
+
+def test_port_outside_the_range_is_no_address(command: Command) -> None:
+    assert "is not a server's address" in command("doctor", "127.0.0.1:65536")[2]

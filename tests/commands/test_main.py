@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -60,3 +61,25 @@ def test_run_is_the_supervisor(tmp_path: Path) -> None:
 def test_console_script_is_declared() -> None:
     text = (PROJECT / "pyproject.toml").read_text()
     assert '\nlightning-async-localsgd = "lightning_async_localsgd.commands.main:main"\n' in text
+
+
+def test_output_that_is_not_unicode_and_a_reader_that_leaves(finished: Path) -> None:
+    words = [sys.executable, "-m", "lightning_async_localsgd.commands"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([*words, "watch", finished, "--once"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "loss ????" in done.stdout
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([*words, "watch", finished, "--json"], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_interrupted_command_has_not_done_its_work(monkeypatch: pytest.MonkeyPatch, command: Command) -> None:
+    monkeypatch.setattr("lightning_async_localsgd.commands.plan.make_plan", interrupt)
+    assert command("plan", "--seconds-per-step", "1", "--params", "1")[0] == 130
+
+
+def interrupt(_: object) -> None:
+    raise KeyboardInterrupt

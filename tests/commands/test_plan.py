@@ -132,3 +132,21 @@ def test_live_run_of_emulated_devices_agrees_within_5_percent(live_run: Callable
         assert worker.steps_per_second == pytest.approx(speed, rel=0.05)
         assert worker.share == pytest.approx(speed / sum(live_speeds), rel=0.05)
     assert predicted.staleness == pytest.approx(statistics.fmean(live_staleness), rel=0.1)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 40])
+def test_run_that_is_over_before_it_settles_is_forecast(steps: int, command: Command) -> None:
+    words = ["--seconds-per-step", "1,2,50", "--params", "1e6", "--link", "1Gbit", "--max-steps", steps, "--json"]
+    code, output, errors = command("plan", *words)
+    assert code == 0, errors
+    found = json.loads(output)
+    assert len(found["workers"]) == 3
+    assert sum(worker["share"] for worker in found["workers"]) == pytest.approx(1.0)
+    assert 0.05 < method(found, "this strategy")["steps_per_second"] < 1.5
+
+
+@pytest.mark.parametrize("words", [["1e-6,1e6", "--params", "1"], ["1,2", "--params", "1e30", "--link", "1kbit"]])
+def test_machine_that_hardly_takes_part_is_named(words: list[str], command: Command) -> None:
+    code, _, errors = command("plan", "--seconds-per-step", *words)
+    assert code == 1
+    assert "worker 1 takes part only once in more than" in errors

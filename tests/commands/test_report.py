@@ -6,12 +6,13 @@ import asyncio
 import html.parser
 import itertools
 import json
+import math
 import os
 import re
 import shutil
 import subprocess
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,14 @@ from lightning_async_localsgd.server.event_file import find_event_file, read_lin
 from tests.commands.conftest import Command, LiveRun
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
+
+
+def history_of(lines: Iterable[dict[str, Any]]) -> History:
+    history = History()
+    for line in lines:
+        history.add(line)
+    history.finish()
+    return history
 
 
 class Structure(html.parser.HTMLParser):
@@ -61,7 +70,7 @@ class Structure(html.parser.HTMLParser):
 
 @pytest.fixture(scope="module")
 def history(finished: Path) -> History:
-    return History(read_lines(find_event_file(finished)))
+    return history_of(read_lines(find_event_file(finished)))
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +125,7 @@ def test_names_from_the_run_are_escaped(finished: Path) -> None:
     lines[0] = {**lines[0], "run_name": "<script>alert(1)</script>"}
     evil = {"kind": "lost", "worker": 0, "session": "s", "seconds": lines[9]["seconds"], "reason": "<img src=x>"}
     lines.insert(10, evil)
-    page = make_page(History(lines))
+    page = make_page(history_of(lines))
     Structure(page)
     assert "<script" not in page
     assert "<img" not in page
@@ -170,6 +179,52 @@ def test_long_runs_are_drawn_in_a_bounded_size() -> None:
     assert line_chart("x", {"y": []}, "s") == ""
 
 
+def test_worker_whose_push_is_held_waits() -> None:
+    push = {"worker": 0, "session": "s", "sequence": 1, "steps": 5, "exchange_seconds": 0.0}
+    history = history_of(
+        [
+            {"kind": "run", "format": 1, "time": 0.0, "seconds": 0.0, "run_name": "a", "incarnation": "i"},
+            {"kind": "join", "worker": 0, "session": "s", "seconds": 0.0},
+            {"kind": "dispatch", "seconds": 1.0, "steps": {"0": 5}},
+            {"kind": "held", "seconds": 3.0, **push},
+            {"kind": "push", "seconds": 7.0, "version": 2, "staleness": 1, "refused": None, **push},
+            {"kind": "dispatch", "seconds": 8.0, "steps": {"0": 5}},
+        ]
+    )
+    spans = [(span.state, span.begin, span.end) for span in history.spans[0]]
+    assert spans == [("waiting", 0.0, 1.0), ("computing", 1.0, 3.0), ("waiting", 3.0, 8.0)]
+    assert history.spans[0][1].facts == {"steps": 5, "staleness": 1, "version": 2}
+    assert history.waits == {0: [(8.0, 5.0)]}
+
+
+def test_page_stays_below_a_megabyte(finished: Path) -> None:
+    begin = read_lines(find_event_file(finished))[0]
+    lines, workers = [begin], 300
+    for round_ in range(100):
+        now = begin["seconds"] + round_
+        lines.append({"kind": "dispatch", "seconds": now, "steps": {str(worker): 5 for worker in range(workers)}})
+        lines += [
+            {"kind": "push", "worker": worker, "session": "s", "sequence": round_, "version": round_, "steps": 5,
+             "samples": 5, "staleness": 0, "refused": "<" * 400 if worker % 2 else None, "refusal": "not_finite",
+             "exchange_seconds": 0.1, "update_norm": 1.0, "seconds": now + 0.5 + worker / 1000}
+            for worker in range(workers)
+        ]  # fmt: skip
+    page = make_page(history_of(lines))
+    assert len(page) < 1_000_000
+    assert "and 200 more workers" in Structure(page).text
+
+
+@pytest.mark.parametrize(
+    "values", [[1e30] * 3, [1e17, 1e17 + 32], [-1e308, 1e308], [math.inf, 2.0], [1e-13, 3e-13], [0.0]]
+)
+def test_charts_of_diverged_and_tiny_values(values: list[float]) -> None:
+    chart = line_chart("x", {"y": [(float(n), value) for n, value in enumerate(values)]}, "s")
+    labels = re.findall(r'text-anchor="end">([^<]*)<', chart)[:-1]
+    assert len(labels) == len(set(labels)), "labels can be told apart"
+    assert "nan" not in chart
+    assert "inf" not in chart
+
+
 def test_restart_of_rank_0_is_part_of_the_timeline() -> None:
     def lines(time: float, seconds: float, incarnation: str, session: str) -> list[dict[str, Any]]:
         push = {"sequence": 1, "version": 1, "steps": 5, "staleness": 0, "refused": None, "exchange_seconds": 0.0}
@@ -180,7 +235,7 @@ def test_restart_of_rank_0_is_part_of_the_timeline() -> None:
             {"kind": "push", "worker": 0, "session": session, "seconds": seconds + 4.0, **push},
         ]
 
-    history = History([*lines(1000.0, 50.0, "i", "s"), *lines(1010.0, 3.0, "j", "t")])
+    history = history_of([*lines(1000.0, 50.0, "i", "s"), *lines(1010.0, 3.0, "j", "t")])
     assert history.end == pytest.approx(14.0)
     away = [span for span in history.spans[0] if span.state == "away"]
     assert [(span.begin, span.end) for span in away] == [(4.0, 10.0)]
@@ -198,6 +253,36 @@ def test_report_of_a_live_run_that_is_still_running(live_run: Callable[..., Live
     assert code == 0
     Structure(Path(re.findall(r"report: (.*)", output)[0]).read_text())
     run.stop()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"kind": "push"},
+        {"kind": "push", "worker": "x"},
+        {"kind": "metrics", "seconds": "soon"},
+        {"kind": "dispatch", "steps": [1]},
+        {"kind": "run", "format": 1},
+    ],
+)
+@pytest.mark.parametrize("words", [["watch", "--once"], ["watch", "--json"], ["report"]])
+def test_damaged_and_foreign_files_are_named(
+    command: Command, finished: Path, tmp_path: Path, words: list[str], line: dict[str, Any]
+) -> None:
+    path = tmp_path / "damaged.jsonl"
+    path.write_text("".join(json.dumps(each) + "\n" for each in (read_lines(find_event_file(finished))[0], line)))
+    code, _, errors = command(*words, path)
+    assert code == 1
+    assert f"{path} is damaged" in errors
+
+
+def test_lines_before_a_run_and_lines_that_are_no_json_are_skipped(
+    command: Command, finished: Path, tmp_path: Path
+) -> None:
+    path, first = tmp_path / "foreign.jsonl", json.dumps(read_lines(find_event_file(finished))[0])
+    path.write_text("\n".join(['{"kind": "push"}', "[" * 100_000, '{"kind": ["x"]}', "\xff", first, '{"ki']))
+    assert command("watch", path, "--once")[0] == 0
+    assert command("report", path)[0] == 0
 
 
 def test_run_without_an_event_file_is_named(command: Command, tmp_path: Path) -> None:

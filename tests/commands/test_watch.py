@@ -6,18 +6,15 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import lightning as L
 import pytest
-from lightning.pytorch.loggers import CSVLogger
 from rich.console import Console
 
-from lightning_async_localsgd import AsyncLocalSGDCallback, SimulatedAsyncLocalSGDStrategy
-from lightning_async_localsgd.commands import watch
-from lightning_async_localsgd.server.event_file import find_event_file, read_lines
+from lightning_async_localsgd.commands import text, watch
+from lightning_async_localsgd.server.event_file import find_event_file
 from tests.commands.conftest import TOKEN, Command, LiveRun
-from tests.unit.lightning.simulated.support import fit
 
 
 def test_finished_run_is_shown_as_its_summary_says(finished: Path, command: Command) -> None:
@@ -35,31 +32,6 @@ def test_finished_run_is_shown_as_its_summary_says(finished: Path, command: Comm
     assert output.count("away") == 1
 
 
-def test_run_that_counts_samples_is_shown_in_samples(tmp_path: Path, command: Command) -> None:
-    strategy = SimulatedAsyncLocalSGDStrategy([0.1, 0.3], batch_size={0: 16, 1: (2, 2)}, local_steps=5)
-    callbacks: list[L.Callback] = [AsyncLocalSGDCallback(table=False)]
-    fit(strategy, callbacks=callbacks, logger=CSVLogger(tmp_path), max_steps=60, log_every_n_steps=5)
-    summary = json.loads(next(tmp_path.rglob("async_localsgd_summary.json")).read_text())
-    samples = sum(worker["samples"] for worker in summary["workers"])
-    state = json.loads(command("watch", tmp_path, "--json")[1])
-    assert summary["budget"] <= samples == state["progress"] == state["total"] < summary["budget"] + 4
-    for worker, expected in zip(state["workers"], summary["workers"], strict=True):
-        assert worker["share"] == pytest.approx(expected["share"])
-    lines = list(read_lines(find_event_file(tmp_path)))
-    before = 0
-    for line in lines:  # What rank 0 says now and then is the sum of the pushes before.
-        if line["kind"] == "push":
-            before += line["samples"]
-        elif "progress" in line:
-            assert line["progress"] == before
-    assert f"{samples} samples of all workers" in command("watch", tmp_path, "--once")[1]
-    code, _, error = command("report", tmp_path, "-o", tmp_path / "page.html")
-    assert code == 0, error
-    page = (tmp_path / "page.html").read_text()
-    assert "Loss over samples of all workers" in page
-    assert "samples a second" in page
-
-
 def test_terminal_view_has_every_worker(finished: Path, command: Command) -> None:
     state = json.loads(command("watch", finished, "--json")[1])
     state["run_name"] = "[red]a[/red] run"
@@ -67,6 +39,9 @@ def test_terminal_view_has_every_worker(finished: Path, command: Command) -> Non
     console.print(watch.as_renderable(state))
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "[red]a[/red] run" in shown, "names are no markup"
+    state["faults"].append({"seconds": 1.0, "worker": 1, "text": "lost: \x1b[2Jcleared\n"})
+    assert text.fault_lines(state)[-1] == "1.0 s: worker 1 lost: ?[2Jcleared?", "a terminal obeys nothing"
+    assert shown.splitlines()[2].strip() == text.headlines(state)[1], "below the bar"
     for worker in state["workers"]:
         assert f"{worker['share']:.1%}" in shown
 
@@ -93,7 +68,11 @@ def test_running_training_is_watched_over_the_wire_and_in_its_file(
     code, output, _ = command("watch", run.out, "--once")
     assert code == 0
     assert "running after" in output
-    run.stop()
+    monkeypatch.setattr(watch.sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(watch, "time", SimpleNamespace(sleep=lambda seconds: run.stop()))
+    code, output, _ = command("watch", run.address)
+    assert code == 0
+    assert "): the run is over, or rank 0 has ended; this is the last state that it told" in " ".join(output.split())
     state = json.loads(command("watch", run.out, "--json")[1])
     summary = json.loads(next(run.out.rglob("async_localsgd_summary.json")).read_text())
     assert state["ended"]

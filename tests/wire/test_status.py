@@ -9,7 +9,7 @@ import pytest
 from lightning_async_localsgd.protocol.exchange import ExchangeError
 from lightning_async_localsgd.protocol.messages import PROTOCOL_VERSION, MessageError, StatusRequest
 from lightning_async_localsgd.wire import Endpoints, WireServer, frames
-from lightning_async_localsgd.wire.status import StatusClient, pack_status, unpack_status
+from lightning_async_localsgd.wire.status import ServerEndedError, StatusClient, pack_status, unpack_status
 from tests.wire.fakes import FakeServer, WireHarness, wait_for
 
 OpenWire = Callable[..., tuple[FakeServer, WireServer, Endpoints]]
@@ -79,6 +79,6 @@ def test_end_of_the_server_is_told(open_wire: OpenWire) -> None:
     _, server, endpoints = open_wire(token=TOKEN)
     watching = client(endpoints, timeout=5.0)
     server.close()
-    with pytest.raises(ExchangeError, match="could not be reached"):
+    with pytest.raises(ServerEndedError, match="is gone"):
         watching.request()
     watching.close()

@@ -14,10 +14,19 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 10, 10, 34
 _MAX_POINTS = 400
 """Points of a line, at most. More cannot be told apart."""
 
-_MAX_SPANS = 300
-"""Spans of a worker that the timeline draws one by one. Of more, it draws the shares of the states in short periods."""
+_MAX_SPANS, _ALL_SPANS = 300, 2400
+"""Spans of a worker, and of all, that the timeline draws one by one. Of more, it draws how the states divide short
+periods."""
 
-_PERIODS = 240
+_MAX_PERIODS, _ALL_PERIODS = 240, 1600
+"""Such periods of a worker, and of all."""
+
+_MAX_ROWS = 100
+"""Workers that the timeline shows."""
+
+_LARGEST = 1e300
+"""Size from which values of a diverged run are left out, because an axis for them would overflow."""
+
 _ROW = 26
 _TIMELINE_WIDTH = 900
 
@@ -48,7 +57,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     step = 10.0 ** math.floor(math.log10((high - low) / count))
     step = next(step * factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= count)
     first = math.ceil(low / step - 1e-9)
-    return [round(number * step, 12) for number in range(first, math.floor(high / step + 1e-9) + 1)]
+    return [float(f"{number * step:.12g}") for number in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
 def line_chart(
@@ -70,7 +79,7 @@ def line_chart(
         bytes_: whether values are bytes.
 
     """
-    shown = {name: thin([p for p in points if math.isfinite(p[1])]) for name, points in lines.items()}
+    shown = {name: thin([p for p in points if abs(p[1]) < _LARGEST]) for name, points in lines.items()}
     shown = {name: points for name, points in shown.items() if points}
     if not shown:
         return ""
@@ -79,8 +88,9 @@ def line_chart(
     values = [y for points in shown.values() for _, y in points]
     y_low, y_high = min(values), max(values)
     y_low = 0.0 if 0.0 <= y_low < 0.5 * y_high else y_low
-    if y_high <= y_low:
-        y_low, y_high = y_low - 0.5, y_high + 0.5
+    if y_high - y_low <= 1e-9 * max(abs(y_low), abs(y_high)):
+        margin = 0.5 * max(abs(y_low), abs(y_high)) or 0.5
+        y_low, y_high = y_low - margin, y_high + margin
 
     def at(x: float, y: float) -> tuple[float, float]:
         return (
@@ -115,18 +125,19 @@ def timeline(spans: Mapping[int, Sequence[Span]], end: float, faults: Iterable[M
     if not spans or end <= 0.0:
         return ""
     left, width = 70, _TIMELINE_WIDTH - 80
-    height = _ROW * len(spans) + 30
+    shown = sorted(spans.items())[:_MAX_ROWS]
+    height = _ROW * len(shown) + 30
     scale = width / end
     parts = []
-    for row, (worker, own) in enumerate(sorted(spans.items())):
+    for row, (worker, own) in enumerate(shown):
         top = 4 + row * _ROW
         parts.append(f'<text x="0" y="{top + 15}">worker {worker}</text>')
-        parts.append(_row(own, end, left, top, scale))
+        parts.append(_row(own, end, left, top, scale, len(shown)))
     for fault in faults:
         x = left + scale * float(str(fault["seconds"]))
-        label = f"{text.duration(float(str(fault['seconds'])))}: {fault['text']}"
+        label = f"{text.duration(float(str(fault['seconds'])))}: {fault['text']}"[:120]
         parts.append(
-            f'<path class="fault" d="M{x:.1f} 0V{_ROW * len(spans) + 4}"><title>{escape(label)}</title></path>'
+            f'<path class="fault" d="M{x:.1f} 0V{_ROW * len(shown) + 4}"><title>{escape(label)}</title></path>'
         )
     for tick in ticks(0.0, end, 8):
         x = left + scale * tick
@@ -136,24 +147,27 @@ def timeline(spans: Mapping[int, Sequence[Span]], end: float, faults: Iterable[M
     return (
         '<figure class="wide"><figcaption>What every worker did</figcaption><div class="scroll">'
         f'<svg viewBox="0 0 {_TIMELINE_WIDTH} {height}" role="img" aria-label="timeline">{"".join(parts)}</svg></div>'
-        f'<div class="legend">{legend}</div></figure>'
+        f'<div class="legend">{legend}</div>'
+        + (f"<p>and {len(spans) - len(shown)} more workers</p>" if len(spans) > len(shown) else "")
+        + "</figure>"
     )
 
 
-def _row(spans: Sequence[Span], end: float, left: float, top: float, scale: float) -> str:
+def _row(spans: Sequence[Span], end: float, left: float, top: float, scale: float, rows: int) -> str:
     """Return the rectangles of a worker: its spans, or the shares of its states in short periods."""
     height = _ROW - 6
-    if len(spans) <= _MAX_SPANS:
+    if len(spans) <= min(_MAX_SPANS, _ALL_SPANS // rows):
         return "".join(
             f'<rect class="{span.state}" x="{left + scale * span.begin:.2f}" y="{top}" '
             f'width="{max(0.3, scale * (span.end - span.begin)):.2f}" height="{height}"><title>{_span_text(span)}'
             "</title></rect>"
             for span in spans
         )
-    period = end / _PERIODS
-    shares = [dict.fromkeys(STATES, 0.0) for _ in range(_PERIODS)]
+    periods = min(_MAX_PERIODS, _ALL_PERIODS // rows)
+    period = end / periods
+    shares = [dict.fromkeys(STATES, 0.0) for _ in range(periods)]
     for span in spans:
-        first, last = int(span.begin / period), min(_PERIODS - 1, int(span.end / period))
+        first, last = int(span.begin / period), min(periods - 1, int(span.end / period))
         for number in range(first, last + 1):
             overlap = min(span.end, (number + 1) * period) - max(span.begin, number * period)
             shares[number][span.state] += max(0.0, overlap) / period

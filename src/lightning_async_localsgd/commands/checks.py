@@ -169,7 +169,7 @@ def check_processes() -> Iterator[Finding]:
     if not (proc / "self" / "environ").exists():
         yield Finding("processes", "ok", "not checked: this system does not show the environment of processes")
         return
-    left, running = [], 0
+    left, running, first = [], 0, _program(1)
     for folder in proc.glob("[0-9]*"):
         try:
             variables = dict(
@@ -181,7 +181,9 @@ def check_processes() -> Iterator[Finding]:
         if RUN_ENV not in variables or int(folder.name) == os.getpid():
             continue
         running += 1
-        if parent == 1 and variables.get("LOCAL_RANK", "0") != "0":
+        # In a container, the launcher itself may be process 1.
+        orphan = parent == 1 and _program(int(folder.name)) != first
+        if orphan and variables.get("LOCAL_RANK", "0") != "0":
             left.append((int(folder.name), variables[RUN_ENV]))
     for process, run in sorted(left):
         yield Finding(
@@ -198,7 +200,7 @@ def check_server(address: str, encrypted: bool, timeout: float) -> Iterator[Find
     try:
         begin = time.monotonic()
         socket.create_connection((host.strip("[]"), int(port)), timeout).close()
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # A name with an empty part is no Unicode.
         yield Finding(
             "reachability", "problem", f"no connection to {host}:{port}: {error}",
             "check the name, that rank 0 is running with that port (exchange.port), and that no firewall blocks it",
@@ -254,6 +256,13 @@ def _gpu_findings(found: dict[str, object]) -> Iterator[Finding]:
         )  # fmt: skip
     else:
         yield Finding("GPUs", "ok", "torch sees no CUDA device; the workers train on the CPU or on another accelerator")
+
+
+def _program(process: int) -> str | None:
+    try:
+        return os.readlink(f"/proc/{process}/exe")
+    except OSError:
+        return None
 
 
 def _is_installed(distribution: str) -> bool:

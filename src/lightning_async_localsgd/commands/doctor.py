@@ -59,7 +59,7 @@ def _findings(options: argparse.Namespace) -> Iterator[Finding]:
     if options.server is not None:
         address = server_address(options.server)
         if address is None or not address.startswith("tcp://"):
-            raise CommandError(f"{options.server!r} is not a server's address; use HOST:PORT")
+            raise CommandError(f"{options.server!r} is not a server's address; use HOST:PORT, with a port up to 65535")
     yield from checks.check_versions()
     yield from checks.check_encryption()
     yield from checks.check_limits()

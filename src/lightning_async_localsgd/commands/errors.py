@@ -15,6 +15,10 @@ PROBLEMS = 3
 """``doctor`` has found a problem."""
 
 
+INTERRUPTED = 130
+"""Ctrl-C has ended the command, as shells say it."""
+
+
 class CommandError(Exception):
     """Ends a command with :data:`FAILED` and a text for the user."""
 

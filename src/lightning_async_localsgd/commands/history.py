@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lightning_async_localsgd.server.run_state import RunState
@@ -41,6 +41,7 @@ class _Worker:
         since: since when, in seconds since the run began.
         overlaps: whether it trains while its pushes are in flight.
         pushed_span: position of the round of its last push in the list of its spans.
+        arrived: whether it waits for the dispatch that answers a push.
         dispatch_at: when it was dispatched last.
 
     """
@@ -49,22 +50,20 @@ class _Worker:
     since: float = 0.0
     overlaps: bool = False
     pushed_span: int | None = None
+    arrived: bool = False
     dispatch_at: float | None = None
 
 
 class History:
-    """The history of the last run in an event file.
-
-    Args:
-        lines: the lines of the file.
+    """The history of the last run in an event file: :meth:`add` takes in the lines, and :meth:`finish` ends it.
 
     Attributes:
         state: the state at the end.
         spans: for each worker, what it did when.
-        values: for each logged value, (seconds, progress of the run, value).
+        values: for each logged value, (seconds, local steps or samples of all workers, value).
         validations: the same for values of validations.
         staleness: for each worker, (seconds, staleness) of its merged pushes.
-        waits: for each worker, (seconds, seconds that it waited).
+        waits: for each worker, (seconds, seconds that it waited after a push).
         local_steps: for each worker, (seconds, local steps of its round).
         cosine: (seconds, momentum cosine).
         norms: (seconds, update norm).
@@ -76,12 +75,13 @@ class History:
 
     """
 
-    def __init__(self, lines: Iterable[Mapping[str, Any]]) -> None:
+    def __init__(self) -> None:
         self.state = RunState(max_faults=None)
         self._begin({})
         self.lacks_beginning = False
-        for line in lines:
-            self._add(line)
+
+    def finish(self) -> None:
+        """End what the workers were doing at the end of the file."""
         for number in list(self._workers):
             self._change(number, "", self.end)
 
@@ -107,19 +107,20 @@ class History:
         """The line that began the run."""
         return self._run
 
-    def _add(self, line: Mapping[str, Any]) -> None:
+    def add(self, line: Mapping[str, Any]) -> None:
+        """Take in a line."""
         kind, known = line["kind"], len(self.state.faults)
         if kind == "run":
             self._on_run(line)
         self.state.add(line)
         if line.get("seconds") is not None:
             self.end = max(self.end, float(line["seconds"]) + self._offset)
-        faults = list(self.state.faults)
+        faults = self.state.faults
         # There are fewer if another run has begun.
-        new = faults[known:] if len(faults) >= known else faults
-        self.faults += [{**fault, "seconds": self.end} for fault in new]
+        new = len(faults) - (known if len(faults) >= known else 0)
+        self.faults += [{**faults[index], "seconds": self.end} for index in range(-new, 0)]
         method = getattr(self, f"_on_{kind}", None)
-        if method is not None and kind != "run":
+        if method is not None and kind != "run" and self._run:
             method(line, self.end)
 
     def _on_run(self, line: Mapping[str, Any]) -> None:
@@ -143,6 +144,7 @@ class History:
 
     def _on_join(self, line: Mapping[str, Any], now: float) -> None:
         self._change(line["worker"], "waiting", now)
+        self._of(line["worker"]).arrived = False
 
     def _on_lost(self, line: Mapping[str, Any], now: float) -> None:
         if not self.state.ended:
@@ -152,10 +154,10 @@ class History:
         if self._of(line["worker"]).state == "away":
             self._change(line["worker"], "computing", now)
 
-    def _on_pause(self, line: Mapping[str, Any], now: float) -> None:
+    def _on_interrupt(self, line: Mapping[str, Any], now: float) -> None:
         self._change(line["worker"], "validating", now)
 
-    def _on_resume(self, line: Mapping[str, Any], now: float) -> None:
+    def _on_continue(self, line: Mapping[str, Any], now: float) -> None:
         if self._of(line["worker"]).state == "validating":
             self._change(line["worker"], "computing", now)
 
@@ -163,7 +165,7 @@ class History:
         for name, steps in line["steps"].items():
             number = int(name)
             worker = self._of(number)
-            if worker.state == "waiting":
+            if worker.state == "waiting" and worker.arrived:
                 self.waits.setdefault(number, []).append((now, now - worker.since))
             worker.overlaps = name in line.get("overlap", ())
             worker.dispatch_at = now
@@ -173,18 +175,17 @@ class History:
             self._change(number, "computing", now)
             self.local_steps.setdefault(number, []).append((now, float(steps)))
 
+    def _on_held(self, line: Mapping[str, Any], now: float) -> None:
+        self._arrive(line, {"steps": line["steps"]}, now)
+
     def _on_push(self, line: Mapping[str, Any], now: float) -> None:
-        number, worker = line["worker"], self._of(line["worker"])
-        if worker.state in ("", "away"):
+        number = line["worker"]
+        if self._of(number).state in ("", "away"):
             return
-        spans = self.spans.setdefault(number, [])
-        self._mark_exchange(worker, spans, float(line.get("exchange_seconds") or 0.0))
         facts = {"steps": line["steps"], "staleness": line["staleness"], "version": line["version"]}
         if line["refused"] is not None:
             facts["refused"] = line["refused"]
-        if not worker.overlaps:
-            self._change(number, "waiting", now, facts)
-            worker.pushed_span = len(spans) - 1 if spans and spans[-1].end == now else None
+        self._arrive(line, facts, now)
         if line["refused"] is None and line["steps"]:
             self.staleness.setdefault(number, []).append((now, float(line["staleness"])))
             if line.get("update_norm") is not None:
@@ -202,6 +203,20 @@ class History:
         self._note_traffic(line, now)
 
     # ------------------------------------------------------------------ internal
+
+    def _arrive(self, line: Mapping[str, Any], facts: Mapping[str, Any], now: float) -> None:
+        """End the round of a worker whose push has arrived, or tell more of a round whose push was held."""
+        number, worker = line["worker"], self._of(line["worker"])
+        spans = self.spans.setdefault(number, [])
+        if worker.state == "waiting" and worker.arrived:
+            if worker.pushed_span is not None:
+                spans[worker.pushed_span] = replace(spans[worker.pushed_span], facts=facts)
+            return
+        self._mark_exchange(worker, spans, float(line.get("exchange_seconds") or 0.0))
+        if not worker.overlaps:
+            self._change(number, "waiting", now, facts)
+            worker.arrived = True
+            worker.pushed_span = len(spans) - 1 if spans and spans[-1].end == now else None
 
     def _note_values(self, store: dict[str, list[Any]], line: Mapping[str, Any], now: float) -> None:
         for name, value in line["values"].items():

@@ -6,11 +6,13 @@ A subcommand's module imports what it needs when it runs. So `--help` is quick, 
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import sys
 from collections.abc import Sequence
 
 from lightning_async_localsgd.commands import doctor, plan, report, watch
-from lightning_async_localsgd.commands.errors import FAILED, OK, CommandError
+from lightning_async_localsgd.commands.errors import FAILED, INTERRUPTED, OK, CommandError
 from lightning_async_localsgd.server.journal import package_version
 
 COMMANDS = (watch, report, plan, doctor)
@@ -57,15 +59,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from lightning_async_localsgd.launch import supervisor
 
         return supervisor.main(given[1:], prog="lightning-async-localsgd run")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # Of a terminal that is not Unicode.
+            stream.reconfigure(errors="replace")
     options = make_parser().parse_args(given)
     try:
         code: int = options.run(options)
+        sys.stdout.flush()
         return code
     except CommandError as error:
         print(f"lightning-async-localsgd {options.command}: {error}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
-        return OK
+        return INTERRUPTED
     except BrokenPipeError:  # The reader of the output, such as `head`, has seen enough.
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK

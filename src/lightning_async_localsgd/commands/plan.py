@@ -206,7 +206,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(options: argparse.Namespace) -> int:
     """Run the subcommand and return its exit code."""
-    result = make_plan(options)
+    try:
+        result = make_plan(options)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
     print(json.dumps(result, indent=2) if options.json else as_text(result))
     return OK
 
@@ -216,6 +219,7 @@ def make_plan(options: argparse.Namespace) -> dict[str, Any]:
 
     Raises:
         CommandError: The options do not fit together.
+        ValueError: A machine or link is so slow that nothing can be forecast.
 
     """
     seconds: tuple[float, ...] = options.seconds_per_step

@@ -7,6 +7,7 @@ read as well without.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from lightning_async_localsgd.commands import charts, text
 from lightning_async_localsgd.commands.errors import OK, CommandError
 from lightning_async_localsgd.commands.history import STATES, History, Point
 from lightning_async_localsgd.commands.trace import trace_events
-from lightning_async_localsgd.server.event_file import NoEventFileError, find_event_file, read_lines
+from lightning_async_localsgd.server.event_file import EventReader, NoEventFileError, find_event_file
 
 REPORT_FILE = "async_localsgd_report.html"
 TRACE_FILE = "async_localsgd_trace.json"
@@ -27,7 +28,7 @@ _MOST_FAULTS = 200
 """Faults that the page lists."""
 
 _MOST_WORKERS = 16
-"""Workers that get a line of their own in charts. Of more, the charts show the mean."""
+"""Workers that get a line of their own in charts, and losses. Of more workers, the charts show the mean."""
 
 _STYLE = """
 :root { color-scheme: light dark; --page: #fff; --text: #1b1f24; --quiet: #59636e; --grid: #d8dee4; --card: #f6f8fa;
@@ -85,7 +86,10 @@ def run(options: argparse.Namespace) -> int:
     """Run the subcommand and return its exit code."""
     try:
         path = find_event_file(options.target)
-        history = History(read_lines(path))
+        history = History()
+        with contextlib.closing(EventReader(path)) as reader:
+            reader.feed(history.add)
+        history.finish()
     except NoEventFileError as error:
         raise CommandError(str(error)) from error
     if not history.run:
@@ -114,8 +118,8 @@ def make_page(history: History) -> str:
         else ""
     )
     sections = [
-        ("Loss", f'<div class="charts">{_losses(history, state)}</div>'),
-        ("Timeline", charts.timeline(history.spans, history.end, history.faults)),
+        ("Loss", f'<div class="charts">{_losses(history)}</div>'),
+        ("Timeline", charts.timeline(history.spans, history.end, history.faults[:_MOST_FAULTS])),
         ("Workers", f'<div class="scroll">{_workers(state)}</div>'),
         ("Over time", f'<div class="charts">{_over_time(history)}</div>'),
         ("Faults", _faults(history)),
@@ -144,17 +148,19 @@ def _style() -> str:
 
 
 def _tiles(history: History, state: Mapping[str, Any]) -> str:
-    run, total, unit = history.run, state["total"], text.progress_unit(state)
-    waits = [span.end - span.begin for spans in history.spans.values() for span in spans if span.state == "waiting"]
+    run, total = history.run, state["total"]
+    waits = sum(worker["wait_seconds"] for worker in state["workers"])
     present = sum(span.end - span.begin for spans in history.spans.values() for span in spans if span.state != "away")
     tiles = {
-        f"{unit} of all workers": f"{state['progress']}" + (f" of {total}" if total else ""),
+        f"{state['unit']} of all workers": f"{state['progress']}" + (f" of {total}" if total else ""),
         "virtual duration" if state["virtual"] else "duration": text.duration(history.end),
-        f"{unit.split()[-1]} a second": text.number(state["progress"] / history.end if history.end else None),
+        f"{state['unit'].removeprefix('local ')} a second": text.number(
+            state["progress"] / history.end if history.end else None
+        ),
         "workers": str(len(state["workers"])),
         "pushes merged": str(state["version"]),
         "pushes refused": str(sum(state["refusals"].values())),
-        "of the time waiting": f"{sum(waits) / present:.1%}" if present else "-",
+        "of the time waiting": f"{waits / present:.1%}" if present else "-",
         "mean staleness": text.number(
             statistics.fmean(worker["mean_staleness"] for worker in state["workers"]) if state["workers"] else None
         ),
@@ -170,17 +176,18 @@ def _tiles(history: History, state: Mapping[str, Any]) -> str:
     )
 
 
-def _losses(history: History, state: Mapping[str, Any]) -> str:
-    """Return the charts of all values whose names say loss, over progress and over time; if there are none, of all."""
-    unit = text.progress_unit(state)
+def _losses(history: History) -> str:
+    """Return the charts of all values whose names say loss, over steps and over time; if there are none, of all."""
     values = {**history.values, **history.validations}
     own = values.get("loss")
     if any(points == own for name, points in values.items() if name != "loss"):
         del values["loss"]  # The module has logged it under another name.
     chosen = {name: points for name, points in values.items() if "loss" in name} or values
-    by_progress = {name: [(progress, value) for _, progress, value in points] for name, points in chosen.items()}
+    chosen = dict(list(chosen.items())[:_MOST_WORKERS])
+    by_steps = {name: [(steps, value) for _, steps, value in points] for name, points in chosen.items()}
     by_time = {name: [(seconds, value) for seconds, _, value in points] for name, points in chosen.items()}
-    found = charts.line_chart(f"Loss over {unit} of all workers", by_progress, unit)
+    unit = "samples" if history.state.counts_samples else "local steps"
+    found = charts.line_chart(f"Loss over {unit} of all workers", by_steps, unit)
     found += charts.line_chart("Loss over time", by_time, "seconds")
     return found or "<p>Nothing was logged.</p>"
 
@@ -242,6 +249,7 @@ def _faults(history: History) -> str:
 def _write(path: Path, content: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content)
+        # Lone surrogates, of names in a foreign file, are no UTF-8.
+        path.write_bytes(content.encode(errors="replace"))
     except OSError as error:
         raise CommandError(f"{path} cannot be written: {error}") from error

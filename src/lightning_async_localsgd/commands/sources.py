@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+class SourceEndedError(CommandError):
+    """The server has ended, so there will be no other state."""
+
+
 class Source(ABC):
     """Gives the state of a run, again and again."""
 
@@ -32,7 +36,8 @@ class Source(ABC):
 
         """
 
-    def close(self) -> None:  # noqa: B027 # A file is not kept open.
+    @abstractmethod
+    def close(self) -> None:
         """Free what the source holds."""
 
 
@@ -54,13 +59,14 @@ class FileSource(Source):
             raise CommandError(str(error)) from error
         self._reader = EventReader(self._path)
         self._state = RunState()
+        self._zero = 0.0
 
     @override
     def state(self) -> dict[str, Any]:
         try:
-            for line in self._reader.read():
-                self._state.add(line)
-        except NoEventFileError as error:
+            self._reader.feed(self._take_in)
+            silent = max(0.0, time.time() - self._path.stat().st_mtime)
+        except (NoEventFileError, OSError) as error:
             raise CommandError(str(error)) from error
         run = self._state.run
         if run is None:
@@ -68,9 +74,17 @@ class FileSource(Source):
         now = None
         if not self._state.ended and not run.get("virtual"):
             # The file is only followed on the machine that writes it, or on one whose clock agrees.
-            now = run["seconds"] + time.time() - run["time"]
-        silent = max(0.0, time.time() - self._path.stat().st_mtime)
+            now = self._zero + time.time()
         return {**self._state.as_dict(now), "silent_seconds": silent}
+
+    @override
+    def close(self) -> None:
+        self._reader.close()
+
+    def _take_in(self, line: dict[str, Any]) -> None:
+        if line["kind"] == "run":
+            self._zero = float(line["seconds"]) - float(line["time"])
+        self._state.add(line)
 
 
 class ServerSource(Source):
@@ -89,9 +103,9 @@ class ServerSource(Source):
 
     def __init__(self, address: str, token: str, encrypted: bool, timeout: float) -> None:
         from lightning_async_localsgd.protocol.exchange import ExchangeError
-        from lightning_async_localsgd.wire.status import StatusClient
+        from lightning_async_localsgd.wire.status import ServerEndedError, StatusClient
 
-        self._error = ExchangeError
+        self._error, self._ended = ExchangeError, ServerEndedError
         try:
             self._client = StatusClient(address, token, encrypted=encrypted, timeout=timeout)
         except ExchangeError as error:
@@ -101,6 +115,8 @@ class ServerSource(Source):
     def state(self) -> dict[str, Any]:
         try:
             return self._client.request()
+        except self._ended as error:
+            raise SourceEndedError(str(error)) from error
         except self._error as error:
             raise CommandError(str(error)) from error
 
@@ -111,7 +127,8 @@ class ServerSource(Source):
 
 def server_address(target: str) -> str | None:
     """Return the server's address in ``tcp://HOST:PORT`` or ``HOST:PORT``; None if the target is neither."""
-    if re.fullmatch(r"(tcp://)?\S+:\d{1,5}", target):
+    match = re.fullmatch(r"(?:tcp://)?\S+:(\d{1,5})", target)
+    if match is not None and 0 < int(match[1]) < 65536:
         return target if target.startswith("tcp://") else f"tcp://{target}"
     return target if target.startswith("ipc://") else None
 

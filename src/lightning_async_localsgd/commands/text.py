@@ -104,21 +104,16 @@ def worker_rows(state: Mapping[str, Any]) -> list[tuple[str, ...]]:
     ]
 
 
-def progress_unit(state: Mapping[str, Any]) -> str:
-    """Return what the progress of a run is counted in."""
-    return "samples" if state["counts_samples"] else "local steps"
-
-
 def headlines(state: Mapping[str, Any]) -> list[str]:
     """Return some lines about the run as a whole."""
     total, progress = state["total"], state["progress"]
     share = f" of {total} ({progress / total:.1%})" if total else ""
     clock = "virtual " if state["virtual"] else ""
-    unit = progress_unit(state)
     lines = [
         f"run {state['run_name'] or '-'}: {_condition(state)} after {duration(state['seconds'])} {clock}".rstrip(),
-        f"{progress} {unit} of all workers{share}, {number(state['progress_per_second'])} {unit.split()[-1]}/s, "
-        + ("finished" if state["ended"] else f"{duration(state['seconds_left'])} left"),
+        f"{progress} {state['unit']} of all workers{share}, {number(state['progress_per_second'])} "
+        f"{state['unit'].removeprefix('local ')}/s, "
+        + (_condition(state) if state["ended"] else f"{duration(state['seconds_left'])} left"),
         f"{state['version']} pushes merged, {sum(state['refusals'].values())} refused, "
         f"{size(state['bytes_sent'])} sent, {size(state['bytes_received'])} received",
     ]
@@ -134,7 +129,7 @@ def headlines(state: Mapping[str, Any]) -> list[str]:
         lines.append(f"no event for {duration(state['silent_seconds'])}: rank 0 may have ended without a word")
     if state["more_workers"]:
         lines.append(f"and {state['more_workers']} more workers")
-    return lines
+    return [_printable(line) for line in lines]
 
 
 def fault_lines(state: Mapping[str, Any], count: int = 5) -> list[str]:
@@ -142,9 +137,14 @@ def fault_lines(state: Mapping[str, Any], count: int = 5) -> list[str]:
     return [
         f"{duration(fault['seconds'])}: "
         + ("" if fault["worker"] is None else f"worker {fault['worker']} ")
-        + str(fault["text"])
+        + _printable(str(fault["text"]))
         for fault in state["faults"][-count:]
     ]
+
+
+def _printable(line: str) -> str:
+    """Return a line without control characters, which a worker's reason may have, and a terminal would obey."""
+    return "".join(char if char.isprintable() else "?" for char in line)
 
 
 def _activity(worker: Mapping[str, Any]) -> str:
@@ -155,6 +155,8 @@ def _activity(worker: Mapping[str, Any]) -> str:
 
 
 def _condition(state: Mapping[str, Any]) -> str:
+    if state["error"] is not None:
+        return "ended with an error"
     if state["ended"]:
         return "finished"
     return "paused for lack of workers" if state["paused"] else "running"

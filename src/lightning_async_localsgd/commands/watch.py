@@ -11,8 +11,14 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from lightning_async_localsgd.commands import text
-from lightning_async_localsgd.commands.errors import OK, CommandError, MissingExtraError
-from lightning_async_localsgd.commands.sources import Source, add_server_options, open_source, positive
+from lightning_async_localsgd.commands.errors import OK, MissingExtraError
+from lightning_async_localsgd.commands.sources import (
+    Source,
+    SourceEndedError,
+    add_server_options,
+    open_source,
+    positive,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -55,7 +61,8 @@ def run(options: argparse.Namespace) -> int:
         if options.json:
             print(json.dumps(source.state(), indent=2))
         elif live:
-            _follow(source, options.interval)
+            with contextlib.suppress(KeyboardInterrupt):  # It is how a user ends it.
+                _follow(source, options.interval)
         else:
             print(as_text(source.state()))
     return OK
@@ -72,6 +79,7 @@ def as_renderable(state: Mapping[str, Any]) -> Group:
     """Return the state of a run for a terminal, made with rich."""
     from rich.console import Group
     from rich.markup import escape
+    from rich.padding import Padding
     from rich.panel import Panel
     from rich.progress_bar import ProgressBar
     from rich.table import Table
@@ -87,7 +95,8 @@ def as_renderable(state: Mapping[str, Any]) -> Group:
     total = state["total"]
     parts: list[Any] = [escape(line) for line in text.headlines(state)]
     if total:
-        parts.insert(1, ProgressBar(total=total, completed=min(state["progress"], total)))
+        # The bar itself does not end its line.
+        parts.insert(1, Padding(ProgressBar(total=total, completed=min(state["progress"], total)), 0))
     parts.append(table)
     faults = text.fault_lines(state)
     if faults:
@@ -105,9 +114,8 @@ def _follow(source: Source, interval: float) -> None:
             time.sleep(interval)
             try:
                 state = source.state()
-            except CommandError as error:
+            except SourceEndedError as error:
                 # A server ends with its run, and takes its answers with it.
-                if state["total"] is not None and state["progress"] >= state["total"]:
-                    break
-                raise CommandError(f"{error}; the last state that it told is shown above") from error
+                live.console.print(f"{error}; this is the last state that it told", markup=False, highlight=False)
+                break
             live.update(as_renderable(state), refresh=True)

@@ -20,7 +20,7 @@ from typing_extensions import override
 from lightning_async_localsgd.lightning.lost_workers import lost_text
 from lightning_async_localsgd.lightning.trainer_access.callbacks import callbacks_of
 from lightning_async_localsgd.lightning.trainer_access.metrics import logs_this_step
-from lightning_async_localsgd.protocol.checks import check_bool
+from lightning_async_localsgd.protocol.checks import check_bool, is_number
 from lightning_async_localsgd.protocol.traits import TRAITS, WorkerTraits, differing_traits
 from lightning_async_localsgd.server.events import Event, fingerprint
 from lightning_async_localsgd.server.line_file import EVENT_FILE, LineFile
@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 SUMMARY_FILE = "async_localsgd_summary.json"
+
+_MAX_ERROR = 500
+"""Characters of an error that the event file keeps."""
 
 _PER_WORKER = ("staleness", "local_steps", "wait_seconds", "exchange_seconds", "steps_per_second")
 
@@ -104,7 +107,8 @@ class AsyncLocalSGDCallback(Callback):
             raise ValueError(f"recording={str(recording)!r} must be the path of a file, or None for no recording")
         if events and recording and Path(events).absolute() == Path(recording).absolute():
             raise ValueError(f"events and recording are both {str(events)!r}; use two files")
-        if max_event_megabytes is not None and not 1 <= max_event_megabytes < math.inf:
+        limit = max_event_megabytes
+        if limit is not None and not (is_number(limit) and 1 <= limit < math.inf):
             raise ValueError(f"max_event_megabytes={max_event_megabytes!r} must be a number >= 1, or None for no limit")
         self.table = check_bool("table", table)
         self.per_worker = check_bool("per_worker", per_worker)
@@ -156,9 +160,7 @@ class AsyncLocalSGDCallback(Callback):
             runtime.server.write_line("end", {**_run_fields(runtime), "summary": summary})
             # Without a logger the log directory is the working directory, where nothing is written without being asked.
             if trainer.loggers and trainer.log_dir is not None:
-                path = Path(trainer.log_dir) / SUMMARY_FILE
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps(summary, indent=2) + "\n")
+                _write_summary(Path(trainer.log_dir) / SUMMARY_FILE, summary)
             if not summary["virtual"] and (lost := lost_text(summary)):
                 _log.error("%s", lost)
             if summary["unapplied_pushes"]:
@@ -168,6 +170,10 @@ class AsyncLocalSGDCallback(Callback):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if self._recorder is not None:
+            # The server may have ended, and with it the clock of the other lines.
+            text = f"{type(exception).__name__}: {exception}".rstrip(": ").partition("\n")[0][:_MAX_ERROR]
+            self._recorder.on_line({"kind": "end", "seconds": None, "error": text})
         self._close_files()
 
     @override
@@ -246,6 +252,15 @@ class _Recorder(RunObserver):
                 file.close()
 
 
+def _write_summary(path: Path, summary: dict[str, Any]) -> None:
+    """Write the summary. A full disk does not make a finished training fail."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(summary, indent=2) + "\n")
+    except OSError as error:
+        rank_zero_warn(f"the summary of the run is not written to {path}: {error}")
+
+
 def _own_callbacks(trainer: pl.Trainer) -> list[AsyncLocalSGDCallback]:
     return [callback for callback in callbacks_of(trainer) if isinstance(callback, AsyncLocalSGDCallback)]
 
@@ -287,7 +302,6 @@ def _run_fields(runtime: Runtime) -> dict[str, Any]:
         "progress": view.progress,
         "total": view.total,
         "quarantined": sorted(view.quarantined),
-        "paused": view.paused,
         "bytes_sent": runtime.bytes_sent,
         "bytes_received": runtime.bytes_received,
     }

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from lightning_async_localsgd.protocol.layout import Layout
+    from lightning_async_localsgd.protocol.messages import Push
     from lightning_async_localsgd.server.events import Event
     from lightning_async_localsgd.server.run_state import RunState
     from lightning_async_localsgd.server.run_stats import PushOutcome
@@ -47,6 +48,8 @@ class Journal(RunObserver):
         self._new: list[dict[str, Any]] = []
         self._emit = emit
         self._facts = facts
+        self._undecided: dict[int, Event] = {}
+        self._paused = False
 
     def write(self, line: dict[str, Any]) -> None:
         """Hand a line to the observers."""
@@ -55,6 +58,17 @@ class Journal(RunObserver):
         # Many at once: the first line costs several times as much as the others.
         if len(self._new) >= _TOGETHER:
             self._update()
+
+    def note(self, paused: bool, now: float) -> None:
+        """Write what an event has led to: pushes that are held for their group, and pauses for lack of workers."""
+        for event in self._undecided.values():
+            push: Push = event.content["push"]
+            names = ("worker", "session", "sequence", "steps", "exchange_seconds")
+            self.write({"kind": "held", "seconds": event.seconds, **{name: getattr(push, name) for name in names}})
+        self._undecided.clear()
+        if paused != self._paused:
+            self._paused = paused
+            self.write({"kind": "pause" if paused else "resume", "seconds": now})
 
     @property
     def state(self) -> RunState:
@@ -80,6 +94,9 @@ class Journal(RunObserver):
     def on_event(self, event: Event) -> None:
         kind, content, seconds = event.kind, event.content, event.seconds
         line: dict[str, Any]
+        if kind == "push":
+            self._undecided[content["push"].worker] = event
+            return
         if kind == "dispatch":
             replies = content["replies"].items()
             line = {
@@ -100,7 +117,7 @@ class Journal(RunObserver):
             line = {"kind": "lost", "seconds": seconds, **content}
         elif kind == "revive":
             line = {"kind": "back", "seconds": seconds, **content}
-        elif kind in ("pause", "resume", "stop"):
+        elif kind in ("interrupt", "continue", "stop"):
             line = {"kind": kind, "seconds": seconds, **content}
         else:
             return
@@ -108,12 +125,11 @@ class Journal(RunObserver):
 
     @override
     def on_push(self, outcome: PushOutcome) -> None:
+        self._undecided.pop(outcome.worker, None)
         self.write({"kind": "push", **vars(outcome)})
 
     def _first_line(self, seconds: float | None, content: Mapping[str, Any]) -> dict[str, Any]:
-        names = ["incarnation", "workers", "min_workers", "version", "done", "total"]
-        if "step_samples" in content:  # Workers have batch sizes of their own.
-            names.append("step_samples")
+        names = ("incarnation", "workers", "min_workers", "version", "done", "total")
         return {
             "kind": "run",
             "seconds": seconds,
@@ -123,6 +139,7 @@ class Journal(RunObserver):
             "host": platform.node(),
             "process": os.getpid(),
             **{name: content[name] for name in names},
+            "step_samples": content.get("step_samples", 0),
             **self._facts,
         }
 

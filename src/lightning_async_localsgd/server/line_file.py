@@ -8,6 +8,8 @@ process is killed, these lines are lost.
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import json
 import logging
 import os
@@ -36,6 +38,12 @@ _CLOSING_SECONDS = 30.0
 EVENT_FILE = "async_localsgd_events.jsonl"
 """Name of the event file in a trainer's log directory."""
 
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL)
+"""Errors of file systems, and of devices, that have no locks."""
+
+_open_here: set[Path] = set()
+"""Files that this process writes. The lock of a file only keeps other processes out."""
+
 FIRST_KIND = "run"
 """Kind of the lines that begin a run. A rotated file begins with the last of them."""
 
@@ -55,7 +63,7 @@ class LineFile:
             moved to :func:`older_file`, and a new one begins with the line that began the run. None is no limit.
 
     Raises:
-        OSError: The file cannot be written.
+        OSError: The file cannot be written, or another writer writes it.
 
     """
 
@@ -64,11 +72,15 @@ class LineFile:
         self._name = name
         self._limit = None if max_bytes is None else max_bytes // 2
         self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._key = self._path.resolve()
+        if self._key in _open_here:
+            raise _taken(self._path)
         self._file = self._open()
+        _open_here.add(self._key)
         self._size = os.fstat(self._file.fileno()).st_size
         self._first: bytes | None = None
         self._lost = 0
-        self._failure: OSError | None = None
+        self._failure: Exception | None = None
         self._queue: queue.Queue[Mapping[str, Any] | Event | None] = queue.Queue(_MAX_QUEUED)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="async_localsgd-events", daemon=True)
@@ -100,6 +112,13 @@ class LineFile:
     def _open(self) -> FileIO:
         # Unbuffered, so that a killed process loses nothing that was written.
         file = FileIO(self._path, "a+", opener=_open_for_the_owner)
+        try:
+            # Unlike with flock(), processes of data loaders that outlive a killed process do not hold the lock.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                file.close()
+                raise _taken(self._path) from error
         # An earlier process may have been killed in the middle of a line.
         if os.fstat(file.fileno()).st_size > 0:
             file.seek(-1, os.SEEK_END)
@@ -115,12 +134,13 @@ class LineFile:
                     continue
                 try:
                     self._write(entries)
-                except OSError as error:
+                except Exception as error:
                     self._failure = error
                     _log.error("the %s %s ends here: %s; training goes on", self._name, self._path, error)
                 self._closing.wait(BATCH_SECONDS)
         finally:
             self._file.close()
+            _open_here.discard(self._key)
 
     def _write(self, entries: list[Mapping[str, Any] | Event]) -> None:
         batch = b""
@@ -168,6 +188,10 @@ class LineFile:
             if self._queue.empty() and entries:
                 break
         return entries or None
+
+
+def _taken(path: Path) -> OSError:
+    return OSError(errno.EBUSY, "another run or callback writes this file; give each a file of its own", str(path))
 
 
 def _encode(fields: Mapping[str, Any]) -> bytes:

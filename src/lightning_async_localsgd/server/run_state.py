@@ -11,6 +11,8 @@ from collections import Counter, deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lightning_async_localsgd.protocol.rejections import REPEATED
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -46,7 +48,7 @@ class WorkerState:
         compute_seconds: seconds of timed computing.
         exchange_seconds: seconds of the last exchange, without waiting.
         total_exchange_seconds: seconds of all exchanges.
-        wait_seconds: seconds between arrivals and dispatches.
+        wait_seconds: seconds between arrivals of pushes and dispatches.
         pushes: number of pushes with data, refused ones included.
         dispatches: number of models that it was sent.
         refused: number of refused pushes.
@@ -77,11 +79,19 @@ class WorkerState:
     losses: int = 0
     overlaps: bool = False
     _session: str = ""
+    _arrived_at: float | None = None
+    _last_refused: tuple[str, int, str] | None = None
 
     def change(self, state: str, now: float) -> None:
         """Note that the worker does something else from now on."""
         if self.state != state:
             self.state, self.since = state, now
+
+    def arrive(self, now: float) -> None:
+        """Note that a push has arrived, whose dispatch the worker waits for."""
+        if self.state not in ("away", "quarantined") and not self.overlaps:
+            self.change("waiting", now)
+            self._arrived_at = now if self._arrived_at is None else self._arrived_at
 
     def state_at(self, now: float) -> str:
         """Return what the worker does at a time: ``"exchanging"`` while its model is probably still on its way."""
@@ -100,11 +110,9 @@ class RunState:
     Attributes:
         run: the line that began the run; None before.
         workers: the workers by number.
-        progress: local steps in the merged pushes, or their samples if ``counts_samples``.
-        total: progress at the end of the run; None if the run has no end.
-        counts_samples: whether workers have batch sizes of their own, so that progress is counted in samples.
         ended: whether training is over, in this file.
         summary: the summary of the run at its end; None before.
+        error: the error that ended the run; None if there was none.
 
     """
 
@@ -117,12 +125,13 @@ class RunState:
         self.workers: dict[int, WorkerState] = {}
         self.ended = False
         self.summary: dict[str, Any] | None = None
+        self.error: str | None = None
         self.refusals: Counter[str] = Counter()
         self.faults: deque[dict[str, Any]] = deque(maxlen=self._max_faults)
         self.values: dict[str, float | None] = {}
         self.validation: dict[str, float | None] = {}
         self.losses: deque[tuple[float, float]] = deque(maxlen=_LOSSES)
-        self.now = float(run.get("seconds") or 0.0)
+        self.now = float(run["seconds"]) if run else 0.0
         self.begin = self.now
         self.version = int(run.get("version", 0))
         self.progress = int(run.get("done", 0))
@@ -167,6 +176,7 @@ class RunState:
             worker._session = line["session"]
             worker.sessions += 1
         # A worker that reconnects, because its connection broke, sends its push again.
+        worker._arrived_at = None
         worker.change("waiting", self.now)
 
     def _on_lost(self, line: Mapping[str, Any]) -> None:
@@ -183,9 +193,16 @@ class RunState:
             worker.change("computing", self.now)
 
     def _on_pause(self, line: Mapping[str, Any]) -> None:
-        self._worker(line).change("validating", self.now)
+        self.paused = True
+        self._fault(None, "training is paused: fewer workers than min_workers take part")
 
     def _on_resume(self, line: Mapping[str, Any]) -> None:
+        self.paused = False
+
+    def _on_interrupt(self, line: Mapping[str, Any]) -> None:
+        self._worker(line).change("validating", self.now)
+
+    def _on_continue(self, line: Mapping[str, Any]) -> None:
         worker = self._worker(line)
         if worker.state == "validating":
             worker.change("computing", self.now)
@@ -193,8 +210,9 @@ class RunState:
     def _on_dispatch(self, line: Mapping[str, Any]) -> None:
         for number, steps in line["steps"].items():
             worker = self._worker({"worker": int(number)})
-            if worker.state == "waiting":
-                worker.wait_seconds += self.now - worker.since
+            if worker._arrived_at is not None:
+                worker.wait_seconds += self.now - worker._arrived_at
+                worker._arrived_at = None
             worker.dispatches += 1
             worker.overlaps = number in line.get("overlap", ())
             if line.get("final"):
@@ -204,6 +222,9 @@ class RunState:
                 worker.since = self.now
                 worker.change("computing", self.now)
 
+    def _on_held(self, line: Mapping[str, Any]) -> None:
+        self._worker(line).arrive(self.now)
+
     def _on_push(self, line: Mapping[str, Any]) -> None:
         worker = self._worker(line)
         self.version = max(self.version, int(line["version"]))
@@ -212,11 +233,14 @@ class RunState:
         if line["refused"] is None:
             self._merged(worker, line)
         else:
-            worker.refused += 1
-            self.refusals[str(line.get("refusal"))] += 1
-            self._fault(worker.number, f"push refused: {line['refused']}")
-        if worker.state not in ("away", "quarantined") and not worker.overlaps:
-            worker.change("waiting", float(line["seconds"]))
+            push = (str(line.get("session")), int(line.get("sequence", 0)), str(line.get("refusal")))
+            # A worker that reconnects sends its last push again, and is told the same reason again.
+            if push != worker._last_refused or push[2] == REPEATED.kind:
+                worker.refused += 1
+                self.refusals[push[2]] += 1
+                self._fault(worker.number, f"push refused: {line['refused']}")
+            worker._last_refused = push
+        worker.arrive(float(line["seconds"]))
 
     def _merged(self, worker: WorkerState, line: Mapping[str, Any]) -> None:
         if not line["steps"]:
@@ -253,12 +277,14 @@ class RunState:
         self.total = None if self.total is None else self.progress
 
     def _on_end(self, line: Mapping[str, Any]) -> None:
-        self.summary = line.get("summary")
+        self.summary, self.error = line.get("summary"), line.get("error")
         self._note_run(line)
         self.ended = True
         for worker in self.workers.values():
             if worker.state not in ("away", "quarantined"):
-                worker.change("finished", self.now)
+                worker.change("finished" if self.error is None else "away", self.now)
+        if self.error is not None:
+            self._fault(None, f"the run ended with {self.error}")
 
     # ------------------------------------------------------------------ internal
 
@@ -267,7 +293,6 @@ class RunState:
         self.bytes_received = line.get("bytes_received", self.bytes_received)
         self.progress = line.get("progress", self.progress)
         self.total = line.get("total", self.total)
-        self.paused = bool(line.get("paused"))
         for number in line.get("quarantined", ()):
             worker = self._worker({"worker": number})
             if worker.state != "quarantined":
@@ -293,7 +318,7 @@ class RunState:
     # --------------------------------------------------------------------- views
 
     def progress_per_second(self) -> float | None:
-        """Return the progress per second of the last minute; None while unknown."""
+        """Return the progress per second of the last minute, in local steps or samples; None while unknown."""
         (begin, first), now = self._history[0], self.now
         return (self.progress - first) / (now - begin) if now > begin and self.progress > first else None
 
@@ -307,7 +332,7 @@ class RunState:
         now = self.now if now is None else max(now, self.now)
         rate, run = self.progress_per_second(), self.run or {}
         left = None if self.total is None else max(0, self.total - self.progress)
-        done = sum(map(self._progress_of, self.workers.values()))
+        work = sum(self._work_of(worker) for worker in self.workers.values())
         ordered = sorted(
             self.workers.values(), key=lambda worker: (worker.state in ("away", "finished"), worker.number)
         )
@@ -317,12 +342,13 @@ class RunState:
             "parameters": run.get("parameters"),
             "started": run.get("time"),
             "ended": self.ended,
+            "error": self.error,
             "paused": self.paused,
             "seconds": now - self.begin,
             "version": self.version,
             "progress": self.progress,
             "total": self.total,
-            "counts_samples": self.counts_samples,
+            "unit": "samples" if self.counts_samples else "local steps",
             "progress_per_second": rate,
             "seconds_left": None if self.ended or not rate or left is None else left / rate,
             "global_step": self.global_step,
@@ -337,15 +363,15 @@ class RunState:
             "bytes_received": self.bytes_received,
             "more_workers": max(0, len(ordered) - MAX_WORKERS),
             "workers": sorted(
-                (self._worker_dict(worker, now, done, run) for worker in ordered[:MAX_WORKERS]),
+                (self._worker_dict(worker, now, work, run) for worker in ordered[:MAX_WORKERS]),
                 key=lambda worker: int(worker["worker"]),
             ),
         }
 
-    def _progress_of(self, worker: WorkerState) -> int:
+    def _work_of(self, worker: WorkerState) -> int:
         return worker.samples if self.counts_samples else worker.steps
 
-    def _worker_dict(self, worker: WorkerState, now: float, done: int, run: Mapping[str, Any]) -> dict[str, Any]:
+    def _worker_dict(self, worker: WorkerState, now: float, work: int, run: Mapping[str, Any]) -> dict[str, Any]:
         return {
             "worker": worker.number,
             "state": worker.state_at(now),
@@ -357,7 +383,7 @@ class RunState:
             "rounds": worker.rounds,
             "steps": worker.steps,
             "samples": worker.samples,
-            "share": self._progress_of(worker) / done if done else 0.0,
+            "share": self._work_of(worker) / work if work else 0.0,
             "compute_seconds": worker.compute_seconds,
             "exchange_seconds": worker.exchange_seconds,
             "total_exchange_seconds": worker.total_exchange_seconds,

@@ -483,6 +483,7 @@ class Server(ServerQueries):
 
     def _publish(self) -> None:
         self._snapshot = self._coordinator.snapshot()
+        self._journal.note(self._snapshot.paused, self._clock())
         self._recalled = self._coordinator.recalled()
 
     def _send_replies(self, replies: Mapping[int, Reply]) -> None:

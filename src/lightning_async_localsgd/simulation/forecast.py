@@ -33,6 +33,9 @@ _MOST_SETTLING_ROUNDS = 80
 _MEASURED_ROUNDS = 25
 """Rounds of each worker that are measured."""
 
+_MOST_ROUNDS = 200
+"""Rounds of a worker during one round of the slowest worker, on average. More would take too long to simulate."""
+
 
 @dataclass(frozen=True)
 class WorkerForecast:
@@ -97,10 +100,11 @@ def forecast(
         grace: length of the grace window.
         quorum: number of workers whose pushes are merged as one step.
         overlap: whether workers train while their pushes are in flight.
-        total: local steps of all workers in the whole run, which limit the rounds of short runs; None if it is long.
+        total: local steps of all workers in the whole run, which limit the rounds of short runs; None if it is long. A
+            run that is over before it can be measured is measured from its beginning.
 
     Raises:
-        ValueError: A value is outside its range.
+        ValueError: A value is outside its range, or a worker takes part so seldom that a forecast would take too long.
 
     Example::
 
@@ -122,14 +126,18 @@ def forecast(
     )
     runtime = SimulatedRuntime(settings, cluster, nn.Linear(1, 1, bias=False), seed=0)
     try:
-        _settle(runtime, workers)
         begin, before = runtime.seconds, runtime.totals()
-        _take_rounds(runtime, workers, _MEASURED_ROUNDS)
+        _settle(runtime, workers)
+        if not runtime.stopped:
+            settled, then = runtime.seconds, runtime.totals()
+            _take_rounds(runtime, workers, _MEASURED_ROUNDS)
+            if not runtime.stopped:
+                begin, before = settled, then
         after, seconds = runtime.totals(), runtime.seconds - begin
         steps = settings.pacing.local_steps
     finally:
         runtime.close()
-    return _result(before, after, seconds, steps)
+    return _result(workers, before, after, seconds, steps)
 
 
 def _settle(runtime: SimulatedRuntime, workers: int) -> None:
@@ -146,6 +154,7 @@ def _settle(runtime: SimulatedRuntime, workers: int) -> None:
 def _take_rounds(runtime: SimulatedRuntime, workers: int, count: int) -> None:
     """Go on until each worker has pushed some rounds more, or the run has ended."""
     left = dict.fromkeys(range(workers), count)
+    rounds = 0
     while left and not runtime.stopped:
         worker, over = runtime.worker.number, False
         while not over and not runtime.stopped:
@@ -154,6 +163,12 @@ def _take_rounds(runtime: SimulatedRuntime, workers: int, count: int) -> None:
             over = runtime.end_step()
         if not runtime.stopped:
             runtime.next_round()
+        rounds += 1
+        if rounds > _MOST_ROUNDS * workers * count:
+            raise ValueError(
+                f"worker {next(iter(left))} takes part only once in more than {_MOST_ROUNDS} rounds of the others, "
+                "because of its speed or its link; leave it out"
+            )
         if worker in left:
             left[worker] -= 1
             if left[worker] <= 0:
@@ -161,12 +176,14 @@ def _take_rounds(runtime: SimulatedRuntime, workers: int, count: int) -> None:
 
 
 def _result(
-    before: dict[int, WorkerTotals], after: dict[int, WorkerTotals], seconds: float, local_steps: int
+    workers: int, before: dict[int, WorkerTotals], after: dict[int, WorkerTotals], seconds: float, local_steps: int
 ) -> Forecast:
     none = WorkerTotals()
     grown = {
-        number: {name: value - vars(before.get(number, none))[name] for name, value in vars(totals).items()}
-        for number, totals in after.items()
+        number: {
+            name: value - vars(before.get(number, none))[name] for name, value in vars(after.get(number, none)).items()
+        }
+        for number in range(workers)
     }
     steps = sum(worker["steps"] for worker in grown.values())
     rounds = sum(worker["rounds"] for worker in grown.values())
@@ -184,7 +201,7 @@ def _result(
                 waiting=worker["wait_seconds"] / seconds,
                 exchanging=worker["exchange_seconds"] / seconds,
             )
-            for _, worker in sorted(grown.items())
+            for worker in grown.values()
         ),
     )
 

@@ -50,6 +50,10 @@ def unpack_status(header: bytes, token: str, nonce: str) -> dict[str, Any] | Non
     return state
 
 
+class ServerEndedError(ExchangeError):
+    """The server has closed the connection."""
+
+
 class StatusClient:
     """A connection to a server over which its state is asked for. Use it as a context manager.
 
@@ -85,13 +89,16 @@ class StatusClient:
         """Return the state of the run, see :meth:`.RunState.as_dict`.
 
         Raises:
-            ExchangeError: The server has ended, does not answer, or does not know the token itself.
+            ServerEndedError: The server has ended.
+        ExchangeError: The server does not answer, or does not know the token itself.
 
         """
         try:
             return self._request(time.monotonic() + self._timeout)
         except ConnectionLost as lost:
-            raise self._unreachable(lost) from lost
+            raise ServerEndedError(
+                f"the server at {self._address} is gone ({lost}): the run is over, or rank 0 has ended"
+            ) from lost
         except MessageError as error:
             raise ExchangeError(f"the program that listens at {self._address} broke the protocol: {error}") from error
 
@@ -132,7 +139,9 @@ class StatusClient:
                     f"the program that listens at {self._address} is not the run's server: it does not know the token"
                 )
             return state
-        raise ConnectionLost("the server accepted the connection, but does not answer")
+        raise ExchangeError(
+            f"the server at {self._address} accepted the connection, but has not answered for {self._timeout:g} s"
+        )
 
     def _unreachable(self, lost: ConnectionLost) -> ExchangeError:
         return ExchangeError(

@@ -15,8 +15,11 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
+from lightning.pytorch.loggers import CSVLogger
 
+from lightning_async_localsgd.lightning import callback as callback_module
 from lightning_async_localsgd.lightning.callback import AsyncLocalSGDCallback
 from lightning_async_localsgd.lightning.strategy import AsyncLocalSGDStrategy
 from lightning_async_localsgd.server import line_file as module
@@ -29,6 +32,7 @@ from lightning_async_localsgd.server.event_file import (
 )
 from lightning_async_localsgd.server.journal import FORMAT
 from lightning_async_localsgd.server.line_file import LineFile, older_file
+from lightning_async_localsgd.server.run_state import RunState
 from tests.unit.lightning.test_single_worker import fit
 
 
@@ -202,7 +206,86 @@ def test_files_that_are_no_event_files_are_refused(tmp_path: Path) -> None:
         read_lines(find_event_file(path))
 
 
-@pytest.mark.parametrize("limit", [0, -1, float("nan"), float("inf")])
-def test_limit_outside_its_range_is_refused(limit: float) -> None:
+@pytest.mark.parametrize("limit", [0, -1, float("nan"), float("inf"), "1GB", True])
+def test_limit_outside_its_range_is_refused(limit: Any) -> None:
     with pytest.raises(ValueError, match="max_event_megabytes"):
         AsyncLocalSGDCallback(max_event_megabytes=limit)
+
+
+def test_reader_that_begins_during_a_rotation_reads_each_line_once(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    older_file(path).write_text('{"kind": "push", "sequence": 0}\n')
+    reader = EventReader(path)
+    assert [line["sequence"] for line in reader.read()] == [0], "the file has been moved, and there is no new one yet"
+    path.write_text('{"kind": "push", "sequence": 1}\n')
+    assert [line["sequence"] for line in reader.read()] == [1]
+    assert list(reader.read()) == []
+    reader.close()
+
+
+def test_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").mkdir()
+    with pytest.raises(NoEventFileError, match="cannot be read"):
+        read_lines(tmp_path / "events.jsonl")
+
+
+def test_file_has_one_writer(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    file = LineFile(path)
+    with pytest.raises(OSError, match="another run or callback writes this file"):
+        LineFile(tmp_path / "." / "events.jsonl")
+    program = "import sys; from lightning_async_localsgd.server.line_file import LineFile; LineFile(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True)
+    assert "another run or callback writes this file" in done.stderr
+    file.write(outcome(1))
+    file.close()
+    LineFile(path).close()
+    assert [line["sequence"] for line in lines(path)] == [1]
+
+
+def test_two_callbacks_do_not_write_one_file(tmp_path: Path) -> None:
+    callbacks = [AsyncLocalSGDCallback(table=False, events=tmp_path / "events.jsonl") for _ in range(2)]
+    with pytest.raises(OSError, match="another run or callback writes this file"):
+        fit(AsyncLocalSGDStrategy(checkpoint_every=None), max_steps=5, enable_checkpointing=False, callbacks=callbacks)
+    fit(AsyncLocalSGDStrategy(checkpoint_every=None), max_steps=5, enable_checkpointing=False, callbacks=callbacks[:1])
+
+
+def test_line_that_cannot_be_written_ends_the_file_with_a_message(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = LineFile(tmp_path / "events.jsonl")
+    file.write({"kind": "push", "sequence": object()})
+    file.close()
+    assert "training goes on" in caplog.text
+
+
+class Fails(L.Callback):
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == 3:
+            raise self.error
+
+
+def test_run_that_ends_with_an_error_has_an_end(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    callbacks = [AsyncLocalSGDCallback(table=False, events=path), Fails(ValueError("it broke\nhere"))]
+    with pytest.raises(ValueError, match="it broke"):
+        fit(AsyncLocalSGDStrategy(checkpoint_every=None), max_steps=5, enable_checkpointing=False, callbacks=callbacks)
+    state = RunState()
+    for line in read_lines(path):
+        state.add(line)
+    view = state.as_dict()
+    assert (view["ended"], view["error"], view["progress"]) == (True, "ValueError: it broke", 2)
+    assert view["workers"][0]["state"] == "away"
+    assert view["faults"][-1]["text"] == "the run ended with ValueError: it broke"
+
+
+def test_summary_on_a_full_disk_does_not_fail_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(callback_module, "SUMMARY_FILE", "/dev/full")
+    with pytest.warns(match="the summary of the run is not written to /dev/full"):
+        fit(
+            AsyncLocalSGDStrategy(checkpoint_every=None), max_steps=5, enable_checkpointing=False,
+            logger=CSVLogger(tmp_path), callbacks=[AsyncLocalSGDCallback(table=False)],
+        )  # fmt: skip
