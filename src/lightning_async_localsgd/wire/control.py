@@ -5,7 +5,7 @@ Runs in the thread of the :class:`.Hub`, which passes these messages on.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from lightning_async_localsgd.protocol.messages import (
     JoinInfo,
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from lightning_async_localsgd.protocol.ports import ServerPort
     from lightning_async_localsgd.wire.listener import ConnectionKey
 
+
+_R = TypeVar("_R", JoinRequest, StatusRequest)
 
 _MAX_LEASE_REQUESTS = 64
 """Unanswered lease requests that a connection may have. Further requests are refused."""
@@ -94,12 +96,9 @@ class ControlMessages:
 
     def on_join_request(self, key: ConnectionKey, header: bytes) -> None:
         """Handle a join request."""
-        refused = frames.protocol_mismatch(header[1:], "this process")
-        if refused is not None:
-            self._send(key, frames.REFUSE + refused.encode(), b"")
+        request = self._decode(key, header, JoinRequest)
+        if request is None:
             return
-        request = JoinRequest.decode(header[1:])
-        _check_nonce(request.nonce)
         if request.worker < -1:
             raise MessageError(f"a join request for {worker_name(request.worker)}")
         if key in self._open_join_requests:
@@ -113,12 +112,9 @@ class ControlMessages:
 
     def on_status_request(self, key: ConnectionKey, header: bytes) -> None:
         """Handle a request for the state of the run."""
-        refused = frames.protocol_mismatch(header[1:], "this process")
-        if refused is not None:
-            self._send(key, frames.REFUSE + refused.encode(), b"")
+        request = self._decode(key, header, StatusRequest)
+        if request is None:
             return
-        request = StatusRequest.decode(header[1:])
-        _check_nonce(request.nonce)
         if key in self._open_status_requests:
             raise MessageError("more than one unanswered status request")
         self._open_status_requests.add(key)
@@ -144,6 +140,16 @@ class ControlMessages:
             if recalled.get(ping.worker, -1) != self._recalled_sent.get(ping.worker, -1):
                 self._send(key, self._pong(ping))
         self._recalled_sent = recalled
+
+    def _decode(self, key: ConnectionKey, header: bytes, kind: type[_R]) -> _R | None:
+        """Return the request of a process without a session; None if it has another protocol and was refused."""
+        refused = frames.protocol_mismatch(header[1:], "this process")
+        if refused is not None:
+            self._send(key, frames.REFUSE + refused.encode(), b"")
+            return None
+        request = kind.decode(header[1:])
+        _check_nonce(request.nonce)
+        return request
 
     def _pong(self, ping: Ping) -> bytes:
         incarnation, recalled = self._server.incarnation, self._server.recalled.get(ping.worker, -1)

@@ -17,6 +17,7 @@ from lightning_async_localsgd.protocol.messages import PROTOCOL_VERSION, JoinInf
 from lightning_async_localsgd.wire import frames
 from lightning_async_localsgd.wire.auth import Endpoints, proof
 from lightning_async_localsgd.wire.connection import Connection, ConnectionLost, dial_with_retries
+from lightning_async_localsgd.wire.questions import ask, broken, unproven, unreachable
 
 
 def request_join_info(
@@ -51,13 +52,9 @@ def request_join_info(
         finally:
             connection.close()
     except ConnectionLost as lost:
-        raise ExchangeError(
-            f"the server at {address} could not be reached within {timeout:g} s: {lost}; check that the run is not "
-            "over, that its port can be reached from here, that the server uses "
-            f"{'encryption' if encrypted else 'no encryption'} at that address, and that the token is the same"
-        ) from lost
+        raise unreachable(address, encrypted, timeout, lost) from lost
     except MessageError as error:
-        raise ExchangeError(f"the program that listens at {address} broke the protocol: {error}") from error
+        raise broken(address, error) from error
     finally:
         context.term()
     if info.refused is not None:
@@ -73,26 +70,14 @@ def with_proof(info: JoinInfo, token: str, nonce: str) -> JoinInfo:
 
 def _request(connection: Connection, address: str, token: str, worker: int, until: float) -> JoinInfo:
     nonce = secrets.token_hex(frames.NONCE_BYTES)
-    if not connection.send(frames.JOIN_REQUEST + JoinRequest(PROTOCOL_VERSION, worker, nonce).encode()):
-        raise ConnectionLost("the connection accepts no message")
-    while (left := until - time.monotonic()) > 0:
-        if not connection.wait(left):
-            continue
-        header = connection.receive()
-        connection.skip_rest()
-        if header[:1] == frames.REFUSE:
-            raise ExchangeError(f"the server at {address} refused: {header[1:].decode(errors='replace')}")
-        if header[:1] == frames.UNKNOWN:
-            raise ExchangeError(
-                f"the server at {address} does not understand protocol {PROTOCOL_VERSION}: install the same version of "
-                "lightning-async-localsgd on every machine"
-            )
-        if header[:1] != frames.JOIN_INFO:
-            raise MessageError(f"unexpected message of kind {header[:1]!r}")
-        info = JoinInfo.decode(header[1:])
-        if not hmac.compare_digest(info.proof.encode(), with_proof(info, token, nonce).proof.encode()):
-            raise ExchangeError(
-                f"the program that listens at {address} is not the run's server: it does not know the token"
-            )
-        return info
-    raise ConnectionLost("the server accepted the connection, but does not answer")
+    question = frames.JOIN_REQUEST + JoinRequest(PROTOCOL_VERSION, worker, nonce).encode()
+    unknown = (
+        f"understand protocol {PROTOCOL_VERSION}: install the same version of lightning-async-localsgd on every machine"
+    )
+    header = ask(connection, address, question, frames.JOIN_INFO, until, unknown)
+    if header is None:
+        raise ConnectionLost("the server accepted the connection, but does not answer")
+    info = JoinInfo.decode(header[1:])
+    if not hmac.compare_digest(info.proof.encode(), with_proof(info, token, nonce).proof.encode()):
+        raise unproven(address)
+    return info

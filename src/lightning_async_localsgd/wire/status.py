@@ -19,6 +19,7 @@ from lightning_async_localsgd.protocol.messages import PROTOCOL_VERSION, Message
 from lightning_async_localsgd.wire import frames
 from lightning_async_localsgd.wire.auth import Endpoints, proof
 from lightning_async_localsgd.wire.connection import Connection, ConnectionLost, dial_with_retries
+from lightning_async_localsgd.wire.questions import ask, broken, unproven, unreachable
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -70,7 +71,6 @@ class StatusClient:
 
     def __init__(self, address: str, token: str, *, encrypted: bool, timeout: float) -> None:
         self._address, self._token, self._timeout = address, token, timeout
-        self._encrypted = encrypted
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         endpoints = Endpoints.from_token(address, "", token, encrypted)
         try:
@@ -80,7 +80,7 @@ class StatusClient:
             )  # fmt: skip
         except ConnectionLost as lost:
             self._context.term()
-            raise self._unreachable(lost) from lost
+            raise unreachable(address, encrypted, timeout, lost) from lost
         except BaseException:
             self._context.term()
             raise
@@ -90,7 +90,7 @@ class StatusClient:
 
         Raises:
             ServerEndedError: The server has ended.
-        ExchangeError: The server does not answer, or does not know the token itself.
+            ExchangeError: The server does not answer, or does not know the token itself.
 
         """
         try:
@@ -100,7 +100,7 @@ class StatusClient:
                 f"the server at {self._address} is gone ({lost}): the run is over, or rank 0 has ended"
             ) from lost
         except MessageError as error:
-            raise ExchangeError(f"the program that listens at {self._address} broke the protocol: {error}") from error
+            raise broken(self._address, error) from error
 
     def close(self) -> None:
         """Close the connection."""
@@ -116,36 +116,17 @@ class StatusClient:
         self.close()
 
     def _request(self, until: float) -> dict[str, Any]:
-        nonce, connection = secrets.token_hex(frames.NONCE_BYTES), self._connection
-        if not connection.send(frames.STATUS_REQUEST + StatusRequest(PROTOCOL_VERSION, nonce).encode()):
-            raise ConnectionLost("the connection accepts no message")
-        while (left := until - time.monotonic()) > 0:
-            if not connection.wait(left):
-                continue
-            header = connection.receive()
-            connection.skip_rest()
-            if header[:1] == frames.REFUSE:
-                raise ExchangeError(f"the server at {self._address} refused: {header[1:].decode(errors='replace')}")
-            if header[:1] == frames.UNKNOWN:
-                raise ExchangeError(
-                    f"the server at {self._address} does not answer questions about its state: install the same "
-                    "version of lightning-async-localsgd on both machines"
-                )
-            if header[:1] != frames.STATUS:
-                raise MessageError(f"unexpected message of kind {header[:1]!r}")
-            state = unpack_status(header, self._token, nonce)
-            if state is None:
-                raise ExchangeError(
-                    f"the program that listens at {self._address} is not the run's server: it does not know the token"
-                )
-            return state
-        raise ExchangeError(
-            f"the server at {self._address} accepted the connection, but has not answered for {self._timeout:g} s"
+        nonce = secrets.token_hex(frames.NONCE_BYTES)
+        question = frames.STATUS_REQUEST + StatusRequest(PROTOCOL_VERSION, nonce).encode()
+        unknown = (
+            "answer questions about its state: install the same version of lightning-async-localsgd on both machines"
         )
-
-    def _unreachable(self, lost: ConnectionLost) -> ExchangeError:
-        return ExchangeError(
-            f"the server at {self._address} could not be reached within {self._timeout:g} s: {lost}; check that the "
-            "run is not over, that its port can be reached from here, that the server uses "
-            f"{'encryption' if self._encrypted else 'no encryption'} at that address, and that the token is the same"
-        )
+        header = ask(self._connection, self._address, question, frames.STATUS, until, unknown)
+        if header is None:
+            raise ExchangeError(
+                f"the server at {self._address} accepted the connection, but has not answered for {self._timeout:g} s"
+            )
+        state = unpack_status(header, self._token, nonce)
+        if state is None:
+            raise unproven(self._address)
+        return state
